@@ -1,0 +1,47 @@
+"""Any optimiser of torch with the interface of this package, so that one training loop serves all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvspace.functional import Inputs, call
+from curvspace.losses import Loss
+from curvspace.optim.base import ModelOptimizer
+
+
+class FirstOrder(ModelOptimizer):
+    """``FirstOrder(model, torch.optim.SGD, lr=0.1, momentum=0.9).step(x, y)``.
+
+    The wrapped optimiser's param groups and state are this one's: schedulers and checkpoints act on it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: type[torch.optim.Optimizer],
+        loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        **options: Any,
+    ):
+        inner = optimizer([p for p in model.parameters() if p.requires_grad], **options)
+        super().__init__(model, inner.defaults, loss)
+        self.inner = inner
+        self.param_groups = inner.param_groups
+        self.state = inner.state
+
+    def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
+        self.inner.zero_grad(set_to_none=True)
+        loss = self.loss(call(self.model, inputs), targets)
+        loss.backward()
+        self.inner.step()
+        self.costs.forward += 1
+        self.costs.backward += 1
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.inner.param_groups = self.param_groups
+        self.inner.state = self.state
