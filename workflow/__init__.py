@@ -1,0 +1,1 @@
+"""What the Snakefile is made of, as plain Python: studies, job specs, code hashes, config checks."""

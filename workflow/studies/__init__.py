@@ -1,0 +1,1 @@
+"""One module per study; each has ``declare(config) -> Study``."""
