@@ -36,7 +36,8 @@ class Costs:
         return (self.forward + 2 * self.backward + 2 * self.jvp) / 3
 
     def as_dict(self) -> dict[str, float]:
-        return {**asdict(self), "gradient_evaluations": self.gradient_evaluations}
+        counted = {key: value for key, value in asdict(self).items() if key != "steps"}
+        return {**counted, "gradient_evaluations": self.gradient_evaluations}
 
 
 class ModelOptimizer(torch.optim.Optimizer):
@@ -53,6 +54,8 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.model = model
         self.loss = get_loss(loss)
         self.costs = Costs()
+        self.grad_norm: Tensor | None = None
+        """|g| of the last minibatch, a scalar on the device; None where the gradient is never formed alone."""
 
     def step(self, inputs: Inputs, targets: Tensor) -> Tensor:  # type: ignore[override]
         """One step on a minibatch; returns its mean loss before the step (a detached scalar)."""

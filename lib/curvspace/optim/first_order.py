@@ -36,6 +36,8 @@ class FirstOrder(ModelOptimizer):
         self.inner.zero_grad(set_to_none=True)
         loss = self.loss(call(self.model, inputs), targets)
         loss.backward()
+        norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
         self.inner.step()
         self.costs.forward += 1
         self.costs.backward += 1

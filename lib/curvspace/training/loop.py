@@ -1,0 +1,178 @@
+"""The training loop: minibatches from device-resident data, any optimiser with ``step(inputs, targets)``.
+
+All that is random is a function of (seed, epoch) or (seed, step): see :func:`~curvspace.training.spec.derived_seed`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from curvspace.datasets import DataSet, Split
+from curvspace.datasets.augment import crop_flip
+from curvspace.functional import call
+from curvspace.losses import Loss
+from curvspace.optim.base import ModelOptimizer
+from curvspace.training.spec import Task, derived_seed, steps_per_epoch
+
+Row = dict[str, Any]
+LOG_INTERVAL = {"cpu": 1, "cuda": 50}
+"""Steps between readings of device scalars: on a GPU each reading waits for all queued work."""
+
+
+@dataclass
+class FitState:
+    """Where a training stands. ``status`` is "running", "finished" or "diverged"; ``wall_s`` counts steps only."""
+
+    step: int = 0
+    wall_s: float = 0.0
+    status: str = "running"
+    initial_loss: float = math.nan
+    rows: list[Row] = field(default_factory=list)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: DataSet, split: Split, loss: Loss, limit: int | None = None) -> tuple[float, float]:
+    """Mean loss and accuracy (NaN where the targets are not classes) of the model in eval mode.
+
+    The module's training mode is put back. ``limit``: only the first so many examples.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    total = min(len(split), limit or len(split))
+    loss_sum, correct = 0.0, 0.0
+    for start in range(0, total, 1000):
+        part = slice(start, min(start + 1000, total))
+        targets = split.targets[part]
+        outputs = call(model, data.normalise(split.inputs[part]))
+        loss_sum += float(loss(outputs, targets)) * len(targets)
+        if not targets.is_floating_point():
+            correct += float((outputs.argmax(1) == targets).sum())
+    for module, training in modes:
+        module.training = training
+    classes = total > 0 and not split.targets.is_floating_point()
+    return loss_sum / max(total, 1) if total else math.nan, correct / total if classes else math.nan
+
+
+def minibatches(data: DataSet, task: Task, batch_size: int, seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Minibatches of the training set from step ``start`` on, without end, as (inputs, targets).
+
+    Each epoch is a permutation of the examples; its last minibatch may be smaller.
+    """
+    device = data.train.targets.device
+    per_epoch = steps_per_epoch(len(data.train), batch_size)
+    order_generator, augment_generator = torch.Generator(), torch.Generator(device=device)
+    step, order = start, None
+    while True:
+        epoch, position = divmod(step, per_epoch)
+        if order is None or position == 0:
+            order_generator.manual_seed(derived_seed(seed, "order", epoch))
+            order = torch.randperm(len(data.train), generator=order_generator).to(device)
+        index = order[position * batch_size : (position + 1) * batch_size]
+        inputs = data.train.inputs[index]
+        if task.augment == "crop-flip":
+            augment_generator.manual_seed(derived_seed(seed, "augment", step))
+            inputs = crop_flip(inputs, augment_generator)
+        yield data.normalise(inputs), data.train.targets[index]
+        step += 1
+
+
+def fit(
+    model: nn.Module,
+    optimizer: ModelOptimizer,
+    data: DataSet,
+    task: Task,
+    batch_size: int,
+    seed: int,
+    *,
+    state: FitState | None = None,
+    after_step: Callable[[FitState], None] | None = None,
+    progress: bool = True,
+    description: str = "train",
+) -> FitState:
+    """Train until the task's last step or divergence; returns the state with one row of metrics a step.
+
+    ``state`` continues an earlier one (model and optimiser must be as they were then). ``after_step`` is called
+    after each step, and once before the first of a new run. A run is diverged when a minibatch loss is not finite
+    or exceeds ``task.divergence`` times the loss of the untrained model on the evaluated training examples.
+    """
+    state = state or FitState()
+    total = task.steps(len(data.train), batch_size)
+    per_epoch = steps_per_epoch(len(data.train), batch_size)
+    for group in optimizer.param_groups:  # kept in the optimiser's state: a resumed run decays from the same value
+        group.setdefault("initial_lr", group["lr"])
+    device = data.train.targets.device
+    interval = LOG_INTERVAL.get(device.type, 1)
+    if not state.rows:
+        state.rows.append({"step": 0, "epoch": 0.0, "wall_s": 0.0, **_evaluation(model, optimizer.loss, data, task)})
+        state.initial_loss = state.rows[0]["eval_train_loss"]
+        if after_step:
+            after_step(state)
+    model.train()
+    batches = minibatches(data, task, batch_size, seed, state.step)
+    bar = tqdm(total=total, initial=state.step, desc=description, unit="step", disable=None if progress else True)
+    while state.step < total and state.status == "running":
+        inputs, targets = next(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * task.lr_decay_per_epoch ** (state.step / per_epoch)
+        torch.manual_seed(derived_seed(seed, "dropout", state.step))
+        clock = time.perf_counter()
+        loss = optimizer.step(inputs, targets)
+        row = {"train_loss": loss, "grad_norm": optimizer.grad_norm, **optimizer.costs.as_dict(), **optimizer.log()}
+        state.step += 1
+        state.rows.append({"step": state.step, "epoch": state.step / per_epoch, **row})
+        if state.step % interval == 0 or state.step == total or _evaluation_due(state.step, per_epoch, total, task):
+            read = _read_scalars(state.rows, interval)
+            state.wall_s += time.perf_counter() - clock
+            state.status = _status(read, task.divergence * state.initial_loss, state.step == total)
+            bar.set_postfix(loss=f"{state.rows[-1]['train_loss']:.4f}", refresh=False)
+        else:
+            state.wall_s += time.perf_counter() - clock
+        state.rows[-1]["wall_s"] = state.wall_s
+        if state.status == "diverged" or _evaluation_due(state.step, per_epoch, total, task):
+            state.rows[-1].update(_evaluation(model, optimizer.loss, data, task))
+        bar.update()
+        if after_step:
+            after_step(state)
+    bar.close()
+    return state
+
+
+def _evaluation_due(step: int, per_epoch: int, total: int, task: Task) -> bool:
+    return step == total or step % (task.evaluate_every or per_epoch) == 0
+
+
+def _evaluation(model: nn.Module, loss: Loss, data: DataSet, task: Task) -> Row:
+    train_loss, train_accuracy = evaluate(model, data, data.train, loss, task.evaluate_train)
+    val_loss, val_accuracy = evaluate(model, data, data.validation, loss)
+    return {
+        "eval_train_loss": train_loss,
+        "eval_train_accuracy": train_accuracy,
+        "val_loss": val_loss,
+        "val_accuracy": val_accuracy,
+    }
+
+
+def _read_scalars(rows: list[Row], interval: int) -> list[Row]:
+    """Turn device scalars of the newest rows into floats, in one transfer; returns these rows."""
+    new = rows[-interval:]
+    waiting = [(row, key) for row in new for key, value in row.items() if isinstance(value, Tensor)]
+    if waiting:
+        values = torch.stack([row[key].detach().double().reshape(()) for row, key in waiting]).tolist()
+        for (row, key), value in zip(waiting, values, strict=True):
+            row[key] = value
+    return new
+
+
+def _status(rows: list[Row], bound: float, last: bool) -> str:
+    losses = [row["train_loss"] for row in rows if "train_loss" in row]
+    if any(not math.isfinite(loss) or loss > bound for loss in losses):
+        return "diverged"
+    return "finished" if last else "running"

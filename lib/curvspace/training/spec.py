@@ -1,0 +1,112 @@
+"""What one training run is, as the pipeline hands it over: plain values, checked once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+IDENTITY = ("dataset", "model", "optimizer", "batch_size", "lr", "seed")
+"""Columns that name a run in every tidy table made from it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """How long a (data set, model) pair is trained, and what is recorded on the way.
+
+    epochs: passes over the training set; max_steps cuts a run shorter (None: no cut).
+    augment: "none" or "crop-flip" (random crop after zero padding, horizontal flip).
+    evaluate_every: steps between evaluations; 0 means at the end of each epoch.
+    evaluate_train: training examples in the evaluation (the first n, without augmentation).
+    checkpoints: steps to save at; checkpoint_every: also every so many steps (0: none); the last step always is.
+    lr_decay_per_epoch: the learning rate falls at every step, by this factor in all over an epoch.
+    divergence: a minibatch loss above this multiple of the loss at the start ends the run as diverged.
+    """
+
+    epochs: float = 1.0
+    loss: str = "cross_entropy"
+    augment: str = "none"
+    evaluate_every: int = 0
+    evaluate_train: int = 2000
+    checkpoints: tuple[int, ...] = ()
+    checkpoint_every: int = 0
+    max_steps: int | None = None
+    lr_decay_per_epoch: float = 1.0
+    divergence: float = 100.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
+        if self.epochs <= 0:
+            raise ValueError(f"task.epochs must be positive, got {self.epochs}")
+        if self.augment not in ("none", "crop-flip"):
+            raise ValueError(f"task.augment must be 'none' or 'crop-flip', got {self.augment!r}")
+        if not 0 < self.lr_decay_per_epoch <= 1:
+            raise ValueError(f"task.lr_decay_per_epoch must be in (0, 1], got {self.lr_decay_per_epoch}")
+
+    def steps(self, examples: int, batch_size: int) -> int:
+        """Total number of steps: the last, smaller minibatch of an epoch is a step too."""
+        total = round(self.epochs * steps_per_epoch(examples, batch_size))
+        return max(1, total if self.max_steps is None else min(total, self.max_steps))
+
+    def saves(self, step: int, total: int) -> bool:
+        """Whether a checkpoint is due after this many steps."""
+        regular = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
+        return step == total or step in self.checkpoints or regular
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: the named blocks of the config that it needs, and nothing else.
+
+    dataset, model, optimizer: the block with its ``name``; see :func:`curvspace.datasets.load`,
+    :func:`curvspace.models.build`, :func:`curvspace.optim.registry.build`.
+    """
+
+    dataset: Mapping[str, Any]
+    model: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    batch_size: int
+    lr: float
+    seed: int = 0
+    device: str = "cpu"
+    task: Task = field(default_factory=Task)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
+        """From parsed JSON; an unknown key is an error that names it."""
+        allowed = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - allowed):
+            raise ValueError(f"unknown key {unknown[0]!r} in a run's spec; allowed: {', '.join(sorted(allowed))}")
+        task_allowed = {f.name for f in fields(Task)}
+        task = dict(values.get("task", {}))
+        if unknown := sorted(set(task) - task_allowed):
+            raise ValueError(f"unknown key {unknown[0]!r} in task; allowed: {', '.join(sorted(task_allowed))}")
+        for key in ("dataset", "model", "optimizer"):
+            if "name" not in values.get(key, {}):
+                raise ValueError(f"a run's spec needs {key}.name, got {values.get(key)!r}")
+        return cls(**{**values, "task": Task(**task)})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The columns :data:`IDENTITY`."""
+        names = {key: getattr(self, key)["name"] for key in ("dataset", "model", "optimizer")}
+        return {**names, "batch_size": self.batch_size, "lr": self.lr, "seed": self.seed}
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    return -(-examples // batch_size)
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed from a run's seed, a purpose and a counter: ``derived_seed(0, "order", epoch)``.
+
+    Every random draw of a run comes from a generator seeded so: order, initialisation, augmentation and dropout
+    never share a stream, and the place in training alone says what is drawn, so that a resumed run needs no
+    generator state to continue bit for bit.
+    """
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
