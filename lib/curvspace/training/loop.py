@@ -39,7 +39,9 @@ class FitState:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: DataSet, split: Split, loss: Loss, limit: int | None = None) -> tuple[float, float]:
+def evaluate(
+    model: nn.Module, data: DataSet, split: Split, loss: Loss, limit: int | None = None
+) -> tuple[float, float]:
     """Mean loss and accuracy (NaN where the targets are not classes) of the model in eval mode.
 
     The module's training mode is put back. ``limit``: only the first so many examples.
