@@ -1,0 +1,327 @@
+"""A hash of the code that a job would run, so that editing a module reruns the jobs which import it, and no others.
+
+Snakemake does not see what a job imports. Here the *static import closure* of a job's entry points is followed
+through the repository (nothing is imported), and the normalised source of what it reaches is hashed. Comments,
+docstrings, blank lines and trailing space do not count; the hash is the same on every version of Python.
+
+Two grains: a module counts as a whole; of a ``module:function`` root only the function counts, the definitions of
+its module that it reaches by name, and the imports that those use.
+
+Modules loaded by a computed name (``importlib.import_module(variable)``) are invisible here and must be named as
+roots. Names that a package exports lazily (a ``__getattr__`` in its ``__init__``) are followed to their module by
+the imports under ``if TYPE_CHECKING:`` or by a table of strings in the ``__init__``; one that cannot be followed is
+an error, never a gap.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import tokenize
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+Binding = tuple[str, str | None]
+"""What a name of a module stands for: (module, None) or (module, name in it)."""
+
+
+class CodeError(ValueError):
+    """An entry point or an imported name cannot be found in the repository; one line for the user."""
+
+
+class Module:
+    """One source file, parsed on demand."""
+
+    def __init__(self, name: str, file: Path):
+        self.name = name
+        self.file = file
+        self.package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        self.source = file.read_text(encoding="utf-8")
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        try:
+            return ast.parse(self.source, str(self.file))
+        except SyntaxError as error:
+            raise CodeError(f"{self.file}, line {error.lineno}: {error.msg}") from None
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """Source lines without comments, docstrings and trailing space; empty ones are blank or dropped."""
+        lines = self.source.splitlines()
+        for token in tokenize.generate_tokens(io.StringIO(self.source).readline):
+            if token.type == tokenize.COMMENT:
+                row, column = token.start
+                lines[row - 1] = lines[row - 1][:column]
+        verbatim = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.JoinedStr | ast.Constant) and (node.end_lineno or 0) > node.lineno:
+                verbatim.update(range(node.lineno, node.end_lineno or 0))  # blanks inside a string are its content
+        lines = [line if row in verbatim else line.rstrip() for row, line in enumerate(lines, 1)]
+        for node in _docstrings(self.tree):
+            if not lines[node.lineno - 1][: node.col_offset].strip():
+                for row in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                    lines[row - 1] = ""
+        return lines
+
+    def text(self, nodes: Iterable[ast.stmt] | None = None) -> str:
+        """Normalised source of the module, or of some of its top-level statements."""
+        lines = self.lines if nodes is None else [line for node in nodes for line in self.lines[_rows(node)]]
+        return "\n".join(line for line in lines if line)
+
+    @cached_property
+    def definitions(self) -> dict[str, list[ast.stmt]]:
+        """Top-level statements by the names that they bind; those that bind none stand under ``""``."""
+        table: dict[str, list[ast.stmt]] = {"": []}
+        for statement in self.tree.body:
+            if not _is_docstring(statement) and not _type_checking(statement):
+                for name in _bound(statement) or [""]:
+                    table.setdefault(name, []).append(statement)
+        return table
+
+
+def _rows(node: ast.stmt) -> slice:
+    decorators = getattr(node, "decorator_list", [])
+    return slice(min([node.lineno, *(d.lineno for d in decorators)]) - 1, node.end_lineno)
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _docstrings(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Strings that stand as statements: docstrings of modules, classes and functions, and of attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from (s for s in node.body if _is_docstring(s))
+
+
+def _bound(statement: ast.stmt) -> list[str]:
+    """Names bound by a top-level definition, assignment or import; none for anything else."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [statement.name]
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return [(alias.asname or alias.name).split(".")[0].replace("*", "") for alias in statement.names]
+    if isinstance(statement, ast.Assign | ast.AnnAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        names = [n for t in targets for n in ast.walk(t)]
+        if all(isinstance(n, ast.Name | ast.Tuple | ast.List | ast.Store | ast.Starred) for n in names):
+            return [n.id for n in names if isinstance(n, ast.Name)]
+    return []
+
+
+def _type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def _walk(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """All nodes but those under ``if TYPE_CHECKING:``, which never run."""
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        yield node
+        todo.extend(node.orelse if isinstance(node, ast.If) and _type_checking(node) else ast.iter_child_nodes(node))
+
+
+def _dotted(node: ast.Attribute) -> list[str]:
+    """``["a", "b", "c"]`` of the expression ``a.b.c``; empty for an attribute of anything but names."""
+    parts: list[str] = []
+    inner: ast.expr = node
+    while isinstance(inner, ast.Attribute):
+        parts.append(inner.attr)
+        inner = inner.value
+    return [inner.id, *reversed(parts)] if isinstance(inner, ast.Name) else []
+
+
+def _trim(node: ast.Import | ast.ImportFrom, used: set[str]) -> ast.Import | ast.ImportFrom | None:
+    """The import statement with only the names that are used; None where none is."""
+    names = [a for a in node.names if a.name == "*" or (a.asname or a.name).split(".")[0] in used]
+    if not names:
+        return None
+    return ast.Import(names) if isinstance(node, ast.Import) else ast.ImportFrom(node.module, names, node.level)
+
+
+class Code:
+    """The repository's modules. ``roots``: folders that imports are looked up in, first match wins."""
+
+    def __init__(self, *roots: str | Path):
+        self.roots = [Path(root) for root in roots]
+        self._modules: dict[str, Module | None] = {}
+        self._needs: dict[str, frozenset[str]] = {}
+
+    def module(self, name: str) -> Module | None:
+        """The repository's module of that name, None for one from elsewhere."""
+        if name not in self._modules:
+            stems = [root.joinpath(*name.split(".")) for root in self.roots]
+            files = [f for stem in stems for f in (stem.with_suffix(".py"), stem / "__init__.py") if f.is_file()]
+            self._modules[name] = Module(name, files[0]) if files else None
+        return self._modules[name]
+
+    def hash(self, *roots: str) -> str:
+        """Sixteen hex digits for what the roots (``module`` or ``module:function``) would run.
+
+        Raises ``CodeError`` for a root which the repository has not, unless its first part is no package of ours:
+        then it is an installed library's, whose code is not ours to watch, and only its name counts.
+        """
+        digest = hashlib.sha256()
+        for part in self._parts(roots):
+            digest.update(part.encode() + b"\0")
+        return digest.hexdigest()[:16]
+
+    def _parts(self, roots: Iterable[str]) -> list[str]:
+        whole: set[str] = set()
+        parts: set[str] = set()
+        for root in roots:
+            name, _, function = root.partition(":")
+            module = self.module(name)
+            if module is None:
+                if self.module(name.split(".")[0]):
+                    raise CodeError(f"there is no module {name} in the repository (asked for as {root!r})")
+                parts.add(f"installed {root}")
+            elif not function:
+                whole.add(name)
+            else:
+                text, imports = self._reach(module, function)
+                parts.add(f"{root}\n{text}")
+                whole |= imports - {name}
+        return sorted(parts) + [f"{name}\n{self._text(name)}" for name in sorted(self.closure(whole))]
+
+    def _text(self, name: str) -> str:
+        module = self.module(name)
+        return module.text() if module else ""
+
+    def closure(self, names: Iterable[str]) -> set[str]:
+        """The modules of the repository that importing these, and what they do, would load."""
+        seen: set[str] = set()
+        todo = [name for name in names if self.module(name)]
+        while todo:
+            name = todo.pop()
+            if name not in seen:
+                seen.add(name)
+                todo.extend(self._needed_by(name))
+        return seen
+
+    def _needed_by(self, name: str) -> frozenset[str]:
+        if name not in self._needs:
+            module = self.module(name)
+            assert module is not None
+            self._needs[name] = frozenset(self._imports(module, [module.tree]) - {name} | set(self._parents(name)))
+        return self._needs[name]
+
+    def _parents(self, name: str) -> list[str]:
+        """Packages whose ``__init__`` runs before the module."""
+        parts = name.split(".")
+        return [p for p in (".".join(parts[:i]) for i in range(1, len(parts))) if self.module(p)]
+
+    def _imports(self, module: Module, nodes: Iterable[ast.AST]) -> set[str]:
+        """Modules of the repository which the code imports, lazily exported names followed to their module."""
+        found: set[str] = set()
+        walked = list(_walk(nodes))
+        bindings: dict[str, Binding] = {}
+        for node in walked:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for local, target in self._targets(module, node):
+                    found |= self._resolve(module, *target)
+                    bindings[local] = target
+        for node in walked:
+            if isinstance(node, ast.Attribute):
+                found |= self._attribute(module, node, bindings)
+        return found | {parent for name in found for parent in self._parents(name)}
+
+    def _attribute(self, module: Module, node: ast.Attribute, bindings: dict[str, Binding]) -> set[str]:
+        """The module behind ``package.name`` where the package exports the name lazily."""
+        head, *rest = _dotted(node) or [""]
+        if head not in bindings:
+            return set()
+        owner, name = bindings[head]
+        package = f"{owner}.{name}" if name else owner
+        while rest and self.module(f"{package}.{rest[0]}"):
+            package = f"{package}.{rest.pop(0)}"
+        return self._resolve(module, package, rest[0]) if rest and self.module(package) else set()
+
+    def _targets(self, module: Module, node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, Binding]]:
+        """(local name, what it stands for) of an import statement."""
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                yield (alias.asname, (alias.name, None)) if alias.asname else (top, (top, None))
+                yield alias.name, (alias.name, None)  # `import a.b` loads a.b, though it binds a alone
+            return
+        base = node.module or ""
+        if node.level:
+            parents = module.package.split(".")
+            base = ".".join([*parents[: len(parents) - node.level + 1], *([node.module] if node.module else [])])
+        for alias in node.names:
+            yield alias.asname or alias.name, (base, alias.name)
+
+    def _resolve(self, importer: Module, owner: str, name: str | None) -> set[str]:
+        """The modules that ``from owner import name`` loads."""
+        module = self.module(owner)
+        if module is None:
+            return {f"{owner}.{name}"} if name and self.module(f"{owner}.{name}") else set()
+        if name is None or name == "*" or name in module.definitions:
+            return {owner}
+        if self.module(f"{owner}.{name}"):
+            return {owner, f"{owner}.{name}"}
+        if "__getattr__" not in module.definitions:
+            return {owner}  # bound in an `if`, `try` or `for` of the module, or an error when it runs
+        if target := self._lazy(module, name):
+            return {owner, target}
+        if name.startswith("__"):
+            return {owner}
+        raise CodeError(
+            f"{importer.file}: {owner} exports {name} in a way that cannot be followed; import it from its own module"
+        )
+
+    def _lazy(self, package: Module, name: str) -> str | None:
+        """The module behind a lazily exported name."""
+        for node in ast.walk(package.tree):
+            if isinstance(node, ast.If) and _type_checking(node):
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.ImportFrom | ast.Import):
+                        for local, (owner, attribute) in self._targets(package, inner):
+                            if local == name:
+                                return f"{owner}.{attribute}" if self.module(f"{owner}.{attribute}") else owner
+            if isinstance(node, ast.Dict):
+                for key, value in zip(node.keys, node.values, strict=True):
+                    if found := self._table_entry(package, name, key, value):
+                        return found
+        return None
+
+    def _table_entry(self, package: Module, name: str, key: ast.expr | None, value: ast.expr) -> str | None:
+        """``{"name": "module"}`` or ``{"module": ("name", …)}`` with absolute or relative module names."""
+        keys = [n.value for n in ast.walk(key) if isinstance(n, ast.Constant)] if key else []
+        values = [n.value for n in ast.walk(value) if isinstance(n, ast.Constant)]
+        for names, modules in ((keys, values), (values, keys)):
+            if name in names:
+                for text in (m for m in modules if isinstance(m, str)):
+                    stem = text.partition(":")[0]
+                    for candidate in (stem, f"{package.name}.{stem.lstrip('.')}"):
+                        if stem and self.module(candidate):
+                            return candidate
+        return None
+
+    def _reach(self, module: Module, function: str) -> tuple[str, set[str]]:
+        """Source of the definitions that a function of the module reaches by name, and the modules they import.
+
+        Statements that bind no name (calls, conditions) run on import whatever is used, so they always count.
+        """
+        if function not in module.definitions:
+            raise CodeError(f"{module.file} has no {function}")
+        todo, seen, reached = [function, ""], set(), set()
+        while todo:
+            name = todo.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            for statement in module.definitions.get(name, []):
+                reached.add(statement)
+                todo.extend(n.id for n in ast.walk(statement) if isinstance(n, ast.Name))
+        ordered = [s for s in module.tree.body if s in reached]
+        code = [s for s in ordered if not isinstance(s, ast.Import | ast.ImportFrom)]
+        imports = [_trim(s, seen) for s in ordered if isinstance(s, ast.Import | ast.ImportFrom)]
+        used = [s for s in imports if s]
+        text = "\n".join([*map(ast.unparse, used), module.text(code)])
+        return text, self._imports(module, [*used, *code]) | set(self._parents(module.name))
