@@ -1,0 +1,181 @@
+r"""Any optimiser of torch, and a step along a running estimate of the most negative curvature (paper D, appendix C).
+
+With g and H the gradient and the Hessian of one minibatch's loss, and a unit vector :math:`\tilde v`,
+
+.. math::
+    \tilde\lambda = \tilde v^\top H \tilde v, \qquad
+    \tilde v \leftarrow \frac{\tilde v - \eta_v\, 2 H \tilde v}{|\tilde v - \eta_v\, 2 H \tilde v|}, \qquad
+    \theta \leftarrow \mathrm{base}(\theta, g) - \eta_-\,(g^\top \tilde v)\,\tilde v,
+
+since :math:`\nabla_v\, v^\top H v = 2Hv`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvspace.functional import Inputs, add_to_parameters, call, flatten, unflatten
+from curvspace.losses import Loss
+from curvspace.optim.base import require
+from curvspace.optim.first_order import FirstOrder
+
+# Without a given learning rate for v, the scale |Hv| that it is divided by is forgotten at this rate per product.
+_SCALE_DECAY = 0.99
+
+
+class NegativeCurvature(FirstOrder):
+    r"""``NegativeCurvature(model, base=torch.optim.RMSprop, lr=3.6e-4, lr_negative=0.1, every=1).step(x, y)``.
+
+    Paper D, appendix C: its authors proposed this and did not try it. They leave open what we had to choose:
+
+    - Both updates of a step use one minibatch and one gradient, taken before the base's update: the Hessian
+      product shares its forward pass, and the second update costs no pass of its own.
+    - The second update is made only while the running :math:`\tilde\lambda` is negative: before the estimate
+      has found negative curvature, :math:`\tilde v` is any direction.
+
+    Parameters
+    ----------
+    model
+        Its trainable parameters are optimised. In training mode, batch statistics and dropout are those of the
+        step's own forward pass, in the gradient and in the product alike.
+    base
+        The class of an optimiser of torch that steps without a closure; ``base_options`` (``lr``, ``momentum``,
+        ...) are passed on, and schedulers act on its ``lr``.
+    lr_v
+        :math:`\eta_v`. ``"auto"``: :math:`1/(4s)` with s the largest recent :math:`|H\tilde v|`, a lower bound of
+        the spectral radius that grows whenever the positive end of the spectrum takes over :math:`\tilde v`.
+    lr_negative
+        :math:`\eta_-`, per unit of gradient.
+    every
+        A product and a second update at each ``every``-th step only (the first among them).
+    average
+        :math:`\tilde\lambda` is the exponential mean of the minibatch values with this weight on the past.
+    seed
+        Of the first :math:`\tilde v`, uniform on the sphere.
+
+    Raises
+    ------
+    ValueError
+        For a hyper-parameter out of its range, or a base that is no optimiser class.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: type[torch.optim.Optimizer] = torch.optim.RMSprop,
+        *,
+        lr_v: float | str = "auto",
+        lr_negative: float = 0.1,
+        every: int = 1,
+        average: float = 0.9,
+        loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        seed: int = 0,
+        **base_options: Any,
+    ):
+        require(
+            isinstance(base, type) and issubclass(base, torch.optim.Optimizer), "base", base, "a torch optimiser class"
+        )
+        require(base is not torch.optim.LBFGS, "base", base, "an optimiser that steps without a closure")
+        positive = isinstance(lr_v, int | float) and math.isfinite(lr_v) and lr_v > 0
+        require(positive or lr_v == "auto", "lr_v", lr_v, '"auto" or a positive number')
+        require(math.isfinite(lr_negative) and lr_negative >= 0, "lr_negative", lr_negative, "finite and at least 0")
+        require(isinstance(every, int) and every >= 1, "every", every, "a positive integer")
+        require(0.0 <= average < 1.0, "average", average, "in [0, 1)")
+        super().__init__(model, base, loss, **base_options)
+        self.param_groups[0].update(lr_v=lr_v, lr_negative=lr_negative, every=every, average=average)
+        self._v = self._random_direction(seed)
+        self._value = self._v.new_tensor(math.nan)
+        self._scale = self._v.new_tensor(0.0)
+        self._steps = 0
+
+    @property
+    def direction(self) -> Tensor:
+        r""":math:`\tilde v`, the running estimate of the most negative eigenvector: a unit vector (P,)."""
+        return self._v
+
+    @property
+    def curvature(self) -> float:
+        r""":math:`\tilde\lambda`, the running mean of :math:`\tilde v^\top H \tilde v`; NaN before a product."""
+        return float(self._value)
+
+    def _random_direction(self, seed: int) -> Tensor:
+        like = self.param_groups[0]["params"]
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same vector
+        v = torch.randn(sum(p.numel() for p in like), generator=generator).to(like[0])
+        return v / v.norm()
+
+    def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
+        group = self.param_groups[0]
+        due = self._steps % group["every"] == 0
+        self._steps += 1
+        if not due:
+            return super()._step(inputs, targets)
+        loss, gradients, product = self._gradient_and_product(inputs, targets)
+        for p, g in zip(group["params"], gradients, strict=True):
+            p.grad = g
+        gradient = flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"])
+        self.grad_norm = gradient.norm()
+        slope = gradient @ self._v
+        self._measure(product)
+        self.inner.step()
+        if group["lr_negative"] > 0:
+            taken = (self._value < 0) & torch.isfinite(slope)
+            add_to_parameters(self.model, torch.where(taken, -group["lr_negative"] * slope, 0.0) * self._v)
+        self._improve(product)
+        return loss
+
+    def _gradient_and_product(self, inputs: Inputs, targets: Tensor) -> tuple[Tensor, list[Tensor | None], Tensor]:
+        """Loss, gradient by parameter (None where the loss does not depend on it), Hv (P,): one forward pass."""
+        parameters = self.param_groups[0]["params"]
+        # Fused attention kernels have no second derivative; the plain one has.
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = self.loss(call(self.model, inputs), targets)
+            gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            curved = [
+                (g, t)
+                for g, t in zip(gradients, unflatten(self._v, parameters), strict=True)
+                if g is not None and g.requires_grad  # a gradient that is constant in theta adds nothing to Hv
+            ]
+            if curved:
+                g, t = zip(*curved, strict=True)
+                product = torch.autograd.grad(g, parameters, t, allow_unused=True, materialize_grads=True)
+            else:
+                product = tuple(torch.zeros_like(p) for p in parameters)
+        self.costs.forward += 1
+        # The product differentiates the forward and the backward pass once more: about two backward passes.
+        self.costs.backward += 3
+        self.costs.products += 1
+        return loss.detach(), [None if g is None else g.detach() for g in gradients], flatten(product)
+
+    # What follows stays on the device: a step must not wait for a number to reach the host.
+
+    def _measure(self, product: Tensor) -> None:
+        """Average the minibatch's vᵀHv into the running value; an overflowing minibatch is left out."""
+        value, average = self._v @ product, self.param_groups[0]["average"]
+        mean = torch.where(torch.isnan(self._value), value, average * self._value + (1 - average) * value)
+        self._value = torch.where(torch.isfinite(value), mean, self._value)
+
+    def _improve(self, product: Tensor) -> None:
+        """One gradient step of v on vᵀHv, renormalised; a zero or overflowing product says nothing."""
+        norm = product.norm()
+        useful = torch.isfinite(norm) & (norm > 0)
+        self._scale = torch.where(useful, torch.maximum(_SCALE_DECAY * self._scale, norm), self._scale)
+        rate = self.param_groups[0]["lr_v"]
+        v = self._v - 2 * (1 / (4 * self._scale) if rate == "auto" else rate) * product
+        self._v = torch.where(useful, v / v.norm(), self._v)
+
+    def log(self) -> dict[str, Any]:
+        return {"curvature_estimate": self._value}
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {"v": self._v, "value": self._value, "scale": self._scale, "steps": self._steps}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        self._v, self._value, self._scale = (state[key].to(self._v) for key in ("v", "value", "scale"))
+        self._steps = state["steps"]
