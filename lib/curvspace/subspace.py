@@ -7,6 +7,7 @@ is a property of the span.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -67,13 +68,11 @@ def principal_angles(Q1: Tensor, Q2: Tensor) -> Tensor:
     return torch.where(cosines**2 < 0.5, torch.arccos(cosines), torch.arcsin(sines))
 
 
-@dataclass(frozen=True)
-class UnionRank:
+class UnionRank(NamedTuple):
     """Numerical rank of [V, E] with the singular values (largest first) that it was read from."""
 
     rank: int
     singular_values: Tensor
-    tol: float
 
 
 def union_rank(V: Tensor, E: Tensor, tol: float = 1e-3) -> UnionRank:
@@ -84,7 +83,7 @@ def union_rank(V: Tensor, E: Tensor, tol: float = 1e-3) -> UnionRank:
     """
     columns = [M / M.norm(dim=0).clamp_min(torch.finfo(M.dtype).tiny) for M in (V, E)]
     s = torch.linalg.svdvals(torch.cat(columns, dim=1))
-    return UnionRank(int((s > tol * s[0]).sum()), s, tol)
+    return UnionRank(int((s > tol * s[0]).sum()), s)
 
 
 @dataclass(frozen=True)
