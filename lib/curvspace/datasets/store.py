@@ -1,0 +1,151 @@
+"""Prepared data sets on disk: a folder with ``arrays.npz`` and a small ``card.json``.
+
+Nothing here knows where data comes from, so that a change to the sources leaves trained runs valid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ARRAYS, CARD = "arrays.npz", "card.json"
+FIELDS = ("train_inputs", "train_targets", "test_inputs", "test_targets")
+
+
+class WrongData(ValueError):
+    """Arrays that are not the data set that they should be: truncated, altered or mixed up."""
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A decoded data set.
+
+    train_inputs, test_inputs: uint8 images (N, C, H, W), or floats (N, ...) that are used as they are.
+    train_targets, test_targets: int64 classes (N,), or floats (N, 1) of a regression.
+    num_classes: number of classes; number of outputs for a regression.
+    """
+
+    train_inputs: NDArray[Any]
+    train_targets: NDArray[Any]
+    test_inputs: NDArray[Any]
+    test_targets: NDArray[Any]
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        for split in ("train", "test"):
+            inputs, targets = getattr(self, f"{split}_inputs"), getattr(self, f"{split}_targets")
+            if len(inputs) != len(targets):
+                raise WrongData(f"{split}: {len(inputs)} examples but {len(targets)} targets")
+            if (
+                targets.dtype.kind == "i"
+                and len(targets)
+                and not 0 <= targets.min() <= targets.max() < self.num_classes
+            ):
+                raise WrongData(
+                    f"{split}: classes from {targets.min()} to {targets.max()}, expected {self.num_classes}"
+                )
+        if self.train_inputs.shape[1:] != self.test_inputs.shape[1:]:
+            raise WrongData(f"shapes differ: {self.train_inputs.shape[1:]} and {self.test_inputs.shape[1:]}")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.train_inputs.shape[1:])
+
+    def digest(self) -> str:
+        """SHA-256 over name, type, shape and little-endian values of the four arrays: the same from any source."""
+        sha = hashlib.sha256()
+        for name in FIELDS:
+            array = getattr(self, name)
+            array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+            sha.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+            sha.update(array.data)
+        return sha.hexdigest()
+
+
+def channel_statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of uint8 images (N, C, H, W), on the scale 0 to 1.
+
+    Exact up to the last rounding, as they follow from counts of the 256 values.
+    """
+    levels = np.arange(256) / 255
+    means, deviations = [], []
+    for channel in range(images.shape[1]):
+        counts = np.zeros(256, dtype=np.int64)
+        for start in range(0, len(images), 4096):  # a strided channel is copied: bound the copy
+            counts += np.bincount(images[start : start + 4096, channel].reshape(-1), minlength=256)
+        weights = counts / counts.sum()
+        mean = float(weights @ levels)
+        means.append(mean)
+        deviations.append(float(np.sqrt(weights @ (levels - mean) ** 2)))
+    return means, deviations
+
+
+def make_card(name: str, arrays: Arrays, source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``card.json`` says: which data, from where, how many, and the statistics of uint8 images."""
+    images = arrays.train_inputs.dtype == np.uint8
+    mean, std = channel_statistics(arrays.train_inputs) if images else (None, None)
+    return {
+        "name": name,
+        "source": source,
+        "options": dict(options),
+        "train": len(arrays.train_targets),
+        "test": len(arrays.test_targets),
+        "input_shape": list(arrays.input_shape),
+        "num_classes": arrays.num_classes,
+        "mean": mean,
+        "std": std,
+        "sha256": arrays.digest(),
+    }
+
+
+def save(folder: str | Path, arrays: Arrays, card: Mapping[str, Any]) -> None:
+    """Write both files, each under a temporary name first: a reader sees a whole file or none.
+
+    The bytes depend on the contents alone (no time stamps).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+        staged = Path(scratch)
+        np.savez(staged / ARRAYS, **{name: getattr(arrays, name) for name in FIELDS})
+        (staged / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
+        os.replace(staged / ARRAYS, folder / ARRAYS)
+        os.replace(staged / CARD, folder / CARD)
+
+
+def load_raw(folder: str | Path) -> tuple[Arrays, dict[str, Any]]:
+    """The arrays and the card of a prepared data set.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no prepared data set; says how to make it.
+    WrongData
+        If a file is truncated or altered (each array is stored with a checksum), or the two do not belong together.
+    """
+    folder = Path(folder)
+    if not ((folder / ARRAYS).is_file() and (folder / CARD).is_file()):
+        raise FileNotFoundError(
+            f"{folder} holds no prepared data set ({ARRAYS} and {CARD}); make it with: "
+            f"python -m curvspace.cli.data {folder.name} --out {folder}"
+        )
+    try:
+        card = json.loads((folder / CARD).read_text())
+        with np.load(folder / ARRAYS, allow_pickle=False) as file:
+            arrays = Arrays(**{name: file[name] for name in FIELDS}, num_classes=card["num_classes"])
+        counts = (card["train"], card["test"], tuple(card["input_shape"]))
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
+        raise WrongData(f"{folder} is damaged ({error}); remove it and prepare the data set again") from error
+    if counts != (len(arrays.train_targets), len(arrays.test_targets), arrays.input_shape):
+        raise WrongData(f"{folder}: {CARD} and {ARRAYS} do not belong together; prepare the data set again")
+    return arrays, card
