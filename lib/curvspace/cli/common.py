@@ -1,0 +1,139 @@
+"""What the commands of all stages share: their options, one-line errors, and the record beside their outputs.
+
+Nothing here imports torch: figures and tables are made without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("torch", "numpy", "scipy", "pandas", "matplotlib", "seaborn")
+
+
+class UserError(Exception):
+    """Something that the user can put right; shown as one line, without a traceback."""
+
+
+def parser(stage: str, description: str) -> argparse.ArgumentParser:
+    """The command's options that all stages have: ``--spec``, ``--code`` and ``--threads``."""
+    result = argparse.ArgumentParser(f"python -m curvspace.cli.{stage}", description=description)
+    result.add_argument("--spec", required=True, type=json_object, help="what to do, as JSON, or @FILE with JSON in it")
+    result.add_argument("--code", default="", help="hash of the code that runs; kept in the record beside the outputs")
+    result.add_argument("--threads", type=int, help="CPU threads (default: the library's own choice)")
+    return result
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object from the command line or, after an ``@``, from a file."""
+    try:
+        value = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    except (OSError, json.JSONDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object is wanted, got {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def one_line_errors(stage: str) -> Iterator[None]:
+    """Errors that the user can mend, as ``curvspace <stage>: what is wrong`` and exit status 1."""
+    from curvspace.device import DeviceError
+
+    try:
+        yield
+    except (UserError, DeviceError, FileNotFoundError) as error:
+        print(f"curvspace {stage}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"curvspace {stage}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names."""
+    module_name, separator, function = name.partition(":")
+    if not (module_name and separator and function):
+        raise UserError(f"{name!r} does not name a function; write module:function")
+    try:
+        found = getattr(importlib.import_module(module_name), function, None)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module exists; something that it imports does not
+        raise UserError(f"there is no module {module_name} on Python's path (asked for as {name!r})") from None
+    if not callable(found):
+        raise UserError(f"module {module_name} has no function {function}")
+    return found
+
+
+def set_threads(count: int | None) -> None:
+    """Hold torch to so many CPU threads."""
+    if count:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def provenance(spec: Mapping[str, Any], code: str, device: object | None = None) -> dict[str, Any]:
+    """Where a result comes from: the job as asked for, its code, and what it ran on."""
+    return {
+        "job": spec,
+        "code": code,
+        "commit": _commit(),
+        "device": _device_name(device),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+    }
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Atomically: a reader finds the whole record or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    os.replace(partial, path)
+
+
+def beside(out: Path, suffix: str) -> Path:
+    """``results/measures/b/overlap`` and ``.csv``: the suffix is put behind the whole name, dots in it or not."""
+    return out.with_name(out.name + suffix)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: object | None) -> str:
+    """The device with the model of the hardware behind it."""
+    if device is None or str(device) == "cpu":
+        return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(str(device))})"
+
+
+def _commit() -> str | None:
+    """The repository's commit, with a ``+`` when tracked files were changed since; None outside of git."""
+    folder = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "-C", folder, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,56 @@
+"""What a measure is given: finished runs, prepared data sets, a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from curvspace import datasets
+from curvspace.datasets import DataSet
+from curvspace.training.record import RunRecord
+
+T = TypeVar("T")
+
+
+@dataclass
+class Context:
+    """The first argument of every measure ``f(context, **spec) -> DataFrame``.
+
+    runs: the runs that the measure declared, in that order. ``settings`` are the config blocks of its data sets by
+    name; ``data_dir`` is where the prepared arrays lie, one folder a source.
+    """
+
+    runs: list[RunRecord] = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    data_dir: Path = Path("data")
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    show_progress: bool = True
+    _loaded: dict[str, DataSet] = field(default_factory=dict, repr=False)
+
+    def dataset(self, name: str | RunRecord) -> DataSet:
+        """A data set by its name in the config, or that of a run; on the device, and read once.
+
+        Raises ``KeyError`` for a name which is neither declared by the measure nor used by one of its runs.
+        """
+        key = name if isinstance(name, str) else name.spec["dataset"]["name"]
+        if key not in self._loaded:
+            known = {run.spec["dataset"]["name"]: run.spec["dataset"] for run in self.runs} | dict(self.settings)
+            if key not in known:
+                raise KeyError(f"the measure declares no data set {key!r}; it has {', '.join(sorted(known)) or 'none'}")
+            options = {k: v for k, v in known[key].items() if k != "name"}
+            self._loaded[key] = datasets.load(self.data_dir / options["source"], options).to(self.device)
+        return self._loaded[key]
+
+    def model(self, run: RunRecord, step: int) -> nn.Module:
+        """The network of a run after ``step`` steps: on the device, in eval mode."""
+        return run.model(step, self.dataset(run), self.device)
+
+    def progress(self, items: Iterable[T], description: str = "", total: int | None = None) -> Iterable[T]:
+        """The items, with a progress bar where a person watches."""
+        return tqdm(items, desc=description, total=total, disable=None if self.show_progress else True)
