@@ -1,4 +1,4 @@
-r"""Mean gradients of the logits, class by class (paper A, eq. 15).
+r"""Mean gradients of the logits, class by class (paper A, eq. 8).
 
 .. math:: c_k = \frac{1}{|B_k|}\sum_{\mu\in B_k} \nabla_\theta z_k^\mu, \qquad B_k = \{\mu : y^\mu = k\}.
 

@@ -54,11 +54,13 @@ def train(
     device = torch.device(spec.device)
     options = {k: v for k, v in spec.dataset.items() if k != "name"}
     data = datasets.load(data_dir, options).to(device)
+    key = json.dumps([spec.to_dict(), fingerprint], sort_keys=True, default=list)
+    spec = spec.resolved(len(data.train))
+    batch_size = int(spec.batch_size)
     model = initial_model(dict(spec.model), data, spec.seed).to(device)
     optimizer = build_optimizer(spec, model, data.num_classes)
-    key = json.dumps([spec.to_dict(), fingerprint], sort_keys=True, default=list)
     state = _restore(state_path, key, model, optimizer)
-    total = spec.task.steps(len(data.train), spec.batch_size)
+    total = spec.task.steps(len(data.train), batch_size)
     last_save = time.monotonic()
 
     with _stop_signals() as stop:
@@ -79,7 +81,7 @@ def train(
             optimizer,
             data,
             spec.task,
-            spec.batch_size,
+            batch_size,
             spec.seed,
             state=state,
             after_step=after_step,

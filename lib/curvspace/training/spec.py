@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 IDENTITY = ("dataset", "model", "optimizer", "batch_size", "lr", "seed")
@@ -15,7 +15,7 @@ IDENTITY = ("dataset", "model", "optimizer", "batch_size", "lr", "seed")
 class Task:
     """How long a (data set, model) pair is trained, and what is recorded on the way.
 
-    epochs: passes over the training set; max_steps cuts a run shorter (None: no cut).
+    epochs: passes over the training set; min_steps lengthens a run (large batches), max_steps cuts it (None: no cut).
     augment: "none" or "crop-flip" (random crop after zero padding, horizontal flip).
     evaluate_every: steps between evaluations; 0 means at the end of each epoch.
     evaluate_train: training examples in the evaluation (the first n, without augmentation).
@@ -31,6 +31,7 @@ class Task:
     evaluate_train: int = 2000
     checkpoints: tuple[int, ...] = ()
     checkpoint_every: int = 0
+    min_steps: int = 1
     max_steps: int | None = None
     lr_decay_per_epoch: float = 1.0
     divergence: float = 100.0
@@ -39,6 +40,8 @@ class Task:
         object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
         if self.epochs <= 0:
             raise ValueError(f"task.epochs must be positive, got {self.epochs}")
+        if self.min_steps < 1:
+            raise ValueError(f"task.min_steps must be at least 1, got {self.min_steps}")
         if self.augment not in ("none", "crop-flip"):
             raise ValueError(f"task.augment must be 'none' or 'crop-flip', got {self.augment!r}")
         if not 0 < self.lr_decay_per_epoch <= 1:
@@ -47,7 +50,8 @@ class Task:
     def steps(self, examples: int, batch_size: int) -> int:
         """Total number of steps: the last, smaller minibatch of an epoch is a step too."""
         total = round(self.epochs * steps_per_epoch(examples, batch_size))
-        return max(1, total if self.max_steps is None else min(total, self.max_steps))
+        total = max(total, self.min_steps)
+        return total if self.max_steps is None else min(total, self.max_steps)
 
     def saves(self, step: int, total: int) -> bool:
         """Whether a checkpoint is due after this many steps."""
@@ -66,7 +70,7 @@ class RunSpec:
     dataset: Mapping[str, Any]
     model: Mapping[str, Any]
     optimizer: Mapping[str, Any]
-    batch_size: int
+    batch_size: int | str
     lr: float
     seed: int = 0
     device: str = "cpu"
@@ -86,6 +90,17 @@ class RunSpec:
             if "name" not in values.get(key, {}):
                 raise ValueError(f"a run's spec needs {key}.name, got {values.get(key)!r}")
         return cls(**{**values, "task": Task(**task)})
+
+    def __post_init__(self) -> None:
+        if self.batch_size != "full" and not (isinstance(self.batch_size, int) and self.batch_size > 0):
+            raise ValueError(f"batch_size must be a positive number of examples or 'full', got {self.batch_size!r}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr!r}")
+
+    def resolved(self, examples: int) -> RunSpec:
+        """The same run with the size of a full batch as a number, and none larger than the training set."""
+        size = examples if self.batch_size == "full" else min(int(self.batch_size), examples)
+        return replace(self, batch_size=size)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
