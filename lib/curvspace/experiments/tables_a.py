@@ -1,0 +1,85 @@
+"""Tables of paper A, from the metrics of its runs. No torch here: table jobs start fast."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+PAPER = {  # paper A, its two tables: (accuracy %, loss) by optimiser and learning rate
+    ("sgd", 0.1): (88.0, 0.3574),
+    ("sgd", 0.05): (87.0, 0.3985),
+    ("sgd", 0.01): (82.0, 0.5362),
+    ("class-gradient-newton", 0.1): (92.0, 0.3304),
+    ("class-gradient-newton", 0.05): (92.0, 0.3346),
+    ("class-gradient-newton", 0.01): (90.0, 0.3411),
+}
+RUN = ["dataset", "model", "optimizer", "batch_size", "lr", "seed"]
+
+
+def last_evaluation(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The last evaluated row of each run, with ``diverged``: the last minibatch loss was not finite, or the final
+    validation loss is above the untrained network's."""
+    evaluated = metrics[metrics["val_accuracy"].notna() | metrics["val_loss"].notna() | (metrics["step"] == 0)]
+    first = evaluated.sort_values("step").groupby(RUN, sort=False).first()["val_loss"]
+    last = metrics.sort_values("step").groupby(RUN, sort=False).tail(1).set_index(RUN)
+    worse = ~(last["val_loss"] < 2 * first.reindex(last.index))
+    return last.assign(diverged=worse).reset_index()
+
+
+def accuracy_by_lr(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """A-T1: final validation accuracy in %, mean and s.d. over seeds, by learning rate, beside the paper's."""
+    return _by_lr(tables["runs"], "val_accuracy", 100.0, "accuracy_percent", 0)
+
+
+def loss_by_lr(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """A-T2: final validation loss, mean and s.d. over seeds, by learning rate, beside the paper's."""
+    return _by_lr(tables["runs"], "val_loss", 1.0, "loss", 1)
+
+
+def _by_lr(metrics: pd.DataFrame, column: str, scale: float, name: str, place: int) -> pd.DataFrame:
+    last = last_evaluation(metrics)
+    last[name] = scale * last[column]
+    grouped = last.groupby(["dataset", "model", "optimizer", "lr"])
+    table = grouped.agg(
+        seeds=("seed", "nunique"),
+        diverged=("diverged", "sum"),
+        epochs=("epoch", "max"),
+        mean=(name, "mean"),
+        sd=(name, "std"),
+    ).reset_index()
+    table["paper"] = [PAPER.get((o, lr), (None, None))[place] for o, lr in zip(table.optimizer, table.lr, strict=True)]
+    table = table.rename(columns={"mean": f"{name}_mean", "sd": f"{name}_sd", "paper": f"paper_{name}"})
+    return table.sort_values(["dataset", "model", "lr", "optimizer"], ascending=[True, True, False, True])
+
+
+def divergence(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """A-D: which runs above η = 0.1 diverged, at which step they ended, and how far they came."""
+    last = last_evaluation(tables["runs"])
+    best = tables["runs"].groupby(RUN, sort=False)["val_loss"].min()
+    last = last.assign(best_val_loss=best.reindex(pd.MultiIndex.from_frame(last[RUN])).to_numpy())
+    columns = [*RUN, "diverged", "step", "epoch", "val_loss", "val_accuracy", "best_val_loss"]
+    return last[columns].sort_values(["lr", "optimizer", "seed"]).rename(columns={"step": "last_step"})
+
+
+def crossovers(metrics: pd.DataFrame, slow: str = "sgd", fast: str = "class-gradient-newton") -> pd.DataFrame:
+    """Where the method that starts faster is overtaken (A-F2): by batch size, mean loss over seeds.
+
+    ``crossover_step`` is the first evaluated step from which on ``slow`` stays below ``fast`` to the end, given that
+    ``fast`` was lower at some earlier step; empty where there is no such step.
+    """
+    evaluated = metrics[metrics["eval_train_loss"].notna()]
+    rows = []
+    for batch_size, part in evaluated.groupby("batch_size"):
+        curves = part.pivot_table(index="step", columns="optimizer", values="eval_train_loss", aggfunc="mean")
+        per_epoch = part.loc[part.step > 0, "step"].iloc[0] / part.loc[part.step > 0, "epoch"].iloc[0]
+        row = {"batch_size": batch_size, "steps_per_epoch": per_epoch, "starts_faster": False}
+        if {slow, fast} <= set(curves):
+            both = curves.dropna(subset=[slow]).copy()
+            both[fast] = both[fast].fillna(float("inf"))  # a diverged run has no later rows
+            lead = (both[fast] < both[slow]).iloc[1:]
+            row["starts_faster"] = bool(len(lead) and lead.iloc[: max(1, len(lead) // 10)].any())
+            if lead.any() and not lead.iloc[-1]:
+                last_lead = lead[lead].index[-1]
+                row["crossover_step"] = lead.index[lead.index > last_lead][0]
+                row["crossover_epoch"] = row["crossover_step"] / per_epoch
+        rows.append(row)
+    return pd.DataFrame(rows)
