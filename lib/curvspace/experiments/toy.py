@@ -79,20 +79,6 @@ def closed_form(time: Array, classes: int, margin: float = 0.0) -> ClosedForm:
     )
 
 
-def random_means(classes: int, dimension: int, generator: np.random.Generator, orthonormal: bool = False) -> Array:
-    """Unit vectors (k, d) in random directions; orthonormal ones on request."""
-    directions = generator.standard_normal((classes, dimension))
-    if orthonormal:
-        return np.linalg.qr(directions.T)[0].T
-    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
-
-
-def mixture(means: Array, sigma: float, per_class: int, generator: np.random.Generator) -> tuple[Array, NDArray]:
-    """``per_class`` draws from N(mean, sigma^2 I) of each class: inputs (n, d) and labels (n,)."""
-    labels = np.repeat(np.arange(len(means)), per_class)
-    return means[labels] + sigma * generator.standard_normal((len(labels), means.shape[1])), labels
-
-
 def with_bias(inputs: Array) -> Array:
     """The inputs with one more column of ones (n, d + 1): its weights are the biases."""
     return np.hstack([inputs, np.ones((len(inputs), 1))])
