@@ -19,12 +19,10 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from curvspace.errors import UserError
+
 if TYPE_CHECKING:
     import torch
-
-
-class DeviceError(ValueError):
-    """The device asked for does not exist; one line for the user."""
 
 
 def visible(count: int, environment: Mapping[str, str]) -> list[str]:
@@ -62,20 +60,20 @@ def use(request: str) -> Iterator[torch.device]:
 
     Raises
     ------
-    DeviceError
+    UserError
         If the request is none of these, or asks for a GPU that this machine does not have.
     """
     import torch
 
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", request):
-        raise DeviceError(f"device = {request!r} is not allowed; allowed: auto, cpu, cuda, cuda:0, cuda:1, …")
+        raise UserError(f"device = {request!r} is not allowed; allowed: auto, cpu, cuda, cuda:0, cuda:1, …")
     count = torch.cuda.device_count()
     if request == "cpu" or (request == "auto" and not count):
         yield torch.device("cpu")
         return
-    kind, _, index = request.partition(":")
+    index = request.partition(":")[2]
     if int(index or 0) >= count:
-        raise DeviceError(f"device = {request!r}, but this machine has {count} GPUs that torch can use")
+        raise UserError(f"device = {request!r}, but this machine has {count} GPUs that torch can use")
     if index or count == 1 or "SLURM_JOB_ID" in os.environ:
         yield torch.device("cuda", int(index or 0))
         return

@@ -18,11 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from curvspace.errors import UserError
+
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "matplotlib", "seaborn")
-
-
-class UserError(Exception):
-    """Something that the user can put right; shown as one line, without a traceback."""
 
 
 def parser(stage: str, description: str) -> argparse.ArgumentParser:
@@ -48,11 +46,9 @@ def json_object(text: str) -> dict[str, Any]:
 @contextmanager
 def one_line_errors(stage: str) -> Iterator[None]:
     """Errors that the user can mend, as ``curvspace <stage>: what is wrong`` and exit status 1."""
-    from curvspace.device import DeviceError
-
     try:
         yield
-    except (UserError, DeviceError, FileNotFoundError) as error:
+    except (UserError, FileNotFoundError) as error:
         print(f"curvspace {stage}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ import pandas as pd
 
 from curvspace.cli import common
 from curvspace.device import use
+from curvspace.errors import UserError
 from curvspace.experiments.context import Context
 from curvspace.training.record import RunRecord
 
@@ -55,10 +56,10 @@ def _split(result: Any, spec: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, n
     """(table, arrays) of what a measure returned; arrays is None unless the measure declares them."""
     table, arrays = result if isinstance(result, tuple) else (result, None)
     if not isinstance(table, pd.DataFrame):
-        raise common.UserError(f"{spec['function']} returned {type(table).__name__}; a DataFrame is wanted")
+        raise UserError(f"{spec['function']} returned {type(table).__name__}; a DataFrame is wanted")
     if (arrays is not None) != bool(spec.get("arrays")):
         wanted = "(DataFrame, arrays)" if spec.get("arrays") else "a DataFrame alone"
-        raise common.UserError(f"{spec['function']} is declared to return {wanted}, and did not")
+        raise UserError(f"{spec['function']} is declared to return {wanted}, and did not")
     return table, arrays
 
 
