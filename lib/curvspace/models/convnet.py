@@ -14,6 +14,7 @@ def convnet(
     batch_norm: bool = False,
     extra_dense: int = 0,
     dense: int = 512,
+    width: int = 32,
 ) -> nn.Module:
     """Two 3×3 conv 32, pool, two 3×3 conv 64, pool, dense 512, linear: 1,250,858 parameters on CIFAR-10. H ≥ 16.
 
@@ -31,10 +32,12 @@ def convnet(
         Width of one more hidden layer after the first dense one; 0 for none.
     dense
         Width of the dense layer: 512 in the example.
+    width
+        Channels of the first two convolutions, half those of the other two: 32 in the example.
     """
     channels, _, _ = check_image("convnet", input_shape, smallest=16)
     features: list[nn.Module] = []
-    for inputs, outputs in ((channels, 32), (32, 64)):
+    for inputs, outputs in ((channels, width), (width, 2 * width)):
         features += _conv(inputs, outputs, 1, batch_norm) + _conv(outputs, outputs, 0, batch_norm)
         features.append(nn.MaxPool2d(2))
         if dropout:
