@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from curvspace import Objective, class_gradients, eigsh
-from curvspace.curvature import EigenPairs, SubspaceTracker, hutchpp
+from curvspace.curvature import EigenPairs, SubspaceTracker
 from curvspace.datasets import DataSet
 from curvspace.functional import call
 from curvspace.subspace import cosine_assignment, gradient_fraction, orthonormal_basis, principal_angles, union_rank
 
 if TYPE_CHECKING:
-    from curvspace.cli.measure import Context
+    from curvspace.experiments.context import Context
     from curvspace.training.record import RunRecord
 
 Row = dict[str, Any]
@@ -53,11 +53,11 @@ def spectrum(context: Context, k: int, examples: int, tol: float = 1e-3) -> pd.D
     Columns: identity, step, examples, state, index (1 is the largest), eigenvalue, residual, converged.
     """
     (run,) = context.runs
-    data = context.dataset(run.spec["dataset"]["name"])
-    model = run.model(run.steps[-1], data, context.device)
+    data = context.dataset(run)
+    model = context.model(run, run.steps[-1])
     pairs = top_pairs(model, training_batch(data, examples), k, tol)
     rows = [
-        {"step": run.steps[-1], "examples": examples, "state": "running", "index": i + 1}
+        {"step": run.steps[-1], "examples": examples, "state": "running", "classes": data.num_classes, "index": i + 1}
         | {"eigenvalue": float(value), "residual": float(residual), "converged": pairs.converged}
         for i, (value, residual) in enumerate(zip(pairs.values, pairs.residuals, strict=True))
     ]
@@ -82,14 +82,14 @@ def span_along_training(
     with ``quantity`` "singular value". ``null`` is the rank of the same e with C random unit vectors.
     """
     (run,) = context.runs
-    data = context.dataset(run.spec["dataset"]["name"])
-    final = run.model(run.steps[-1], data, context.device)
+    data = context.dataset(run)
+    final = context.model(run, run.steps[-1])
     eigenvectors = top_pairs(final, training_batch(data, examples), data.num_classes + 1, tol).vectors
     generator = torch.Generator().manual_seed(0)
     rows: list[Row] = []
     for step in context.progress(run.steps, "rank of the union"):
         batch = _minibatch(data, minibatch, step)
-        gradients, _ = class_gradients(run.model(step, data, context.device), *batch, num_classes=data.num_classes)
+        gradients, _ = class_gradients(context.model(run, step), *batch, num_classes=data.num_classes)
         v = unit_rows(gradients)
         random = torch.randn(v.shape, generator=generator).to(v)
         for tolerance in tolerances:
@@ -100,7 +100,9 @@ def span_along_training(
             {"step": step, "quantity": "singular value", "index": i + 1, "value": float(s)}
             for i, s in enumerate(profile)
         ]
-    return tidy(run, [row | {"minibatch": minibatch, "examples": examples, "classes": data.num_classes} for row in rows])
+    return tidy(
+        run, [row | {"minibatch": minibatch, "examples": examples, "classes": data.num_classes} for row in rows]
+    )
 
 
 def cosines(context: Context, examples: int, tol: float = 1e-3) -> pd.DataFrame:
@@ -110,9 +112,9 @@ def cosines(context: Context, examples: int, tol: float = 1e-3) -> pd.DataFrame:
     the sum; ``mean_cosine`` and ``null`` (random vectors of the same shape) are its means.
     """
     (run,) = context.runs
-    data = context.dataset(run.spec["dataset"]["name"])
+    data = context.dataset(run)
     batch = training_batch(data, examples)
-    model = run.model(run.steps[-1], data, context.device)
+    model = context.model(run, run.steps[-1])
     gradients, counts = class_gradients(model, *batch, num_classes=data.num_classes)
     present = [k for k in range(data.num_classes) if counts[k] > 0]
     v = unit_rows(gradients)
@@ -141,11 +143,11 @@ def diagnosis(
     - "angle to H", "angle to G": principal angles in degrees between the span and the top-C eigenspace.
     """
     (run,) = context.runs
-    data = context.dataset(run.spec["dataset"]["name"])
+    data = context.dataset(run)
     trackers = {name: SubspaceTracker(data.num_classes, which="LA", tol=tol) for name in ("H", "G")}
     rows: list[Row] = []
     for step in context.progress(run.steps, "diagnosis"):
-        model = run.model(step, data, context.device)
+        model = context.model(run, step)
         if state == "batch":
             model.train()
         batch = training_batch(data, examples)

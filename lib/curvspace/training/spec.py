@@ -102,6 +102,10 @@ class RunSpec:
         size = examples if self.batch_size == "full" else min(int(self.batch_size), examples)
         return replace(self, batch_size=size)
 
+    def on(self, device: str) -> RunSpec:
+        """The same run on a device by its own name ("auto" decided)."""
+        return replace(self, device=device)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -1,0 +1,187 @@
+"""The training loop: resumption bit for bit, divergence as a result, what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from curvspace import datasets
+from curvspace.losses import get_loss
+from curvspace.training import loop
+from curvspace.training.loop import evaluate, minibatches
+from curvspace.training.record import RunRecord, initial_model
+from curvspace.training.run import Interrupted, train
+from curvspace.training.spec import RunSpec, Task, derived_seed
+
+OPTIMIZERS = [
+    {"name": "sgd", "kind": "sgd", "momentum": 0.9},
+    {"name": "adam", "kind": "adam"},
+    {"name": "paper", "kind": "class_gradient_newton", "momentum": 0.9, "damping": 1.0},
+    {"name": "curveball", "kind": "curveball"},
+]
+
+
+def spec(optimizer: dict, **changes) -> RunSpec:
+    values = {
+        "dataset": {"name": "digits-600", "source": "digits", "train": 600, "validation": 200},
+        "model": {"name": "fc", "kind": "fc", "widths": [12]},
+        "optimizer": optimizer,
+        "task": {"epochs": 2, "checkpoints": [0, 3], "lr_decay_per_epoch": 0.5},
+        "batch_size": 128,
+        "lr": 0.05,
+        "seed": 3,
+        **changes,
+    }
+    return RunSpec.from_dict(values)
+
+
+def without_clock(metrics: pd.DataFrame) -> pd.DataFrame:
+    return metrics.drop(columns=["wall_s", "seconds"])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o["name"])
+def test_a_run_interrupted_and_resumed_ends_bit_for_bit_where_an_unbroken_one_does(
+    optimizer, digits_dir, tmp_path, monkeypatch
+):
+    whole = train(spec(optimizer), digits_dir, tmp_path / "whole", progress=False)
+
+    class Impatient:
+        requested = False
+
+    stop, seen = Impatient(), []
+    real = loop.fit
+
+    def fit_and_stop(*args, after_step, **kwargs):
+        def stopping(state):
+            seen.append(state.step)
+            stop.requested = state.step == 4 and seen.count(4) == 1
+            after_step(state)
+
+        return real(*args, after_step=stopping, **kwargs)
+
+    monkeypatch.setattr("curvspace.training.run.fit", fit_and_stop)
+    monkeypatch.setattr("curvspace.training.run._stop_signals", lambda: _Context(stop))
+    with pytest.raises(Interrupted, match="step 4 of 10"):
+        train(spec(optimizer), digits_dir, tmp_path / "broken", progress=False)
+    assert not (tmp_path / "broken" / "run.json").exists()
+    broken = train(spec(optimizer), digits_dir, tmp_path / "broken", progress=False)
+    assert seen.count(4) == 1
+    assert seen[-1] == 10
+    pd.testing.assert_frame_equal(without_clock(whole.metrics), without_clock(broken.metrics), check_exact=True)
+    for step in whole.steps:
+        for name, value in whole.checkpoint(step)["model"].items():
+            assert torch.equal(value, broken.checkpoint(step)["model"][name])
+    assert not (tmp_path / "broken.state").exists()
+
+
+class _Context:
+    def __init__(self, value):
+        self.value = value
+
+    def __enter__(self):
+        return self.value
+
+    def __exit__(self, *_):
+        return None
+
+
+def test_a_state_of_another_spec_or_code_is_not_resumed(digits_dir, tmp_path, monkeypatch):
+    state = tmp_path / "run.state"
+    state.mkdir()
+    torch.save({"key": "another", "progress": {}, "model": {}, "optimizer": {}}, state / "resume.pt")
+    record = train(spec(OPTIMIZERS[0]), digits_dir, tmp_path / "run", progress=False)
+    assert record.status == "finished"
+    assert record.metrics["step"].tolist() == list(range(11))
+
+
+def test_divergence_is_a_result(digits_dir, tmp_path):
+    record = train(spec(OPTIMIZERS[0], lr=1e4), digits_dir, tmp_path / "run", progress=False)
+    assert record.status == "diverged"
+    last = record.metrics.iloc[-1]
+    assert 1 <= last["step"] < 10
+    assert not last["train_loss"] < 100 * record.metrics["eval_train_loss"].iloc[0]
+    assert record.steps[-1] == last["step"]
+
+
+def test_a_finished_run_says_what_it_was(digits_dir, tmp_path):
+    record = train(spec(OPTIMIZERS[0]), digits_dir, tmp_path / "run", progress=False)
+    metrics = record.metrics
+    assert record.steps == [0, 3, 10]
+    assert metrics.loc[0, ["dataset", "optimizer", "seed"]].tolist() == ["digits-600", "sgd", 3]
+    assert metrics["train_loss"].isna().sum() == 1, "only the evaluation before training has no minibatch loss"
+    assert metrics["val_loss"].notna().sum() == 3, "before training and after each of two epochs"
+    assert metrics["gradient_evaluations"].iloc[-1] == 10
+    assert (np.diff(metrics["wall_s"]) >= 0).all()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    data = record.dataset(digits_dir)
+    final = record.model(10, data)
+    again = evaluate(final, data, data.validation, get_loss("cross_entropy"))
+    assert again == pytest.approx((metrics["val_loss"].iloc[-1], metrics["val_accuracy"].iloc[-1]), rel=1e-12)
+
+
+def test_checkpoint_zero_is_the_initial_model_of_the_seed(digits_dir, tmp_path):
+    record = train(spec(OPTIMIZERS[0]), digits_dir, tmp_path / "run", progress=False)
+    data = record.dataset(digits_dir)
+    fresh = initial_model(dict(record.spec["model"]), data, 3).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in record.checkpoint(0)["model"].items())
+    with pytest.raises(FileNotFoundError, match="no checkpoint at step 7"):
+        record.checkpoint(7)
+
+
+def test_an_epoch_visits_every_example_once_and_epochs_differ(digits_dir):
+    data = datasets.load(digits_dir, {"source": "digits", "train": 300, "validation": 100})
+    stream = minibatches(data, Task(), 128, seed=0, start=0)
+    epochs = [torch.cat([next(stream)[0] for _ in range(3)]) for _ in range(2)]
+    assert [len(e) for e in epochs] == [300, 300]
+    everything = data.normalise(data.train.inputs)
+
+    def in_some_order(images):
+        return torch.sort(images.flatten(1) @ torch.arange(1.0, 65.0)).values
+
+    for epoch in epochs:
+        torch.testing.assert_close(in_some_order(epoch), in_some_order(everything))
+    assert not torch.equal(epochs[0], epochs[1])
+    later = minibatches(data, Task(), 128, seed=0, start=4)
+    assert torch.equal(next(later)[0], epochs[1][128:256]), "a stream can be entered at any step"
+
+
+def test_full_batch_and_the_least_number_of_steps(digits_dir, tmp_path):
+    record = train(
+        spec(OPTIMIZERS[0], batch_size="full", task={"epochs": 2, "min_steps": 5}),
+        digits_dir,
+        tmp_path / "run",
+        progress=False,
+    )
+    assert record.metrics["step"].iloc[-1] == 5
+    assert record.identity["batch_size"] == 600
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": -1.0}, "lr must be positive"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"task": {"epochs": 0}}, "task.epochs"),
+        ({"task": {"epoch": 1}}, "'epoch' in task"),
+        ({"speed": 1}, "'speed'"),
+        ({"model": {"kind": "fc"}}, "model.name"),
+    ],
+)
+def test_a_wrong_spec_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        spec(OPTIMIZERS[0], **changes)
+
+
+def test_seeds_of_different_purposes_differ():
+    seeds = {derived_seed(s, p, n) for s in range(3) for p in ("order", "augment", "dropout") for n in range(3)}
+    assert len(seeds) == 27
+
+
+def test_a_folder_without_a_run_is_said_so(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="train it first"):
+        RunRecord(tmp_path)
