@@ -12,6 +12,8 @@ from curvspace.functional import Inputs, call
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer
 
+LossLike = str | Loss | Callable[[Tensor, Tensor], Tensor]
+
 
 class FirstOrder(ModelOptimizer):
     """``FirstOrder(model, torch.optim.SGD, lr=0.1, momentum=0.9).step(x, y)``.
@@ -23,7 +25,7 @@ class FirstOrder(ModelOptimizer):
         self,
         model: nn.Module,
         optimizer: type[torch.optim.Optimizer],
-        loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        loss: LossLike = "cross_entropy",
         **options: Any,
     ):
         inner = optimizer([p for p in model.parameters() if p.requires_grad], **options)
@@ -47,3 +49,18 @@ class FirstOrder(ModelOptimizer):
         super().load_state_dict(state_dict)
         self.inner.param_groups = self.param_groups
         self.inner.state = self.state
+
+
+def sgd(model: nn.Module, lr: float, loss: LossLike = "cross_entropy", momentum: float = 0.0, **options: Any) -> FirstOrder:
+    """Torch's SGD; ``options`` are its own."""
+    return FirstOrder(model, torch.optim.SGD, loss, lr=lr, momentum=momentum, **options)
+
+
+def adam(model: nn.Module, lr: float, loss: LossLike = "cross_entropy", **options: Any) -> FirstOrder:
+    """Torch's Adam; ``options`` are its own."""
+    return FirstOrder(model, torch.optim.Adam, loss, lr=lr, **options)
+
+
+def rmsprop(model: nn.Module, lr: float, loss: LossLike = "cross_entropy", **options: Any) -> FirstOrder:
+    """Torch's RMSprop; ``options`` are its own."""
+    return FirstOrder(model, torch.optim.RMSprop, loss, lr=lr, **options)

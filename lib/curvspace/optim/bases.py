@@ -1,0 +1,233 @@
+r"""Where the span comes from: class gradients, past updates, random directions, or several of them together.
+
+Eigenvectors are in :mod:`curvspace.optim.eigenbases`. A basis is asked once a step to ``observe`` the minibatch: it
+returns loss and gradient (which it may get in the same pass) and, when it is told to refresh, moves its span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvspace.curvature.class_gradients import ClassPass
+from curvspace.functional import call, preserved_buffers
+from curvspace.optim.base import require
+from curvspace.optim.minibatch import Minibatch
+from curvspace.optim.span import Span, identity_span, orthonormal_span, unit_span
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a basis saw of a minibatch.
+
+    loss, gradient (P,): of the minibatch. curvatures (k,): the basis's own estimate of the curvature along each of
+    its directions, from this minibatch; None unless it has one and was refreshed. seen (k,): which of these mean
+    anything (an absent class gives none).
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    curvatures: Tensor | None = None
+    seen: Tensor | None = None
+
+
+class Basis:
+    """Base of the bases. ``span`` is None until the first refresh; ``state`` holds all that a reload needs."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+        self.span: Span | None = None
+
+    def observe(self, batch: Minibatch, refresh: bool) -> Observation:
+        """Loss and gradient of the minibatch; with ``refresh`` the span moves too."""
+        loss, gradient = batch.gradient()
+        if refresh:
+            self._refresh(batch, gradient)
+        return Observation(loss, gradient)
+
+    def record(self, update: Tensor) -> None:
+        """Told of each step (P,) that was subtracted from the parameters."""
+
+    def restore(self) -> None:
+        """Form the span again from a loaded ``state``."""
+
+    def _refresh(self, batch: Minibatch, gradient: Tensor) -> None:
+        raise NotImplementedError
+
+
+class ClassGradients(Basis):
+    r"""The span of the class gradients' running averages (paper A, eq. 8 and 16).
+
+    .. math:: \hat c_k = \frac{1-\gamma}{1-\gamma^{t_k}} \sum_{i\le t_k} \gamma^{t_k-i} c_k^{(i)}, \qquad
+              v_k = \hat c_k/|\hat c_k|,
+
+    where :math:`t_k` counts the minibatches that held class k: a class that is absent moves neither its average nor
+    its counter. Along :math:`v_k` it estimates the curvature by eq. 12,
+    :math:`\lambda_k = \frac{1}{|B|}\sum_{\mu\in B_k} p_k^\mu(1-p_k^\mu)\,|c_k|^2`.
+
+    Parameters
+    ----------
+    gamma
+        Decay of the average, in [0, 1).
+    orthonormal
+        False: the unit vectors :math:`v_k` as they are (the paper). True: an orthonormal basis of their span.
+    num_classes
+        C; None: the number of the model's outputs.
+    method
+        How batch normalisation enters. ``"auto"``: exactly, through the batch statistics, by one backward pass per
+        class; networks without it take the cheap split by class. ``"frozen"``: class gradients with the stored
+        statistics, which allows the split. ``"vjp"``: one backward pass per class always.
+    """
+
+    def __init__(
+        self,
+        gamma: float = 0.9,
+        orthonormal: bool = False,
+        num_classes: int | None = None,
+        method: Literal["auto", "frozen", "vjp"] = "auto",
+    ):
+        super().__init__()
+        require(0 <= gamma < 1, "gamma", gamma, "in [0, 1)")
+        require(num_classes is None or num_classes >= 1, "num_classes", num_classes, "at least 1")
+        require(method in ("auto", "frozen", "vjp"), "method", method, '"auto", "frozen" or "vjp"')
+        self.gamma, self.orthonormal, self.num_classes, self.method = gamma, orthonormal, num_classes, method
+
+    def observe(self, batch: Minibatch, refresh: bool) -> Observation:
+        if not refresh:
+            return super().observe(batch, refresh=False)
+        if self.num_classes is None:
+            with torch.no_grad(), preserved_buffers(batch.model):
+                self.num_classes = call(batch.model, batch.inputs).shape[1]
+        found = batch.classes(self.num_classes, self.method)
+        self._average(found)
+        curvatures = class_curvatures(found, batch.targets)
+        # The basis's own estimates belong to its unit vectors; an orthonormal basis has other directions.
+        return Observation(found.loss, found.gradient, None if self.orthonormal else curvatures, found.counts > 0)
+
+    def _average(self, found: ClassPass) -> None:
+        """Eq. 16 without its factor :math:`1/(1-\\gamma^t)`, which the normalisation to unit length cancels."""
+        if not self.state:
+            self.state = {"average": torch.zeros_like(found.class_gradients), "times": torch.zeros_like(found.counts)}
+        present = found.counts > 0
+        weight = (1 - self.gamma) * present.to(found.class_gradients.dtype)
+        average = self.state["average"]
+        average.add_(weight[:, None] * (found.class_gradients - average))
+        self.state["times"] += present
+        self.restore()
+
+    def averages(self) -> Tensor:
+        r""":math:`\hat c_k` of eq. 16 with its bias correction, (C, P); zero for classes never seen."""
+        corrected = 1 - self.gamma ** self.state["times"].to(self.state["average"].dtype)
+        return self.state["average"] / corrected.clamp_min(torch.finfo(corrected.dtype).tiny)[:, None]
+
+    def restore(self) -> None:
+        if self.state:
+            rows = self.state["average"]
+            self.span = orthonormal_span([rows]) if self.orthonormal else unit_span(rows)
+
+
+def class_curvatures(found: ClassPass, targets: Tensor) -> Tensor:
+    r"""Paper A, eq. 12: :math:`\lambda_k = \frac{1}{|B|}\sum_{\mu\in B_k} p_k^\mu(1-p_k^\mu)\,|c_k|^2`, (C,)."""
+    p = found.probabilities
+    mean = torch.zeros_like(found.class_gradients[:, 0]).index_add_(0, targets, p * (1 - p)) / len(targets)
+    return mean * found.class_gradients.square().sum(1)
+
+
+class PastUpdates(Basis):
+    """The span of the last k steps (orthonormal): the directions in which momentum would go on."""
+
+    def __init__(self, k: int = 1):
+        super().__init__()
+        require(k >= 1, "k", k, "at least 1")
+        self.k = k
+
+    def record(self, update: Tensor) -> None:
+        if not self.state:
+            self.state = {"updates": update.new_zeros(self.k, len(update)), "recorded": 0}
+        self.state["updates"][self.state["recorded"] % self.k] = update
+        self.state["recorded"] += 1
+
+    def _refresh(self, batch: Minibatch, gradient: Tensor) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        if self.state:
+            # A copy: the ring is written again before the next refresh.
+            self.span = orthonormal_span([self.state["updates"].clone()])
+
+
+class RandomDirections(Basis):
+    """k random orthonormal directions: the null against which a basis must show its worth.
+
+    ``redraw``: new ones at every refresh, else the same throughout. The draws are a function of ``seed`` and the
+    number of the refresh.
+    """
+
+    def __init__(self, k: int, seed: int = 0, redraw: bool = False):
+        super().__init__()
+        require(k >= 1, "k", k, "at least 1")
+        self.k, self.seed, self.redraw = k, seed, redraw
+
+    def _refresh(self, batch: Minibatch, gradient: Tensor) -> None:
+        draws = self.state.get("draws", 0)
+        if draws and not self.redraw:
+            return
+        require(self.k <= len(gradient), "k", self.k, f"at most the number of parameters, {len(gradient)}")
+        generator = torch.Generator(device=gradient.device).manual_seed(self.seed + draws)
+        shape, kind = (len(gradient), self.k), {"dtype": gradient.dtype, "device": gradient.device}
+        rows = torch.linalg.qr(torch.randn(shape, generator=generator, **kind))[0].T
+        self.state = {"draws": draws + 1, "rows": rows.contiguous()}
+        self.restore()
+
+    def restore(self) -> None:
+        if self.state:
+            self.span = identity_span(self.state["rows"])
+
+
+class Joint(Basis):
+    """The orthonormal sum of several bases' spans: ``Joint([ClassGradients(), PastUpdates(1)])``.
+
+    The first basis gives loss and gradient; class gradients, whose pass yields them too, must therefore come first.
+    """
+
+    def __init__(self, bases: Sequence[Basis]):
+        super().__init__()
+        require(len(bases) >= 1, "bases", bases, "at least one basis")
+        late = [b for b in bases[1:] if isinstance(b, ClassGradients)]
+        require(not late, "bases", bases, "a sequence in which class gradients come first")
+        self.bases = list(bases)
+
+    @property  # type: ignore[override]
+    def state(self) -> dict[str, Any]:
+        return {str(i): basis.state for i, basis in enumerate(self.bases)}
+
+    @state.setter
+    def state(self, value: dict[str, Any]) -> None:
+        for i, basis in enumerate(getattr(self, "bases", [])):
+            basis.state = value[str(i)]
+
+    def observe(self, batch: Minibatch, refresh: bool) -> Observation:
+        first = self.bases[0].observe(batch, refresh)
+        if refresh:
+            for basis in self.bases[1:]:
+                basis._refresh(batch, first.gradient)
+            self._join()
+        return Observation(first.loss, first.gradient)
+
+    def record(self, update: Tensor) -> None:
+        for basis in self.bases:
+            basis.record(update)
+
+    def restore(self) -> None:
+        for basis in self.bases:
+            basis.restore()
+        self._join()
+
+    def _join(self) -> None:
+        spans = [basis.span for basis in self.bases if basis.span is not None]
+        if spans:
+            self.span = orthonormal_span([block for span in spans for block in span.blocks])

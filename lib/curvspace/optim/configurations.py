@@ -1,0 +1,173 @@
+"""Methods of the papers, and ours, as settings of :class:`~curvspace.optim.subspace_newton.SubspaceNewton`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from curvspace.losses import Loss
+from curvspace.optim.base import require
+from curvspace.optim.bases import Basis, ClassGradients, Joint, PastUpdates
+from curvspace.optim.damping import AdaptiveDamping
+from curvspace.optim.drop import Drop
+from curvspace.optim.eigenbases import TopEigenvectors
+from curvspace.optim.inside import DiagonalNewton, RayleighRitzNewton, Scale
+from curvspace.optim.outside import Adam, GradientDescent
+from curvspace.optim.subspace_newton import SubspaceNewton
+
+LossLike = str | Loss | Callable[[Tensor, Tensor], Tensor]
+MomentumOn = Literal["step", "cospace"]
+
+
+def class_gradient_newton(
+    model: nn.Module,
+    num_classes: int,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    gamma: float = 0.9,
+    *,
+    momentum_on: MomentumOn = "step",
+    initial: Literal["until seen", "weighted"] = "until seen",
+    batch_norm: Literal["auto", "frozen", "vjp"] = "auto",
+    orthonormal: bool = False,
+    estimate: Literal["basis", "gauss-newton", "hessian"] = "basis",
+    damping: float = 0.0,
+    floor: float = 0.0,
+    trust_radius: float | None = None,
+    refresh_every: int = 1,
+    fraction: float = 1.0,
+    loss: LossLike = "cross_entropy",
+) -> SubspaceNewton:
+    r"""Paper A: Newton's method in the class-gradient subspace, eq. 15 to 17 as printed by default.
+
+    .. math:: \theta \leftarrow \theta - \eta g - \sum_k (1/\hat\lambda_k - \eta)(v_k^\top g)\,v_k
+
+    What the paper leaves open is an option: see :class:`~curvspace.optim.inside.DiagonalNewton` (``initial``,
+    ``estimate``, ``damping``, ``floor``, ``trust_radius``), :class:`~curvspace.optim.bases.ClassGradients`
+    (``batch_norm`` is its ``method``, ``orthonormal``) and ``momentum_on``, ``refresh_every`` of ``SubspaceNewton``.
+    With ``orthonormal=True`` eq. 12 no longer estimates the curvature along the basis: give ``estimate`` too.
+    """
+    return SubspaceNewton(
+        model,
+        basis=ClassGradients(gamma, orthonormal, num_classes, batch_norm),
+        inside=DiagonalNewton(gamma, initial, estimate, damping, floor, trust_radius, fraction),
+        outside=GradientDescent(lr, momentum),
+        loss=loss,
+        momentum_on=momentum_on,
+        refresh_every=refresh_every,
+    )
+
+
+def rayleigh_ritz_newton(
+    model: nn.Module,
+    num_classes: int,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    damping: float | Literal["adaptive"] = 0.1,
+    *,
+    scale: float = 0.5,
+    gamma: float = 0.9,
+    curvature: Literal["gauss-newton", "hessian"] = "gauss-newton",
+    curvature_gamma: float = 0.0,
+    fraction: float = 0.25,
+    refresh_every: int = 1,
+    past_updates: int = 0,
+    cospace: Literal["sgd", "adam"] = "sgd",
+    momentum_on: MomentumOn = "cospace",
+    batch_norm: Literal["auto", "frozen", "vjp"] = "auto",
+    trust_radius: float | None = None,
+    loss: LossLike = "cross_entropy",
+) -> SubspaceNewton:
+    r"""Ours: the class-gradient span with the true curvature restricted to it.
+
+    .. math:: d = \alpha\,Q\,(Q^\top G Q + \delta I)^{-1} Q^\top g + \eta\,(\text{momentum of } (I - QQ^\top) g)
+
+    ``scale`` is :math:`\alpha`; ``fraction`` the share of the minibatch on which G is measured;
+    ``past_updates`` adds so many past steps to the span; ``cospace="adam"`` puts Adam in the co-space
+    (``momentum`` is then its :math:`\beta_1`); ``damping="adaptive"`` follows the Levenberg-Marquardt rule.
+    """
+    require(cospace in ("sgd", "adam"), "cospace", cospace, '"sgd" or "adam"')
+    require(past_updates >= 0, "past_updates", past_updates, "at least 0")
+    require(not isinstance(damping, str) or damping == "adaptive", "damping", damping, 'a number or "adaptive"')
+    basis: Basis = ClassGradients(gamma, True, num_classes, batch_norm)
+    if past_updates:
+        basis = Joint([basis, PastUpdates(past_updates)])
+    rule = AdaptiveDamping() if isinstance(damping, str) else damping
+    return SubspaceNewton(
+        model,
+        basis=basis,
+        inside=RayleighRitzNewton(rule, scale, curvature, fraction, curvature_gamma, trust_radius),
+        outside=Adam(lr, (momentum, 0.999)) if cospace == "adam" else GradientDescent(lr, momentum),
+        loss=loss,
+        momentum_on=momentum_on,
+        refresh_every=refresh_every,
+    )
+
+
+def low_rank_newton(
+    model: nn.Module,
+    k: int,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    refresh_every: int = 20,
+    *,
+    damping: float = 0.0,
+    scale: float = 1.0,
+    curvature: Literal["hessian", "gauss-newton", "ggn"] = "hessian",
+    cospace: bool = True,
+    tol: float = 0.05,
+    max_products: int | None = None,
+    fraction: float = 1.0,
+    trust_radius: float | None = None,
+    loss: LossLike = "cross_entropy",
+) -> SubspaceNewton:
+    r"""Paper B, eq. 11: :math:`\theta \leftarrow \theta - H_{top}^{-1} g_{top}` in the top-k eigenspace.
+
+    With ``cospace`` the rest of the gradient goes to gradient descent with momentum, else nowhere (eq. 11 alone).
+    Each eigenvalue enters by its magnitude. ``damping=0`` and ``scale=1`` are eq. 11.
+    """
+    return SubspaceNewton(
+        model,
+        basis=TopEigenvectors(k, curvature, refresh_every, tol, max_products, fraction),
+        inside=DiagonalNewton(0.0, damping=damping, trust_radius=trust_radius, scale=scale),
+        outside=GradientDescent(lr, momentum) if cospace else Drop(lr),
+        loss=loss,
+    )
+
+
+def dominant_sgd(
+    model: nn.Module,
+    k: int,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    refresh_every: int = 20,
+    *,
+    loss: LossLike = "cross_entropy",
+    **options: Any,
+) -> SubspaceNewton:
+    r"""Gradient descent in the top-k eigenspace alone: :math:`\theta \leftarrow \theta - \eta\,QQ^\top g`.
+
+    ``options`` go to :class:`~curvspace.optim.eigenbases.TopEigenvectors`.
+    """
+    basis = TopEigenvectors(k, refresh_every=refresh_every, **options)
+    return SubspaceNewton(model, basis, Scale(), Drop(lr, momentum), loss, momentum_on="step")
+
+
+def bulk_sgd(
+    model: nn.Module,
+    k: int,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    refresh_every: int = 20,
+    *,
+    loss: LossLike = "cross_entropy",
+    **options: Any,
+) -> SubspaceNewton:
+    r"""Gradient descent outside the top-k eigenspace: :math:`\theta \leftarrow \theta - \eta\,(I - QQ^\top)\,g`.
+
+    ``options`` go to :class:`~curvspace.optim.eigenbases.TopEigenvectors`.
+    """
+    basis = TopEigenvectors(k, refresh_every=refresh_every, **options)
+    return SubspaceNewton(model, basis, Drop(), GradientDescent(lr, momentum), loss)

@@ -1,0 +1,129 @@
+"""One minibatch as an optimiser sees it: the passes that it can ask for, each entered in the costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvspace.curvature.class_gradients import ClassPass, class_gradients, split_pass, vjp_pass
+from curvspace.curvature.frozen import FrozenModel
+from curvspace.curvature.operators import CurvatureOperator
+from curvspace.curvature.projected import projected_gauss_newton
+from curvspace.functional import (
+    Inputs,
+    batch_size,
+    call,
+    flatten,
+    preserved_buffers,
+    replayed_randomness,
+    select,
+    trainable_parameters,
+)
+from curvspace.losses import Loss
+from curvspace.objective import Objective
+from curvspace.optim.base import Costs
+
+Curvature = Literal["gauss-newton", "hessian"]
+CURVATURES = ("gauss-newton", "hessian")
+
+
+@dataclass
+class Minibatch:
+    """Model, loss and one batch of inputs and targets; ``weight`` is the share of the whole minibatch it is.
+
+    Only :meth:`gradient` and :meth:`classes` are training passes, which move running statistics; each step makes
+    exactly one of them.
+    """
+
+    model: nn.Module
+    loss: Loss
+    inputs: Inputs
+    targets: Tensor
+    costs: Costs
+    weight: float = 1.0
+
+    def part(self, fraction: float) -> Minibatch:
+        """The first examples of the batch (drawn at random by the data loader), at least one."""
+        n = batch_size(self.inputs)
+        m = max(1, round(fraction * n))
+        if m >= n:
+            return self
+        first = slice(0, m)
+        return Minibatch(
+            self.model, self.loss, select(self.inputs, first), self.targets[first], self.costs, self.weight * m / n
+        )
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Mean loss and its gradient (P,)."""
+        parameters = list(trainable_parameters(self.model).values())
+        with torch.enable_grad():
+            loss = self.loss(call(self.model, self.inputs), self.targets)
+            gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True))
+        self._count(forward=1, backward=1)
+        return loss.detach(), gradient
+
+    def classes(self, num_classes: int, method: str = "auto") -> ClassPass:
+        """Loss, gradient and class gradients; see :class:`~curvspace.optim.bases.ClassGradients` for the methods."""
+        interact = FrozenModel(self.model).uses_batch_statistics
+        if method == "frozen" and interact:
+            return self._classes_with_frozen_statistics(num_classes)
+        if method == "vjp" or interact:
+            found = vjp_pass(self.model, self.inputs, self.targets, num_classes, self.loss)
+            self._count(forward=1, backward=1 + len(self.targets.unique()))
+            return found
+        found = split_pass(self.model, self.inputs, self.targets, num_classes, self.loss)
+        self._count(forward=1, backward=2)
+        return found
+
+    def _classes_with_frozen_statistics(self, num_classes: int) -> ClassPass:
+        """The gradient through batch statistics, the class gradients through the stored ones."""
+        parameters = list(trainable_parameters(self.model).values())
+        c, counts = class_gradients(
+            self.model, self.inputs, self.targets, num_classes, method="split", state="running"
+        )
+        with torch.enable_grad():
+            z = call(self.model, self.inputs)
+            loss = self.loss(z, self.targets)
+            gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True))
+        own = z.detach().softmax(1).gather(1, self.targets[:, None])[:, 0]
+        self._count(forward=2, backward=2)
+        return ClassPass(loss.detach(), gradient, c, counts, own)
+
+    def operator(self, curvature: Curvature) -> CurvatureOperator:
+        """The Hessian or Gauss-Newton matrix of this batch; its products are counted by :meth:`count_products`."""
+        objective = Objective(self.model, [(self.inputs, self.targets)], self.loss)
+        self._count(forward=1, backward=1)
+        return objective.hessian() if curvature == "hessian" else objective.gauss_newton()
+
+    def count_products(self, products: int) -> None:
+        """A product with a kept linearisation is about one forward-mode and one reverse pass."""
+        self._count(jvp=products, backward=products, products=products)
+
+    def reduced_curvature(self, directions: Tensor, curvature: Curvature) -> Tensor:
+        """:math:`R A R^\\top` (m, m) in float64 for directions (P, m), by m forward-mode or Hessian products."""
+        m = directions.shape[1]
+        if curvature == "gauss-newton":
+            reduced = projected_gauss_newton(self.model, self.inputs, self.targets, self.loss, directions)
+            self._count(forward=1, backward=1, jvp=m, products=m)
+            return reduced
+        products = self.operator("hessian") @ directions
+        self.count_products(m)
+        reduced = (directions.T @ products).double()
+        return (reduced + reduced.T) / 2
+
+    @torch.no_grad()
+    def loss_now(self) -> Tensor:
+        """The mean loss at the present parameters in the model's mode, leaving statistics and generators alone."""
+        with preserved_buffers(self.model), replayed_randomness(self.targets.device):
+            loss = self.loss(call(self.model, self.inputs), self.targets)
+        self._count(forward=1)
+        return loss
+
+    def _count(self, forward: float = 0, backward: float = 0, jvp: float = 0, products: float = 0) -> None:
+        self.costs.forward += forward * self.weight
+        self.costs.backward += backward * self.weight
+        self.costs.jvp += jvp * self.weight
+        self.costs.products += products * self.weight

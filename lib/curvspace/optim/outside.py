@@ -1,0 +1,88 @@
+r"""Rules for the co-space: what is done with :math:`g - QQ^\top g`.
+
+A rule gives the step d (P,) that is *subtracted* from the parameters. Its learning rate (and momentum) stand in the
+optimiser's param group, where schedulers find them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvspace.optim.base import require
+from curvspace.optim.span import Span
+
+
+class Outside:
+    """Base of the co-space rules. ``defaults`` enter the param group; state is flat vectors in ``state``.
+
+    ``heavy_ball``: the rule reads the group's ``momentum``, which may therefore act on the whole step instead.
+    """
+
+    heavy_ball = False
+
+    def __init__(self, lr: float, momentum: float = 0.0):
+        require(lr >= 0, "lr", lr, "at least 0")
+        require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        self.defaults: dict[str, Any] = {"lr": lr, "momentum": momentum}
+        self.state: dict[str, Any] = {}
+
+    def step(self, gradient: Tensor, group: dict[str, Any], span: Span | None) -> Tensor:
+        """The step (P,) from the co-space gradient (P,); it has no part in an orthonormal span."""
+        raise NotImplementedError
+
+    def moved(self, span: Span) -> None:
+        """The basis has changed: what was gathered before may now lie in the span."""
+
+
+class GradientDescent(Outside):
+    r"""Gradient descent with heavy-ball momentum: :math:`b \leftarrow \mu b + g,\; d = \eta b`.
+
+    When an orthonormal basis moves, the part of b that lies in the new span is removed: momentum gathered in flat
+    directions is not spent on sharp ones.
+    """
+
+    heavy_ball = True
+
+    def step(self, gradient: Tensor, group: dict[str, Any], span: Span | None) -> Tensor:
+        if group["momentum"] == 0:
+            return group["lr"] * gradient
+        buffer = self.state.get("momentum_buffer")
+        if buffer is None:
+            buffer = self.state["momentum_buffer"] = gradient.clone()
+        else:
+            buffer.mul_(group["momentum"]).add_(gradient)
+        return group["lr"] * buffer
+
+    def moved(self, span: Span) -> None:
+        buffer = self.state.get("momentum_buffer")
+        if buffer is not None and span.orthonormal:
+            buffer.sub_(span.combine(span.coordinates(buffer)))
+
+
+class Adam(Outside):
+    r"""Adam on the co-space gradient; its step, which scales each coordinate, is projected back on the co-space.
+
+    :math:`m \leftarrow \beta_1 m + (1-\beta_1) g,\; v \leftarrow \beta_2 v + (1-\beta_2) g^2,\;
+    d = (I - QQ^\top)\, \eta \hat m/(\sqrt{\hat v} + \epsilon)`.
+    """
+
+    def __init__(self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        super().__init__(lr)
+        require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
+        require(eps > 0, "eps", eps, "positive")
+        self.betas, self.eps = tuple(betas), eps
+
+    def step(self, gradient: Tensor, group: dict[str, Any], span: Span | None) -> Tensor:
+        state, (beta1, beta2) = self.state, self.betas
+        if not state:
+            state.update(steps=0, mean=torch.zeros_like(gradient), square=torch.zeros_like(gradient))
+        state["steps"] += 1
+        state["mean"].lerp_(gradient, 1 - beta1)
+        state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (state["square"] / (1 - beta2 ** state["steps"])).sqrt_().add_(self.eps)
+        step = (group["lr"] / (1 - beta1 ** state["steps"])) * state["mean"] / denominator
+        return span.reject(step) if span is not None and span.orthonormal else step
+

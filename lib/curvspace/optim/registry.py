@@ -1,0 +1,90 @@
+"""Optimisers by the name that a config uses.
+
+Each kind is loaded from one module, so that a change to one optimiser concerns the runs of that optimiser alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from curvspace.losses import Loss
+    from curvspace.optim.base import ModelOptimizer
+
+_HERE = "curvspace.optim"
+KINDS: dict[str, tuple[str, str]] = {
+    "sgd": (f"{_HERE}.first_order", "sgd"),
+    "adam": (f"{_HERE}.first_order", "adam"),
+    "rmsprop": (f"{_HERE}.first_order", "rmsprop"),
+    **{
+        name: (f"{_HERE}.configurations", name)
+        for name in ("class_gradient_newton", "rayleigh_ritz_newton", "low_rank_newton", "bulk_sgd", "dominant_sgd")
+    },
+    "curveball": (f"{_HERE}.curveball", "CurveBall"),
+    "levenberg_marquardt": (f"{_HERE}.levenberg_marquardt", "LevenbergMarquardt"),
+    "negative_curvature": (f"{_HERE}.negative_curvature", "NegativeCurvature"),
+}
+"""kind -> (module, function or class)."""
+
+
+def module_of(kind: str) -> str:
+    """The module that a kind is loaded from: ``"curveball"`` -> ``"curvspace.optim.curveball"``.
+
+    Raises
+    ------
+    ValueError
+        If the kind is neither known nor of the form ``module:function``.
+    """
+    return _place(kind)[0]
+
+
+def build(
+    kind: str,
+    options: Mapping[str, Any],
+    model: nn.Module,
+    num_classes: int,
+    lr: float,
+    loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+) -> ModelOptimizer:
+    """The optimiser of a config entry: ``kind``, its other ``options``, and the run's learning rate and loss.
+
+    A function or class of the user's own (``module:function``) is called as ``f(model, lr=..., loss=..., **options)``.
+    ``num_classes`` is passed where the signature has it; where it has ``k``, that is C unless the options give it.
+
+    Raises
+    ------
+    ValueError
+        If the kind or an option is unknown, or a value out of range; the message names it.
+    """
+    module, name = _place(kind)
+    function = getattr(importlib.import_module(module), name, None)
+    if function is None:
+        raise ValueError(f"optimizer kind {kind!r}: module {module} has no {name!r}")
+    parameters = inspect.signature(function).parameters
+    values = dict(options)
+    if "num_classes" in parameters:
+        values.setdefault("num_classes", num_classes)
+    if "k" in parameters and parameters["k"].default is inspect.Parameter.empty:
+        values.setdefault("k", num_classes)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    unknown = [] if takes_any else [key for key in options if key not in parameters]
+    if unknown:
+        raise ValueError(f"optimizer kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(parameters)}")
+    try:
+        return function(model, lr=lr, loss=loss, **values)
+    except TypeError as error:  # an option that a wrapped optimiser does not know
+        raise ValueError(f"optimizer kind {kind!r}: {error}") from error
+
+
+def _place(kind: str) -> tuple[str, str]:
+    if kind in KINDS:
+        return KINDS[kind]
+    module, colon, name = kind.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"unknown optimizer kind {kind!r}; use one of {', '.join(sorted(KINDS))}, or module:function")
+    return module, name
