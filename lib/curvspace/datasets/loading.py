@@ -93,14 +93,15 @@ class DataSet:
 
     def batches(self, split: str | Split = "train", batch_size: int = 1000) -> list[tuple[Tensor, Tensor]]:
         """A whole split ("train", "validation", "test", or any :class:`Split`) as normalised batches, in order."""
-        if isinstance(split, str):
-            if split not in ("train", "validation", "test"):
-                raise ValueError(f"split must be 'train', 'validation' or 'test', got {split!r}")
-            split = getattr(self, split)
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        if isinstance(split, str) and split not in parts:
+            raise ValueError(f"split must be 'train', 'validation' or 'test', got {split!r}")
+        examples = parts[split] if isinstance(split, str) else split
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        starts = range(0, len(split), batch_size)
-        return [(self.normalise(split.inputs[i : i + batch_size]), split.targets[i : i + batch_size]) for i in starts]
+        starts = range(0, len(examples), batch_size)
+        slices = [slice(start, start + batch_size) for start in starts]
+        return [(self.normalise(examples.inputs[part]), examples.targets[part]) for part in slices]
 
 
 @dataclass(frozen=True)

@@ -46,14 +46,9 @@ class Arrays:
             inputs, targets = getattr(self, f"{split}_inputs"), getattr(self, f"{split}_targets")
             if len(inputs) != len(targets):
                 raise WrongData(f"{split}: {len(inputs)} examples but {len(targets)} targets")
-            if (
-                targets.dtype.kind == "i"
-                and len(targets)
-                and not 0 <= targets.min() <= targets.max() < self.num_classes
-            ):
-                raise WrongData(
-                    f"{split}: classes from {targets.min()} to {targets.max()}, expected {self.num_classes}"
-                )
+            classes = targets.dtype.kind == "i" and len(targets) > 0
+            if classes and not 0 <= targets.min() <= targets.max() < self.num_classes:
+                raise WrongData(f"{split}: {targets.min()} … {targets.max()} are not {self.num_classes} classes")
         if self.train_inputs.shape[1:] != self.test_inputs.shape[1:]:
             raise WrongData(f"shapes differ: {self.train_inputs.shape[1:]} and {self.test_inputs.shape[1:]}")
 
