@@ -79,6 +79,8 @@ class SquaredError(Loss):
         pass
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.shape != targets.shape:  # broadcasting (N, 1) against (N,) would be wrong without a word
+            raise ValueError(f"mse needs targets of shape {tuple(outputs.shape)}, got {tuple(targets.shape)}")
         return 0.5 * (outputs - targets).square().sum() / outputs.shape[0]
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -118,6 +117,8 @@ def _cosines(V: Tensor, E: Tensor) -> Tensor:
 
 
 def _assign(cosines: Tensor) -> tuple[float, Tensor]:
+    from scipy.optimize import linear_sum_assignment  # heavy, and used here alone
+
     rows, cols = linear_sum_assignment(cosines.double().cpu().numpy(), maximize=True)
     columns = torch.full((cosines.shape[0],), -1, dtype=torch.long)
     columns[torch.as_tensor(rows)] = torch.as_tensor(cols)

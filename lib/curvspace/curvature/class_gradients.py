@@ -147,7 +147,9 @@ def class_gradients(
 def cross_class_gradients(
     model: nn.Module, x: Inputs, y: Tensor, num_classes: int, *, state: State = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Means of every logit's gradient over every class: :math:`c_{jk} = \frac{1}{|B_j|}\sum_{\mu\in B_j}\nabla z_k^\mu`.
+    r"""The mean gradient of every logit over every class.
+
+    .. math:: c_{jk} = \frac{1}{|B_j|}\sum_{\mu\in B_j}\nabla_\theta z_k^\mu
 
     Shape (C, C, P), first the examples' class j, then the logit k; the counts are (C,). Costs about C passes.
     """

@@ -191,7 +191,9 @@ class _RitzBasis:
         w = self.A @ self.V[self.size]
         self.products += 1
         if not torch.isfinite(w).all():
-            raise RuntimeError(f"product {self.products} with the operator is not finite: check the loss for NaN or overflow")
+            raise RuntimeError(
+                f"product {self.products} with the operator is not finite: check the loss for NaN or overflow"
+            )
         self.W[self.size] = w
         self.size += 1
         column = (self.V[: self.size] @ w).double().cpu()

@@ -97,8 +97,9 @@ class FrozenModel:
         if self.uses_batch_statistics:  # the layers write their running statistics: into copies
             constants = {n: t.clone() for n, t in constants.items()}
         tensors = {**constants, **dict(zip(self.names, parameters, strict=True))}
-        seeded = nullcontext() if self.dropout_seed is None else replayed_randomness(self.device, self.dropout_seed + index)
-        with self.policy_in_force(), seeded:
+        seed = self.dropout_seed
+        draws = nullcontext() if seed is None else replayed_randomness(self.device, seed + index)
+        with self.policy_in_force(), draws:
             return call_with(self.model, tensors, inputs)
 
     @contextmanager

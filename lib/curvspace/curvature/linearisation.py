@@ -2,9 +2,12 @@ r"""Products with the curvature of one batch, whose forward and backward passes 
 
 With :math:`L(\theta) = w\,\ell(z(\theta), y)` for one batch of weight w,
 
-.. math:: H v = \nabla_\theta (\nabla_\theta L^\top v), \qquad G v = w\,J^\top \nabla_z^2\ell\; J v, \quad J = \partial z/\partial\theta.
+.. math:: H v = \nabla_\theta (\nabla_\theta L^\top v), \qquad
+          G v = w\,J^\top \nabla_z^2\ell\; J v, \quad J = \partial z/\partial\theta.
 
 The graph of the first gradient stays in memory, so a product costs one pass through it instead of starting anew.
+Everything is plain ``torch.autograd.grad``: ``jacrev`` under another derivative is silently wrong through some
+normalisation layers, and tracing a linearisation costs as much as several products.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvspace.curvature.convolution import FastConvolutions
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.functional import Inputs
 from curvspace.losses import Loss
@@ -30,6 +34,7 @@ class Batch:
     targets: Tensor
     weight: float
     index: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -41,48 +46,125 @@ class Point:
     parameters: tuple[Tensor, ...]
     constants: Mapping[str, Tensor]
 
-    def outputs(self, batch: Batch, parameters: Tensors | None = None) -> Tensor:
-        inputs = self.function.cast(batch.inputs)
-        return self.function(self.parameters if parameters is None else parameters, self.constants, inputs, batch.index)
+    @classmethod
+    def here(cls, function: FrozenModel, loss: Loss) -> Point:
+        """The model's present parameters, as copies that require gradients."""
+        return cls(function, loss, function.parameters(), function.constants())
 
-    def targets(self, batch: Batch) -> Tensor:
-        return self.function.cast(batch.targets)
+    def outputs(self, batch: Batch) -> Tensor:
+        return self.function(self.parameters, self.constants, self.function.cast(batch.inputs), batch.index)
+
+    def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The batch's mean loss.
+
+        Raises
+        ------
+        ValueError
+            If outputs and targets do not fit together, naming the batch.
+        """
+        targets = self.function.cast(batch.targets)
+        try:
+            return self.loss(outputs, targets)
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError, ValueError) as error:
+            shapes = f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)} of {targets.dtype}"
+            raise ValueError(f"batch {batch.index}: the loss {self.loss.name} failed on {shapes}: {error}") from error
+
+    def finite_loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        value = self.loss_of(outputs, batch)
+        if not torch.isfinite(value):
+            raise ValueError(f"batch {batch.index}: the loss is {float(value)} at these parameters")
+        return value
 
 
-Product = Callable[[Tensors], Tensors]
+class Linearisation:
+    """Curvature of one batch at one point, ready to multiply."""
+
+    def __init__(self, point: Point, batch: Batch):
+        raise NotImplementedError
+
+    def product(self, v: Tensors) -> Tensors:
+        """The product with one vector, in the parameters' shapes."""
+        raise NotImplementedError
+
+    def products(self, vs: Tensors) -> Tensors:
+        """The products with m vectors at once, stacked in front: (m, *shape)."""
+        raise NotImplementedError
 
 
-def linearise_hessian(point: Point, batch: Batch) -> Product:
-    """v -> H v of one batch, by backward through the kept graph of its gradient."""
-    theta = point.parameters
-    with torch.enable_grad():
-        loss = batch.weight * point.loss(point.outputs(batch), point.targets(batch))
-        gradient = torch.autograd.grad(loss, theta, create_graph=True, materialize_grads=True)
-    live = [i for i, g in enumerate(gradient) if g.requires_grad]  # a gradient may be constant in theta
+class HessianLinearisation(Linearisation):
+    """H v by backward through the kept graph of the gradient."""
 
-    def product(v: Tensors) -> Tensors:
-        if not live:
-            return [torch.zeros_like(p) for p in theta]
+    def __init__(self, point: Point, batch: Batch):
+        self.theta = point.parameters
+        with torch.enable_grad():
+            with FastConvolutions():
+                z = point.outputs(batch)
+            loss = batch.weight * point.finite_loss_of(z, batch)
+            gradient = torch.autograd.grad(loss, self.theta, create_graph=True, materialize_grads=True)
+        self.live = [i for i, g in enumerate(gradient) if g.requires_grad]  # others do not change with theta
+        self.gradient = [gradient[i] for i in self.live]
+
+    def _multiply(self, vs: Tensors, batched: bool) -> Tensors:
         return torch.autograd.grad(
-            [gradient[i] for i in live], theta, [v[i] for i in live], retain_graph=True, materialize_grads=True
+            self.gradient,
+            self.theta,
+            [vs[i] for i in self.live],
+            retain_graph=True,
+            materialize_grads=True,
+            is_grads_batched=batched,
         )
 
-    return product
+    def product(self, v: Tensors) -> Tensors:
+        return self._multiply(v, False) if self.live else [torch.zeros_like(p) for p in self.theta]
+
+    def products(self, vs: Tensors) -> Tensors:
+        return self._multiply(vs, True) if self.live else [torch.zeros_like(v) for v in vs]
 
 
-def linearise_gauss_newton(point: Point, batch: Batch) -> Product:
-    """v -> G v of one batch. J v is the derivative of the (linear) map u -> Jᵀu, whose graph is kept."""
-    theta = point.parameters
-    with torch.enable_grad():
-        z = point.outputs(batch)
-        u = torch.zeros_like(z, requires_grad=True)
-        vjp = torch.autograd.grad(z, theta, u, create_graph=True, materialize_grads=True)
-    live = [i for i, w in enumerate(vjp) if w.requires_grad]
-    targets = point.targets(batch)
+class JacobianLinearisation:
+    """J v and Jᵀu of outputs z(theta). J v is the derivative of the linear map u -> Jᵀu, whose graph is kept."""
 
-    def product(v: Tensors) -> Tensors:
-        (jv,) = torch.autograd.grad([vjp[i] for i in live], u, [v[i] for i in live], retain_graph=True)
-        hjv = batch.weight * point.loss.hessian_product(z.detach(), targets, jv)
-        return torch.autograd.grad(z, theta, hjv, retain_graph=True, materialize_grads=True)
+    def __init__(self, theta: Tensors, outputs: Callable[[], Tensor]):
+        self.theta = theta
+        with torch.enable_grad(), FastConvolutions(linear=True):
+            self.z = outputs()
+            self.u = torch.zeros_like(self.z, requires_grad=True)
+            vjp = torch.autograd.grad(self.z, self.theta, self.u, create_graph=True, materialize_grads=True)
+        self.live = [i for i, w in enumerate(vjp) if w.requires_grad]
+        self.vjp = [vjp[i] for i in self.live]
 
-    return product
+    def forward(self, v: Tensors, batched: bool = False) -> Tensor:
+        """J v for v in the parameters' shapes (``batched``: m of them, stacked in front)."""
+        tangents = [v[i] for i in self.live]
+        (jv,) = torch.autograd.grad(self.vjp, self.u, tangents, retain_graph=True, is_grads_batched=batched)
+        return jv
+
+    def backward(self, u: Tensor, batched: bool = False) -> Tensors:
+        """Jᵀu for u of the outputs' shape (``batched``: m of them, stacked in front)."""
+        return torch.autograd.grad(
+            self.z, self.theta, u, retain_graph=True, materialize_grads=True, is_grads_batched=batched
+        )
+
+
+class GaussNewtonLinearisation(Linearisation):
+    """G v by J, the loss's Hessian in the outputs, and Jᵀ."""
+
+    def __init__(self, point: Point, batch: Batch):
+        self.jacobian = JacobianLinearisation(point.parameters, lambda: point.outputs(batch))
+        self.outputs = self.jacobian.z.detach()
+        self.targets = point.function.cast(batch.targets)
+        self.weight = batch.weight
+        self.loss = point.loss
+        point.finite_loss_of(self.outputs, batch)
+
+    def _output_product(self, u: Tensor) -> Tensor:
+        return self.weight * self.loss.hessian_product(self.outputs, self.targets, u)
+
+    def product(self, v: Tensors) -> Tensors:
+        return self.jacobian.backward(self._output_product(self.jacobian.forward(v)))
+
+    def products(self, vs: Tensors) -> Tensors:
+        ju = self.jacobian.forward(vs, batched=True)
+        return self.jacobian.backward(torch.stack([self._output_product(u) for u in ju]), batched=True)

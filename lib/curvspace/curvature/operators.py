@@ -8,69 +8,156 @@ Only products are ever formed: ``H @ v`` for v (P,), ``H @ V`` for V (P, m).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from curvspace.curvature.linearisation import Batch, Point, Product, linearise_gauss_newton, linearise_hessian
-from curvspace.functional import flatten, unflatten
+from curvspace.curvature.linearisation import (
+    Batch,
+    GaussNewtonLinearisation,
+    HessianLinearisation,
+    Linearisation,
+    Point,
+)
+from curvspace.curvature.memory import default_budget, is_out_of_memory, kept_bytes
+from curvspace.curvature.split import split
+from curvspace.functional import unflatten
 
 Engine = Literal["auto", "linearize", "recompute"]
 
 
 class CurvatureOperator:
-    """A symmetric (P, P) matrix known by its products, summed over batches (and over ranks).
+    """A symmetric (P, P) matrix known by its products, summed over batches and, in a process group, over ranks.
+
+    Parameters
+    ----------
+    point
+        The function, the loss and the parameters where curvature is taken.
+    batches
+        Weighted batches; each is multiplied on its own.
+    engine
+        ``"linearize"`` keeps each batch's graph, ``"recompute"`` rebuilds it for each ``@``, ``"auto"`` keeps as
+        many as fit in ``memory_budget`` bytes (default: a share of the free memory).
+    group
+        A ``torch.distributed`` process group: each rank holds its own batches, products are summed.
 
     Attributes
     ----------
     shape : (P, P)
+    dtype, device : of the products
     products : how many matrix-vector products have been formed so far
     """
 
     name = "curvature"
+    linearisation: type[Linearisation]
+    deterministic = True  # the objective has checked the model
 
-    def __init__(self, point: Point, batches: Sequence[Batch], engine: Engine = "auto", memory_budget: int | None = None, group: Any = None):
+    def __init__(
+        self,
+        point: Point,
+        batches: Sequence[Batch],
+        engine: Engine = "auto",
+        memory_budget: int | None = None,
+        group: Any = None,
+    ):
         if engine not in ("auto", "linearize", "recompute"):
             raise ValueError(f'engine must be "auto", "linearize" or "recompute", got {engine!r}')
         self.point = point
         self.batches = list(batches)
         self.engine = engine
         self.group = group
+        self.dtype = point.function.dtype
+        self.device = point.function.device
         self.products = 0
         size = sum(p.numel() for p in point.parameters)
         self.shape = (size, size)
-        self.dtype = point.function.dtype
-        self.device = point.function.device
-        self._kept: dict[int, Product] = {}
-
-    def _linearise(self, batch: Batch) -> Product:
-        raise NotImplementedError
-
-    def _product(self, i: int) -> Product:
-        if i in self._kept:
-            return self._kept[i]
-        product = self._linearise(self.batches[i])
-        if self.engine != "recompute":
-            self._kept[i] = product
-        return product
+        self.vectors_at_once = 8 if self.device.type == "cuda" else 1
+        self._budget = default_budget(self.device) if memory_budget is None else memory_budget
+        self._bytes_per_example: float | None = None
+        self._kept: dict[int, Linearisation] = {}
 
     def __matmul__(self, v: Tensor) -> Tensor:
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(f"{self.name} of shape {self.shape} cannot multiply a tensor of shape {tuple(v.shape)}")
-        v = v.detach().to(self.device, self.dtype)
-        columns = [v] if v.ndim == 1 else list(v.T)
-        tangents = [unflatten(c.contiguous(), self.point.parameters) for c in columns]
-        result = torch.zeros(len(columns), self.shape[0], dtype=self.dtype, device=self.device)
-        for i in range(len(self.batches)):
-            product = self._product(i)
-            for row, tangent in zip(result, tangents, strict=True):
-                row += flatten(product(tangent))
+        rows = v.detach().to(self.device, self.dtype).reshape(self.shape[1], -1).T.contiguous()
+        result = self._shrinking_batches(lambda: self._multiply(rows))
         if self.group is not None:
             torch.distributed.all_reduce(result, group=self.group)
-        self.products += len(columns)
+        self.products += len(rows)
         return result[0] if v.ndim == 1 else result.T
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        result = torch.zeros_like(rows)
+        for i in range(len(self.batches)):
+            linearisation = self._linearised(i)
+            for start in range(0, len(rows), self.vectors_at_once):
+                chunk = slice(start, start + self.vectors_at_once)
+                self._add_products(linearisation, rows[chunk], result[chunk])
+        return result
+
+    def _add_products(self, linearisation: Linearisation, rows: Tensor, into: Tensor) -> None:
+        if len(rows) > 1:
+            try:
+                stacked = linearisation.products(self._stacked(rows))
+                torch._foreach_add_(self._stacked(into), list(stacked))
+                return
+            except RuntimeError as error:  # some layers' derivatives cannot be batched (group normalisation)
+                if is_out_of_memory(error):
+                    raise
+                self.vectors_at_once = 1
+        for row, total in zip(rows, into, strict=True):
+            product = linearisation.product(unflatten(row, self.point.parameters))
+            torch._foreach_add_(list(unflatten(total, self.point.parameters)), list(product))
+
+    def _stacked(self, rows: Tensor) -> list[Tensor]:
+        """Views of m vectors (m, P) in the parameters' shapes, m in front."""
+        parameters = self.point.parameters
+        parts = rows.split([p.numel() for p in parameters], dim=1)
+        return [part.unflatten(1, p.shape) if p.ndim else part[:, 0] for part, p in zip(parts, parameters, strict=True)]
+
+    def _linearised(self, i: int) -> Linearisation:
+        if i in self._kept:
+            return self._kept[i]
+        batch = self.batches[i]
+        if self.engine == "auto" and self._bytes_per_example is None:
+            with kept_bytes() as kept:
+                linearisation = self.linearisation(self.point, batch)
+            self._bytes_per_example = kept.total(excluding=self.point.parameters) / batch.size
+        else:
+            linearisation = self.linearisation(self.point, batch)
+        if self.engine == "linearize" or (self.engine == "auto" and self._fits(batch)):
+            self._kept[i] = linearisation
+        return linearisation
+
+    def _fits(self, batch: Batch) -> bool:
+        assert self._bytes_per_example is not None
+        held = sum(self.batches[i].size for i in self._kept)
+        return (held + batch.size) * self._bytes_per_example <= self._budget
+
+    def _shrinking_batches(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The result; when memory runs out, try again with batches half as large, and say so once."""
+        while True:
+            try:
+                return compute()
+            except RuntimeError as error:
+                largest = max(b.size for b in self.batches)
+                if not is_out_of_memory(error) or largest == 1 or self.point.function.examples_interact:
+                    raise
+                message = str(error).splitlines()[0]
+            self._kept.clear()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.engine = "recompute"
+            self.batches = split(self.batches, (largest + 1) // 2)
+            warnings.warn(
+                f"{self.name}: out of memory with {largest} examples at a time ({message}); "
+                f"going on with {(largest + 1) // 2}, recomputing each product",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def to_scipy(self) -> Any:
         """This operator as a ``scipy.sparse.linalg.LinearOperator`` on NumPy arrays."""
@@ -87,15 +174,11 @@ class HessianOperator(CurvatureOperator):
     r"""The Hessian :math:`H = \nabla^2_\theta L`."""
 
     name = "Hessian"
-
-    def _linearise(self, batch: Batch) -> Product:
-        return linearise_hessian(self.point, batch)
+    linearisation = HessianLinearisation
 
 
 class GaussNewtonOperator(CurvatureOperator):
-    r"""The generalised Gauss-Newton matrix :math:`G = J^\top (\nabla_z^2 \ell) J`, positive semidefinite for convex losses."""
+    r"""The generalised Gauss-Newton matrix :math:`G = J^\top (\nabla_z^2 \ell) J`, semidefinite for a convex loss."""
 
     name = "Gauss-Newton matrix"
-
-    def _linearise(self, batch: Batch) -> Product:
-        return linearise_gauss_newton(self.point, batch)
+    linearisation = GaussNewtonLinearisation

@@ -1,4 +1,4 @@
-r"""Curvature restricted to a subspace: :math:`Q^\top G Q = (JQ)^\top \nabla_z^2\ell\,(JQ)`, without any (P, P) matrix."""
+r"""Curvature restricted to a subspace, :math:`Q^\top G Q = (JQ)^\top \nabla_z^2\ell\,(JQ)`: no (P, P) matrix."""
 
 from __future__ import annotations
 
@@ -8,26 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.curvature.frozen import FrozenModel, State
+from curvspace.curvature.linearisation import JacobianLinearisation
 from curvspace.functional import Inputs, unflatten
 from curvspace.losses import Loss, get_loss
 
 
-def jacobian_products(
-    model: nn.Module, x: Inputs, Q: Tensor, *, state: State = None
-) -> tuple[Tensor, Tensor]:
+def jacobian_products(model: nn.Module, x: Inputs, Q: Tensor, *, state: State = None) -> tuple[Tensor, Tensor]:
     """Outputs z (N, ...) and their derivatives J Q along the k columns of Q (P, k), stacked first: (k, N, ...)."""
     function = FrozenModel(model, state)
     theta, constants = function.parameters(), function.constants()
-    with torch.enable_grad():
-        z = function(theta, constants, function.cast(x))
-        u = torch.zeros_like(z, requires_grad=True)
-        vjp = torch.autograd.grad(z, theta, u, create_graph=True, materialize_grads=True)
-    live = [i for i, w in enumerate(vjp) if w.requires_grad]
-    rows = []
-    for column in Q.detach().to(function.device, function.dtype).T:
-        v = unflatten(column.contiguous(), theta)
-        rows += torch.autograd.grad([vjp[i] for i in live], u, [v[i] for i in live], retain_graph=True)
-    return z.detach(), torch.stack(rows)
+    jacobian = JacobianLinearisation(theta, lambda: function(theta, constants, function.cast(x)))
+    columns = Q.detach().to(function.device, function.dtype).T.contiguous()
+    return jacobian.z.detach(), torch.stack([jacobian.forward(unflatten(q, theta)) for q in columns])
 
 
 def projected_gauss_newton(

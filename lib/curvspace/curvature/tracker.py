@@ -40,9 +40,7 @@ class SubspaceTracker:
     def update(self, operator: SymmetricOperator) -> EigenPairs:
         """The eigenpairs of this operator."""
         v0 = None if self.pairs is None else self.pairs.vectors
-        self.pairs = eigsh(
-            operator, self.k, self.which, self.tol, v0, self.max_products, self.max_basis, self.seed
-        )
+        self.pairs = eigsh(operator, self.k, self.which, self.tol, v0, self.max_products, self.max_basis, self.seed)
         self.products += self.pairs.products
         return self.pairs
 

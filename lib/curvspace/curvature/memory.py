@@ -1,0 +1,50 @@
+"""How much memory a kept graph holds, and how much there is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class KeptBytes:
+    """The distinct storages that a graph has saved."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def total(self, excluding: Iterable[Tensor] = ()) -> int:
+        known = {t.untyped_storage().data_ptr() for t in excluding}
+        return sum(size for pointer, size in self._sizes.items() if pointer not in known)
+
+
+@contextmanager
+def kept_bytes() -> Iterator[KeptBytes]:
+    """Count the storages of the tensors that autograd saves inside."""
+    kept = KeptBytes()
+    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+        yield kept
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes that kept graphs may take: half of a device's free memory, a quarter of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        return available * 1024 // 4
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
