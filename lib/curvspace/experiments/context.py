@@ -23,7 +23,7 @@ class Context:
     """The first argument of every measure ``f(context, **spec) -> DataFrame``.
 
     runs: the runs that the measure declared, in that order. ``settings`` are the config blocks of its data sets by
-    name; ``data_dir`` is where the prepared arrays lie, one folder a source.
+    name; ``data_dir`` is where the prepared arrays lie, one folder each (:func:`curvspace.datasets.folder_name`).
     """
 
     runs: list[RunRecord] = field(default_factory=list)
@@ -44,7 +44,9 @@ class Context:
             if key not in known:
                 raise KeyError(f"the measure declares no data set {key!r}; it has {', '.join(sorted(known)) or 'none'}")
             options = {k: v for k, v in known[key].items() if k != "name"}
-            self._loaded[key] = datasets.load(self.data_dir / options["source"], options).to(self.device)
+            self._loaded[key] = datasets.load(self.data_dir / datasets.folder_name(key, options), options).to(
+                self.device
+            )
         return self._loaded[key]
 
     def model(self, run: RunRecord, step: int) -> nn.Module:
