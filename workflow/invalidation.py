@@ -10,7 +10,7 @@ its module that it reaches by name, and the imports that those use.
 Modules loaded by a computed name (``importlib.import_module(variable)``) are invisible here and must be named as
 roots. Names that a package exports lazily (a ``__getattr__`` in its ``__init__``) are followed to their module by
 the imports under ``if TYPE_CHECKING:`` or by a table of strings in the ``__init__``; one that cannot be followed is
-an error, never a gap.
+an error, never a gap. Such an ``__init__`` itself does not count, so that a new export reruns nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+
+REGISTRY = "KINDS"
+"""Tables of this name map kinds to ``module:function``. An entry counts for the jobs that name its kind, as a root."""
 
 Binding = tuple[str, str | None]
 """What a name of a module stands for: (module, None) or (module, name in it)."""
@@ -60,11 +63,34 @@ class Module:
             if isinstance(node, ast.JoinedStr | ast.Constant) and (node.end_lineno or 0) > node.lineno:
                 verbatim.update(range(node.lineno, node.end_lineno or 0))  # blanks inside a string are its content
         lines = [line if row in verbatim else line.rstrip() for row, line in enumerate(lines, 1)]
-        for node in _docstrings(self.tree):
+        for node in self._unread():
             if not lines[node.lineno - 1][: node.col_offset].strip():
                 for row in range(node.lineno, (node.end_lineno or node.lineno) + 1):
                     lines[row - 1] = ""
         return lines
+
+    def _unread(self) -> Iterator[ast.stmt]:
+        """Statements whose text does not count: docstrings, imports for type checkers, registries."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from (s for s in node.body if _is_docstring(s))
+        yield from (s for s in self.tree.body if _type_checking(s) or _bound(s) == [REGISTRY])
+
+    @property
+    def is_index(self) -> bool:
+        """Whether it is a package's ``__init__`` which only exports names lazily."""
+        allowed = ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign
+        return (
+            self.file.name == "__init__.py"
+            and "__getattr__" in self.definitions
+            and all(
+                isinstance(s, allowed)
+                or _is_docstring(s)
+                or _type_checking(s)
+                or _bound(s) in (["__getattr__"], ["__dir__"])
+                for s in self.tree.body
+            )
+        )
 
     def text(self, nodes: Iterable[ast.stmt] | None = None) -> str:
         """Normalised source of the module, or of some of its top-level statements."""
@@ -89,13 +115,6 @@ def _rows(node: ast.stmt) -> slice:
 
 def _is_docstring(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-
-
-def _docstrings(tree: ast.Module) -> Iterator[ast.stmt]:
-    """Strings that stand as statements: docstrings of modules, classes and functions, and of attributes."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from (s for s in node.body if _is_docstring(s))
 
 
 def _bound(statement: ast.stmt) -> list[str]:
@@ -190,7 +209,15 @@ class Code:
 
     def _text(self, name: str) -> str:
         module = self.module(name)
-        return module.text() if module else ""
+        return "" if module is None or module.is_index else module.text()
+
+    def table(self, name: str, variable: str) -> dict[str, str]:
+        """A module's table of strings, read without importing the module."""
+        module = self.module(name)
+        for statement in module.definitions.get(variable, []) if module else []:
+            if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value:
+                return ast.literal_eval(statement.value)
+        raise CodeError(f"there is no table {variable} in {name}")
 
     def closure(self, names: Iterable[str]) -> set[str]:
         """The modules of the repository that importing these, and what they do, would load."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,11 @@ class Measure:
         """The measure's table, below the results folder."""
         return f"{self.path}.csv"
 
+    @property
+    def rule(self) -> str:
+        """Name of the rule which makes it: ``measure_b_overlap_mnist_fc100``."""
+        return re.sub(r"\W", "_", f"measure_{self.name}")
+
 
 Source = Run | Measure
 
@@ -118,7 +124,14 @@ class Artefact:
     @property
     def rule(self) -> str:
         """Name of the rule which makes it: ``figure_A_F1``."""
-        return f"{self.kind}_{self.id}".replace("-", "_")
+        return re.sub(r"\W", "_", f"{self.kind}_{self.id}")
+
+    @property
+    def files(self) -> list[str]:
+        """All tables, and arrays where there are some, that it is drawn from, below the results folder."""
+        tables = [source.table for source in self.sources]
+        arrays = [f"{s.path}.npz" for s in self.sources if isinstance(s, Measure) and s.arrays]
+        return list(dict.fromkeys(tables + arrays))
 
     @property
     def sources(self) -> tuple[Source, ...]:

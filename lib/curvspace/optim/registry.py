@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from curvspace.losses import Loss
     from curvspace.optim.base import ModelOptimizer
 
-_HERE = "curvspace.optim"
-KINDS: dict[str, tuple[str, str]] = {
-    "sgd": (f"{_HERE}.first_order", "sgd"),
-    "adam": (f"{_HERE}.first_order", "adam"),
-    "rmsprop": (f"{_HERE}.first_order", "rmsprop"),
-    **{
-        name: (f"{_HERE}.configurations", name)
-        for name in ("class_gradient_newton", "rayleigh_ritz_newton", "low_rank_newton", "bulk_sgd", "dominant_sgd")
-    },
-    "curveball": (f"{_HERE}.curveball", "CurveBall"),
-    "levenberg_marquardt": (f"{_HERE}.levenberg_marquardt", "LevenbergMarquardt"),
-    "negative_curvature": (f"{_HERE}.negative_curvature", "NegativeCurvature"),
+KINDS = {
+    "sgd": "curvspace.optim.first_order:sgd",
+    "adam": "curvspace.optim.first_order:adam",
+    "rmsprop": "curvspace.optim.first_order:rmsprop",
+    "class_gradient_newton": "curvspace.optim.configurations:class_gradient_newton",
+    "rayleigh_ritz_newton": "curvspace.optim.configurations:rayleigh_ritz_newton",
+    "low_rank_newton": "curvspace.optim.configurations:low_rank_newton",
+    "bulk_sgd": "curvspace.optim.configurations:bulk_sgd",
+    "dominant_sgd": "curvspace.optim.configurations:dominant_sgd",
+    "curveball": "curvspace.optim.curveball:CurveBall",
+    "levenberg_marquardt": "curvspace.optim.levenberg_marquardt:LevenbergMarquardt",
+    "negative_curvature": "curvspace.optim.negative_curvature:NegativeCurvature",
 }
-"""kind -> (module, function or class)."""
+"""Kind -> ``module:function`` (or class). Plain text: the pipeline reads this table without importing anything."""
 
 
 def module_of(kind: str) -> str:
@@ -82,9 +82,7 @@ def build(
 
 
 def _place(kind: str) -> tuple[str, str]:
-    if kind in KINDS:
-        return KINDS[kind]
-    module, colon, name = kind.partition(":")
+    module, colon, name = KINDS.get(kind, kind).partition(":")
     if not (module and colon and name):
         raise ValueError(f"unknown optimizer kind {kind!r}; use one of {', '.join(sorted(KINDS))}, or module:function")
     return module, name

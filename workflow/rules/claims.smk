@@ -1,0 +1,30 @@
+# The claims ledger: what each checkable statement of the papers came to, from the tables of all studies.
+rule claims:
+    input:
+        tables=PLAN.claim_tables,
+        claims=str(ROOT / "workflow" / "claims.yaml"),
+    output:
+        csv=f"{RESULTS}/claims.csv",
+        markdown=f"{RESULTS}/claims.md",
+        html=report(
+            f"{RESULTS}/claims.html",
+            caption="../report/claims.rst",
+            category="Claims",
+            labels={"id": "claims", "title": "What held of the papers' statements"},
+        ),
+        record=f"{RESULTS}/claims.run.json",
+    log:
+        f"{RESULTS}/logs/claims.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/claims.tsv"
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=20,
+    params:
+        **PLAN.claims.params,
+    shell:
+        "python -m curvspace.cli.claims --spec {params.spec:q} --code {params.code:q}"
+        f" --results {RESULTS} --out {RESULTS}/claims" + " --claims {input.claims:q} > {log} 2>&1"

@@ -1,0 +1,250 @@
+"""What each job needs, as one canonical JSON string, and the hash of the code it runs.
+
+Snakemake compares a rule's params as an unnamed set of values, and drops types it does not know. So each rule has
+two params, both strings: ``spec``, which holds just what this job needs (its optimiser's block, its batch size, …,
+never the whole config), and ``code``. A job is rerun when either changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from curvspace.datasets.catalogue import KNOWN, folder_name, prepare_options
+from workflow import claims, study
+from workflow.checks import problems
+from workflow.invalidation import Code, CodeError
+from workflow.study import Artefact, Measure, Run, Study, StudyError
+
+PAPERS = {
+    "A": "A: class-gradient Newton",
+    "B": "B: tiny subspace",
+    "C": "C: CurveBall",
+    "D": "D: negative curvature",
+    "X": "Across the papers",
+}
+REGISTRIES = {"optimizers": "curvspace.optim.registry", "models": "curvspace.models.registry"}
+
+
+def canonical(value: Any) -> str:
+    """One string for a value, whatever the order of its keys; which key holds which value counts."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def load(config: Mapping[str, Any], root: Path) -> Plan:
+    """The plan of a config; what is wrong with it ends the program with one line for each wrong value."""
+    lines = problems(config)
+    if not lines:
+        try:
+            plan = Plan(config, root)
+            list(plan.jobs())
+            return plan
+        except (StudyError, CodeError) as error:
+            lines = [str(error)]
+    sys.exit("\n".join(f"config: {line}" for line in lines))
+
+
+def wants_gpu(device: str) -> bool:
+    """Whether jobs are to ask for a GPU, found out without importing torch."""
+    if device == "auto":
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
+    return device != "cpu"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job as the pipeline would run it now. ``record`` is the file beside its outputs that says how it ran."""
+
+    stage: str
+    name: str
+    spec: Mapping[str, Any]
+    code: str
+    record: str
+
+    @property
+    def params(self) -> dict[str, str]:
+        return {"spec": canonical(self.spec), "code": self.code}
+
+
+class Plan:
+    """All that a config asks for: the studies, and the spec and code hash of every job.
+
+    Raises ``StudyError`` or ``CodeError``, one line each, for names that lead nowhere.
+    """
+
+    def __init__(self, config: Mapping[str, Any], root: Path):
+        self.config = config
+        self.root = root
+        self.results: str = config["results"]
+        self.code = Code(root / "lib", root)
+
+    @cached_property
+    def study(self) -> Study:
+        """All enabled studies as one."""
+        self._check_kinds()
+        return study.declare(self.config)
+
+    def jobs(self) -> Iterator[Job]:
+        """Every job of the graph."""
+        yield from (self.data(name) for name in self.datasets)
+        yield from (self.train(run) for run in self.study.runs)
+        yield from (self.measure(measure) for measure in self.study.measures)
+        yield from (self.artefact(artefact) for artefact in self.study.artefacts)
+        yield self.claims
+
+    @cached_property
+    def datasets(self) -> dict[str, str]:
+        """Folders of prepared arrays that the studies need, each with the ``datasets`` entry that describes it."""
+        names = [run.dataset for run in self.study.runs]
+        names += [name for measure in self.study.measures for name in measure.datasets]
+        return {self.data_folder(name): name for name in reversed(names)}
+
+    def data_folder(self, name: str) -> str:
+        """Folder of the prepared arrays of a ``datasets`` entry."""
+        return f"data/{folder_name(name, self._block('datasets', name))}"
+
+    def cards(self, measure: Measure) -> list[str]:
+        """Cards of all data sets that a measure reads: a few lines with the arrays' checksum, compared by content."""
+        names = [*measure.datasets, *(run.dataset for run in measure.runs)]
+        return list(dict.fromkeys(f"{self.data_folder(name)}/card.json" for name in names))
+
+    def data(self, folder: str) -> Job:
+        """Obtaining a data set. A public one is pinned by its checksum, so its code does not count."""
+        block = self._block("datasets", self.datasets[folder])
+        pinned = block["source"] in KNOWN
+        roots = ["curvspace.datasets.obtain", *([block["source"]] if ":" in block["source"] else [])]
+        spec = {"source": block["source"], **prepare_options(block)}
+        return Job("data", folder, spec, "" if pinned else self.code.hash(*roots), f"{folder}/run.json")
+
+    def train(self, run: Run) -> Job:
+        """One training run."""
+        key = f"{run.dataset}/{run.model}"
+        if key not in self.config["tasks"]:
+            raise StudyError(f"tasks has no {key!r}, which the run {run.path} needs; add it: its epochs at least")
+        blocks = {kind: self._named(f"{kind}s", getattr(run, kind)) for kind in ("dataset", "model", "optimizer")}
+        spec = {
+            **blocks,
+            "task": self.config["tasks"][key],
+            "batch_size": run.batch,
+            "lr": float(run.lr),
+            "seed": run.seed,
+            "device": self.config["device"],
+        }
+        return Job("train", run.path, spec, self._code(["curvspace.cli.train"], blocks), self._path(run.path, "/run"))
+
+    def measure(self, measure: Measure) -> Job:
+        """One measure. The networks of its runs, and all kinds that its settings name, are part of its code."""
+        models = {run.model: self._block("models", run.model) for run in measure.runs}
+        spec = {
+            "function": measure.function,
+            "options": measure.spec,
+            "runs": [run.path for run in measure.runs],
+            "datasets": {name: self._block("datasets", name) for name in measure.datasets},
+            "device": self.config["device"],
+            "arrays": measure.arrays,
+        }
+        code = self._code(["curvspace.cli.measure", measure.function], [models, spec["options"]])
+        return Job("measure", measure.name, spec, code, self._path(measure.path))
+
+    def artefact(self, artefact: Artefact) -> Job:
+        """One figure or table."""
+        spec: dict[str, Any] = {
+            "function": artefact.function,
+            "inputs": {label: [source.table for source in sources] for label, sources in artefact.inputs.items()},
+            "options": artefact.spec,
+            "title": artefact.title,
+        }
+        if artefact.kind == "figure":
+            spec["style"] = self.config.get("style", {})
+        code = self.code.hash(f"curvspace.cli.{artefact.kind}", artefact.function)
+        return Job(artefact.kind, artefact.id, spec, code, self._path(artefact.path))
+
+    @cached_property
+    def claim_tables(self) -> list[str]:
+        """All tables that the ledger reads."""
+        return [f"{self.results}/{table}" for table in claims.tables(self.claims.spec)]
+
+    @cached_property
+    def claims(self) -> Job:
+        """The ledger of claims. The claims themselves are a file; their digest stands for them."""
+        entries = claims.load()
+        own = [entry["rule"] for entry in entries if ":" in entry.get("rule", "")]
+        digest = hashlib.sha256(canonical(entries).encode()).hexdigest()[:16]
+        spec = {**claims.bind(entries, self.study, self.config), "claims": digest}
+        return Job("claims", "claims", spec, self.code.hash("curvspace.cli.claims", *own), self._path("claims"))
+
+    def run(self, dataset: str, model: str, optimizer: str, batch: str, lr: str, seed: str) -> Run:
+        """The run that a path's parts name; it need not be one that a study asks for."""
+        return Run(dataset, model, optimizer, batch if batch == "full" else int(batch), float(lr), int(seed))
+
+    def resource(self, stage: str, name: str, default: int) -> int:
+        return self.config.get("resources", {}).get(stage, {}).get(name, default)
+
+    def source_options(self) -> str:
+        """Options of the data command that say where data may come from: no part of what the data is."""
+        block = self.config["data"]
+        words = ["--sources", ",".join(block["sources"])]
+        words += ["--offline"] if block.get("offline") else []
+        words += ["--folder", block["folder"]] if block.get("folder") else []
+        return shlex.join(words).replace("{", "{{").replace("}", "}}")
+
+    def report(self, artefact: Artefact) -> dict[str, Any]:
+        """Where and how an artefact stands in Snakemake's report."""
+        caption = self.root / "workflow" / "report" / f"{artefact.id}.rst"
+        return {
+            "caption": str(caption) if caption.is_file() else None,
+            "category": PAPERS.get(artefact.paper, artefact.paper or "Results"),
+            "subcategory": f"{artefact.kind.capitalize()}s",
+            "labels": {"id": artefact.id, "title": artefact.title, **artefact.labels},
+        }
+
+    def _path(self, path: str, separator: str = ".run") -> str:
+        return f"{self.results}/{path}{separator}.json"
+
+    def _block(self, section: str, name: str) -> Mapping[str, Any]:
+        if name not in self.config[section]:
+            known = ", ".join(sorted(self.config[section])) or "none"
+            raise StudyError(f"{section} has no {name!r}, which a study asks for; there are: {known}")
+        return self.config[section][name]
+
+    def _named(self, section: str, name: str) -> dict[str, Any]:
+        return {**self._block(section, name), "name": name}
+
+    def _code(self, roots: list[str], blocks: Any) -> str:
+        return self.code.hash(*roots, *(root for kind in _kinds(blocks) for root in self._modules(kind)))
+
+    def _check_kinds(self) -> None:
+        """Every kind in the config is registered, or names a function."""
+        for section, kinds in self._registered.items():
+            for name, block in self.config[section].items():
+                if block["kind"] not in kinds and ":" not in block["kind"]:
+                    known = f"{', '.join(sorted(kinds))}, or module:function"
+                    raise StudyError(f"{section}.{name}.kind = {block['kind']!r} is not allowed; allowed: {known}")
+
+    def _modules(self, kind: str) -> list[str]:
+        """The module that a kind of optimiser or model is loaded from, and its entry in the registry."""
+        found = [table[kind] for table in self._registered.values() if kind in table] or [kind]
+        return [part for target in found if ":" in target for part in (target.partition(":")[0], target)]
+
+    @cached_property
+    def _registered(self) -> dict[str, dict[str, str]]:
+        return {name: self.code.table(module, "KINDS") for name, module in REGISTRIES.items()}
+
+
+def _kinds(value: Any) -> Iterable[str]:
+    """All values of keys ``kind`` in nested settings, sorted."""
+    if isinstance(value, Mapping):
+        own = {value["kind"]} if isinstance(value.get("kind"), str) else set()
+        return sorted(own.union(*(_kinds(inner) for inner in value.values())))
+    if isinstance(value, list | tuple):
+        return sorted(set().union(*(_kinds(inner) for inner in value)))
+    return []
