@@ -114,8 +114,7 @@ class ClassGradients(Basis):
             self.state = {"average": torch.zeros_like(found.class_gradients), "times": torch.zeros_like(found.counts)}
         present = found.counts > 0
         weight = (1 - self.gamma) * present.to(found.class_gradients.dtype)
-        average = self.state["average"]
-        average.add_(weight[:, None] * (found.class_gradients - average))
+        self.state["average"].mul_(1 - weight[:, None]).addcmul_(weight[:, None], found.class_gradients)
         self.state["times"] += present
         self.restore()
 
@@ -178,8 +177,8 @@ class RandomDirections(Basis):
             return
         require(self.k <= len(gradient), "k", self.k, f"at most the number of parameters, {len(gradient)}")
         generator = torch.Generator(device=gradient.device).manual_seed(self.seed + draws)
-        shape, kind = (len(gradient), self.k), {"dtype": gradient.dtype, "device": gradient.device}
-        rows = torch.linalg.qr(torch.randn(shape, generator=generator, **kind))[0].T
+        normal = torch.randn((len(gradient), self.k), generator=generator, dtype=gradient.dtype, device=gradient.device)
+        rows = torch.linalg.qr(normal)[0].T
         self.state = {"draws": draws + 1, "rows": rows.contiguous()}
         self.restore()
 

@@ -20,7 +20,7 @@ class AdaptiveDamping:
     def __init__(
         self, initial: float = 0.1, factor: float = 0.8, every: int = 5, minimum: float = 1e-4, maximum: float = 1e4
     ):
-        require(0 < minimum <= initial <= maximum, "initial", initial, f"between {minimum} and {maximum}, both positive")
+        require(0 < minimum <= initial <= maximum, "initial", initial, f"in [{minimum}, {maximum}], minimum > 0")
         require(0 < factor < 1, "factor", factor, "in (0, 1)")
         require(every >= 1, "every", every, "at least 1")
         self.initial, self.factor, self.every = initial, factor, every

@@ -65,8 +65,7 @@ class TopEigenvectors(Basis):
         if not refresh:
             return Observation(loss, gradient)
         self._refresh(batch, gradient)
-        values = self.state.get("values")
-        return Observation(loss, gradient, values, None if values is None else torch.ones_like(values, dtype=torch.bool))
+        return Observation(loss, gradient, self.state.get("values"))
 
     def _refresh(self, batch: Minibatch, gradient: Tensor) -> None:
         require(self.k <= len(gradient), "k", self.k, f"at most the number of parameters, {len(gradient)}")

@@ -51,9 +51,9 @@ class FirstOrder(ModelOptimizer):
         self.inner.state = self.state
 
 
-def sgd(model: nn.Module, lr: float, loss: LossLike = "cross_entropy", momentum: float = 0.0, **options: Any) -> FirstOrder:
+def sgd(model: nn.Module, lr: float, loss: LossLike = "cross_entropy", **options: Any) -> FirstOrder:
     """Torch's SGD; ``options`` are its own."""
-    return FirstOrder(model, torch.optim.SGD, loss, lr=lr, momentum=momentum, **options)
+    return FirstOrder(model, torch.optim.SGD, loss, lr=lr, **options)
 
 
 def adam(model: nn.Module, lr: float, loss: LossLike = "cross_entropy", **options: Any) -> FirstOrder:

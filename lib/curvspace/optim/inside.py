@@ -109,10 +109,10 @@ class DiagonalNewton(Inside):
 
     def _average(self, curvatures: Tensor, seen: Tensor) -> None:
         if not self.state:
-            start = 1.0 if self.initial == "weighted" else 0.0
-            self.state = {"squares": torch.full_like(curvatures, start), "times": torch.zeros_like(seen, dtype=torch.long)}
+            start = torch.full_like(curvatures, 1.0 if self.initial == "weighted" else 0.0)
+            self.state = {"squares": start, "times": torch.zeros_like(seen, dtype=torch.long)}
         weight = (1 - self.gamma) * seen.to(curvatures.dtype)
-        self.state["squares"].add_(weight * (curvatures.square() - self.state["squares"]))
+        self.state["squares"].mul_(1 - weight).add_(weight * curvatures.square())
         self.state["times"] += seen
 
     def curvatures(self) -> Tensor:
@@ -130,7 +130,7 @@ class DiagonalNewton(Inside):
 
 
 class RayleighRitzNewton(Inside):
-    r"""Newton's method with the curvature restricted to the span: :math:`s = \alpha\,(Q^\top G Q + \delta I)^{-1} Q^\top g`.
+    r"""Newton's method with the span's own curvature: :math:`s = \alpha\,(Q^\top G Q + \delta I)^{-1} Q^\top g`.
 
     The (k, k) matrix comes from forward-mode products on a share of the minibatch; nothing of size P x P is formed.
 
@@ -198,7 +198,7 @@ class RayleighRitzNewton(Inside):
         return isinstance(self.damping, AdaptiveDamping) and self.damping.due()
 
     def judge(self, coordinates: Tensor, coefficients: Tensor, actual: Tensor) -> None:
-        r"""The quadratic model of the span predicts the reduction :math:`(Q^\top g)^\top s - \frac12 s^\top Q^\top G Q s`."""
+        r"""The quadratic model predicts :math:`(Q^\top g)^\top s - \frac12 s^\top Q^\top G Q s`."""
         along = self.state["vectors"].T @ coefficients
         predicted = coordinates @ coefficients - 0.5 * (self.state["values"] * along.square()).sum()
         if isinstance(self.damping, AdaptiveDamping):
@@ -241,4 +241,3 @@ class Scale(Inside):
 
     def coefficients(self, coordinates: Tensor, group: dict[str, Any]) -> Tensor:
         return (group["lr"] if self.alpha is None else self.alpha) * coordinates
-

@@ -81,9 +81,7 @@ class Minibatch:
     def _classes_with_frozen_statistics(self, num_classes: int) -> ClassPass:
         """The gradient through batch statistics, the class gradients through the stored ones."""
         parameters = list(trainable_parameters(self.model).values())
-        c, counts = class_gradients(
-            self.model, self.inputs, self.targets, num_classes, method="split", state="running"
-        )
+        c, counts = class_gradients(self.model, self.inputs, self.targets, num_classes, method="split", state="running")
         with torch.enable_grad():
             z = call(self.model, self.inputs)
             loss = self.loss(z, self.targets)

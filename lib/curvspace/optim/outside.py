@@ -85,4 +85,3 @@ class Adam(Outside):
         denominator = (state["square"] / (1 - beta2 ** state["steps"])).sqrt_().add_(self.eps)
         step = (group["lr"] / (1 - beta1 ** state["steps"])) * state["mean"] / denominator
         return span.reject(step) if span is not None and span.orthonormal else step
-

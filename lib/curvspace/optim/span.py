@@ -66,8 +66,8 @@ def orthonormal_span(blocks: Sequence[Tensor]) -> Span:
     r"""An orthonormal basis of the span of all rows, from the Gram matrix of the unit rows.
 
     With :math:`K = V V^\top = U \Lambda U^\top` of the unit rows V, :math:`Q = V^\top U \Lambda^{-1/2}`. Directions
-    whose share :math:`\Lambda_i/\Lambda_{\max}` is below 100 times the rounding unit carry noise only: their columns are
-    zero, so that shapes never depend on values (no device synchronisation).
+    whose share :math:`\Lambda_i/\Lambda_{\max}` is below 100 times the rounding unit carry noise only: their columns
+    are zero, so that shapes never depend on values (no device synchronisation).
     """
     rows = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
     scale = _inverse_or_zero(rows).double()

@@ -12,6 +12,7 @@ from curvspace.functional import Inputs, add_to_parameters
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer, require
 from curvspace.optim.bases import Basis
+from curvspace.optim.damping import AdaptiveDamping
 from curvspace.optim.inside import Inside
 from curvspace.optim.minibatch import Minibatch
 from curvspace.optim.outside import Outside
@@ -136,7 +137,7 @@ class SubspaceNewton(ModelOptimizer):
     def _extra_state(self) -> dict[str, Any]:
         parts = {"basis": self.basis.state, "inside": self.inside.state, "outside": self.outside.state}
         damping = getattr(self.inside, "damping", None)
-        if hasattr(damping, "state"):
+        if isinstance(damping, AdaptiveDamping):
             parts["damping"] = damping.state
         return _copied({**parts, "buffer": self._buffer})
 
