@@ -1,9 +1,8 @@
 """ResNet9 of paper A (there: "6.5M parameters").
 
 The paper names the network and its size but not its layers. Taken here is the "DAVIDNET" form of fast CIFAR-10
-training, whose size agrees: 6,573,130 parameters at width 64 for 3 channels and 10 classes. Two details of that form
-belong to its training recipe, not to the network, and are left out: the factor 1/8 on the outputs and the frozen
-BatchNorm weights. The last layer has a bias.
+training, whose size agrees: 6,573,130 parameters at width 64 for 3 channels and 10 classes. That form multiplies its
+outputs by 1/8; whether the paper's did is open, so it is the option ``logit_scale``. The last layer has a bias.
 """
 
 from __future__ import annotations
@@ -13,7 +12,13 @@ from torch import Tensor, nn
 from curvspace.models.layers import check_image
 
 
-def resnet9(input_shape: tuple[int, ...], num_classes: int, width: int = 64, batch_norm: bool = True) -> nn.Module:
+def resnet9(
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    width: int = 64,
+    batch_norm: bool = True,
+    logit_scale: float = 1.0,
+) -> nn.Module:
     """Prep conv w; conv 2w + pool + residual; conv 4w + pool; conv 8w + pool + residual; global max-pool; linear.
 
     Parameters
@@ -24,6 +29,8 @@ def resnet9(input_shape: tuple[int, ...], num_classes: int, width: int = 64, bat
         w, channels of the first convolution: 64 in the paper, less for small machines.
     batch_norm
         BatchNorm after every convolution (then without bias); if False the convolutions have biases.
+    logit_scale
+        A constant factor on the outputs: 1/8 in the original "DAVIDNET".
     """
     channels, size, _ = check_image("resnet9", input_shape, smallest=8)
     w = width
@@ -35,7 +42,19 @@ def resnet9(input_shape: tuple[int, ...], num_classes: int, width: int = 64, bat
         nn.MaxPool2d(size // 8),
         nn.Flatten(),
         nn.Linear(8 * w, num_classes),
+        *([Scaled(logit_scale)] if logit_scale != 1.0 else []),
     )
+
+
+class Scaled(nn.Module):
+    """x times a constant."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
 
 
 class Residual(nn.Module):
