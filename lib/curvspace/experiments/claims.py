@@ -180,6 +180,9 @@ STATISTICS: dict[str, Callable[[pd.Series], float]] = {
     "max": lambda x: float(x.max()),
     "sum": lambda x: float(x.sum()),
     "count": lambda x: float(len(x)),
+    "mean_abs": lambda x: float(x.abs().mean()),
+    # mean over the later half of the rows
+    "late_mean": lambda x: float(x.iloc[len(x) // 2 :].mean()),
     # volatility: standard deviation of the change from one evaluation to the next
     "sd_of_changes": lambda x: float(x.diff().std(ddof=1)),
 }
@@ -194,7 +197,7 @@ def per_run(
     """
     if column not in rows:
         raise Untested(f"the table has no column {column}")
-    keys = [c for c in (*IDENTITY, "seed", *extra) if c in rows and c not in ignore]
+    keys = [c for c in dict.fromkeys((*IDENTITY, "seed", *extra)) if c in rows and c not in ignore]
     rows = rows[rows[column].notna()]
     if rows.empty:
         raise Untested(f"column {column} is empty")
@@ -206,12 +209,15 @@ def per_run(
     return grouped.apply(STATISTICS[statistic]).rename("result").reset_index()
 
 
-def cases_of(runs: pd.DataFrame, by: Sequence[str] = (), apart: Sequence[str] = ()) -> Iterator[tuple[str, pd.DataFrame]]:
+def cases_of(
+    runs: pd.DataFrame, by: Sequence[str] = (), apart: Sequence[str] = ()
+) -> Iterator[tuple[str, pd.DataFrame]]:
     """(name, runs) of each case: by the columns named, and by each column of a run's identity that varies.
 
     ``apart`` columns are what a case compares, so they do not make cases.
     """
-    varying = [c for c in IDENTITY if c in runs and c not in by and c not in apart and runs[c].nunique(dropna=False) > 1]
+    open_columns = [c for c in IDENTITY if c in runs and c not in (*by, *apart)]
+    varying = [c for c in open_columns if runs[c].nunique(dropna=False) > 1]
     columns = [c for c in (*by, *varying) if c in runs]
     if not columns:
         yield "", runs
@@ -311,7 +317,8 @@ def _compare(first: pd.Series, second: pd.Series, relation: str, margin: float) 
         if relation == "difference":
             return estimate((a - b).tolist(), margin)
         logs = estimate(np.log(a / b).tolist(), math.log1p(margin))
-    return Estimate(*(float(np.exp(x)) for x in (logs.value, logs.low, logs.high)), logs.seeds)
+    value, low, high = np.exp([logs.value, logs.low, logs.high]).tolist()
+    return Estimate(value, low, high, logs.seeds)
 
 
 def share(

@@ -1,0 +1,52 @@
+"""The claims ledger: all tables of the study in, one row a claim out, as CSV, Markdown and HTML.
+
+The spec has ``sources`` (CSV files below ``--results`` by source) and by claim ``scale`` (what was run, in words),
+``short`` (why this scale is too small for a verdict) and ``link`` (its figure); the claims themselves stand in
+``--claims``. A claim whose source is not in the spec is not tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from curvspace.cli import common, tables
+from curvspace.errors import UserError
+from curvspace.experiments import ledger
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.parser("claims", __doc__ or "")
+    parser.add_argument("--claims", type=Path, default=Path("workflow/claims.yaml"), help="the claims, as YAML")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds the tables")
+    parser.add_argument("--out", type=Path, required=True, help="where to, without a suffix")
+    options = parser.parse_args(arguments)
+    with common.one_line_errors("claims"):
+        make(options.spec, options.code, options.claims, options.results, options.out)
+
+
+def make(spec: dict, code: str, file: Path, results: Path, out: Path) -> None:
+    """Judge every claim, and save the ledger with its record."""
+    try:
+        claims = ledger.parse(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from None
+    read = tables.read(results, spec["sources"])
+    rows = []
+    for claim in claims:
+        found = {label: ledger.joined(read, sources) for label, sources in claim.sources.items()}
+        known = {label: table for label, table in found.items() if table is not None}
+        notes = {key: spec.get(key, {}).get(claim.id, "") for key in ("scale", "short", "link")}
+        rows.append(ledger.row(claim, known, **notes))
+    judged = ledger.table(rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    judged.to_csv(common.beside(out, ".csv"), index=False)
+    common.beside(out, ".md").write_text(ledger.markdown(judged), encoding="utf-8")
+    common.beside(out, ".html").write_text(ledger.page(judged), encoding="utf-8")
+    common.write_record(common.beside(out, ".run.json"), common.provenance(spec, code))
+
+
+if __name__ == "__main__":
+    main()

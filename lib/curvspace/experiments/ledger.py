@@ -1,0 +1,194 @@
+"""The claims ledger: each checkable statement of the papers, what was measured, and whether it held.
+
+A claim is data (one entry of ``workflow/claims.yaml``); its verdict is a rule of :mod:`curvspace.experiments.claims`
+or :mod:`curvspace.experiments.claim_rules`, or ``module:function`` of the reader's own. No torch here.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import pandas as pd
+
+from curvspace.errors import UserError
+from curvspace.experiments import claim_rules, claims
+from curvspace.experiments.claims import UNTESTED, VERDICTS, Outcome, Untested
+
+COLUMNS = (
+    *("id", "paper", "where", "statement", "reference", "measured", "value", "low", "high"),
+    *("seeds", "scale", "verdict", "needs", "figure"),
+)
+COLOURS = {"holds": "#d5efd5", "fails": "#f6d5d3", "inconclusive": "#fbefc5", UNTESTED: "#e8e8e8"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement that a measurement can confirm or refute.
+
+    where: section, figure or table of the paper. reference: the paper's own number, as text. reads: label -> sources
+    of tables (an artefact's id, ``ID:label`` for what feeds it, ``measure:pattern``). rule and options: how the
+    verdict is reached. requires: the least scale at which the verdict means something. needs: that, in words.
+    """
+
+    id: str
+    paper: str
+    where: str
+    statement: str
+    reference: str
+    reads: Mapping[str, Any]
+    rule: str
+    needs: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    figure: str = ""
+
+    @property
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        """Sources by label."""
+        return {label: (s,) if isinstance(s, str) else tuple(s) for label, s in self.reads.items()}
+
+
+def parse(entries: Any) -> list[Claim]:
+    """Claims of the parsed YAML file; a wrong entry is a ``UserError`` that names it."""
+    if not isinstance(entries, list):
+        raise UserError("the claims file must be a list of claims")
+    allowed = {f.name for f in fields(Claim)}
+    found: dict[str, Claim] = {}
+    for number, entry in enumerate(entries, start=1):
+        name = entry.get("id", f"entry {number}") if isinstance(entry, Mapping) else f"entry {number}"
+        if not isinstance(entry, Mapping):
+            raise UserError(f"claim {name} must be a mapping")
+        if unknown := sorted(set(entry) - allowed):
+            raise UserError(f"claim {name}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
+        try:
+            claim = Claim(**entry)
+        except TypeError as error:
+            raise UserError(f"claim {name}: {str(error).rpartition('__init__() ')[2]}") from None
+        if name in found:
+            raise UserError(f"claim {name} stands in the file twice")
+        rule_of(claim.rule)
+        found[name] = claim
+    return list(found.values())
+
+
+def rule_of(name: str) -> Callable[..., Outcome]:
+    """A rule by its name here, or ``module:function``."""
+    if ":" in name:
+        module_name, _, function = name.partition(":")
+        try:
+            rule = getattr(importlib.import_module(module_name), function, None)
+        except ModuleNotFoundError:
+            rule = None
+    else:
+        rule = getattr(claims, name, None) or getattr(claim_rules, name, None)
+    if not callable(rule):
+        raise UserError(f"there is no verdict rule {name!r}")
+    return rule
+
+
+def joined(read: Mapping[str, pd.DataFrame], sources: Sequence[str]) -> pd.DataFrame | None:
+    """The tables of several sources as one; None if one of them is not there."""
+    if any(source not in read for source in sources):
+        return None
+    parts = [read[source] for source in sources]
+    return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
+
+
+def row(claim: Claim, tables: Mapping[str, pd.DataFrame], scale: str = "", short: str = "", link: str = "") -> dict:
+    """One row of the ledger.
+
+    tables: by the claim's labels; a label that is missing means that its tables are not in the graph. short: why this
+    scale is too small for a verdict; what was measured is listed all the same.
+    """
+    common = {
+        **{key: getattr(claim, key) for key in ("id", "paper", "where", "statement", "reference")},
+        **{"measured": "", "value": math.nan, "low": math.nan, "high": math.nan, "seeds": 0},
+        **{"scale": scale, "verdict": UNTESTED, "needs": claim.needs, "figure": link},
+    }
+    if missing := [label for label in claim.sources if label not in tables]:
+        return {**common, "scale": "", "measured": f"no table for {missing[0]}"}
+    try:
+        outcome = rule_of(claim.rule)(tables, **claim.options)
+    except Untested as reason:
+        return {**common, "measured": str(reason)}
+    decided = outcome.deciding.estimate
+    measured = {"measured": outcome.measured, "value": decided.value, "low": decided.low, "high": decided.high}
+    verdict = UNTESTED if short else outcome.verdict
+    needs = f"{claim.needs} (here: {short})" if short else ""
+    return {**common, **measured, "seeds": outcome.seeds, "verdict": verdict, "needs": needs}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The ledger, in the order of the file."""
+    return pd.DataFrame(list(rows), columns=list(COLUMNS))
+
+
+def records(ledger: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as dictionaries."""
+    return [{str(key): value for key, value in entry.items()} for entry in ledger.to_dict("records")]
+
+
+def counts(ledger: pd.DataFrame) -> dict[str, int]:
+    """How many claims have each verdict."""
+    found = ledger["verdict"].value_counts()
+    return {verdict: int(found.get(verdict, 0)) for verdict in VERDICTS}
+
+
+def markdown(ledger: pd.DataFrame) -> str:
+    """The ledger for reading, one section a paper."""
+    lines = ["# Claims ledger", "", _summary(ledger), ""]
+    for paper, part in ledger.groupby("paper", sort=False):
+        lines += [f"## Paper {paper}" if len(str(paper)) == 1 else f"## {paper}", ""]
+        lines += ["| id | statement | where | reference | measured | seeds | scale | verdict |", "|" + " --- |" * 8]
+        for claim in records(part):
+            identity = f"[{claim['id']}]({claim['figure']})" if claim["figure"] else claim["id"]
+            keys = ("statement", "where", "reference", "measured", "seeds", "scale")
+            cells = [identity, *(_plain(claim[key]) for key in keys), _plain(_verdict(claim))]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _summary(ledger: pd.DataFrame) -> str:
+    parts = [f"{n} {verdict}" for verdict, n in counts(ledger).items()]
+    return f"{len(ledger)} claims: {', '.join(parts)}."
+
+
+def _verdict(claim: Mapping[str, Any]) -> str:
+    return f"{claim['verdict']}; needs {claim['needs']}" if claim["verdict"] == UNTESTED else str(claim["verdict"])
+
+
+def _plain(value: Any) -> str:
+    """One line without a bar that would end the cell."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def page(ledger: pd.DataFrame) -> str:
+    """The ledger as one HTML page without outside resources."""
+    head = "".join(f"<th>{c}</th>" for c in ("id", *COLUMNS[1:6], "seeds", "scale", "verdict"))
+    body = "\n".join(_html_row(claim) for claim in records(ledger))
+    style = (
+        "body{font:14px/1.4 sans-serif;margin:1.5em;color:#222}table{border-collapse:collapse}"
+        "th,td{padding:.35em .7em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}"
+        "thead th{border-bottom:2px solid #222;position:sticky;top:0;background:#fff}"
+        + "".join(f".v{i}{{background:{COLOURS[v]}}}" for i, v in enumerate(VERDICTS))
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Claims ledger</title>'
+        f"<style>{style}</style></head><body><h1>Claims ledger</h1><p>{_summary(ledger)}</p>\n"
+        f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></body></html>\n"
+    )
+
+
+def _html_row(claim: Mapping[str, Any]) -> str:
+    name = html.escape(str(claim["id"]))
+    link = f'<a href="{html.escape(str(claim["figure"]))}">{name}</a>' if claim["figure"] else name
+    keys = (*COLUMNS[1:6], "seeds", "scale")
+    cells = "".join(f"<td>{html.escape(str(claim[key]))}</td>" for key in keys)
+    tone = VERDICTS.index(claim["verdict"])
+    return f'<tr><td>{link}</td>{cells}<td class="v{tone}">{html.escape(_verdict(claim))}</td></tr>'

@@ -1,0 +1,256 @@
+"""Verdict rules on made-up tables: each rule must be able to give every verdict, and give it for the right reason."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from curvspace.experiments import claim_rules, claims
+from curvspace.experiments.claims import FAILS, HOLDS, INCONCLUSIVE, Case, Estimate, Outcome, Untested
+
+SEEDS = range(5)
+
+
+def runs(values: dict[str, list[float]], column: str = "val_loss", **constants: object) -> pd.DataFrame:
+    """One row a seed for each optimiser."""
+    rows = [
+        {"optimizer": name, "seed": seed, "step": 10, column: value, **constants}
+        for name, results in values.items()
+        for seed, value in enumerate(results)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_estimate_is_the_t_interval() -> None:
+    found = claims.estimate([1.0, 2.0, 3.0])
+    half = 4.302652729911275 * 1.0 / math.sqrt(3)  # t quantile of 2 degrees of freedom, tabulated
+    assert (found.value, found.seeds) == (2.0, 3)
+    assert found.low == pytest.approx(2 - half)
+    assert found.high == pytest.approx(2 + half)
+
+
+def test_one_seed_takes_the_declared_margin() -> None:
+    assert claims.estimate([2.0], margin=0.5) == Estimate(2.0, 1.5, 2.5, 1)
+
+
+def test_diverged_runs_widen_the_interval_without_a_warning() -> None:
+    found = claims.estimate([1.0, math.inf, 2.0])
+    assert (found.value, found.low, found.high, found.seeds) == (2.0, 1.0, math.inf, 3)
+
+
+def test_interval_covers_the_mean_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    hits = [e.low <= 1.0 <= e.high for e in (claims.estimate(generator.normal(1, 2, 4)) for _ in range(2000))]
+    assert 0.93 < np.mean(hits) < 0.97
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.5, 0.9, HOLDS), (1.2, 1.5, FAILS), (0.9, 1.1, INCONCLUSIVE), (-0.5, -0.1, FAILS), (0.0, 1.0, HOLDS)],
+)
+def test_judge(low: float, high: float, verdict: str) -> None:
+    assert claims.judge(Estimate((low + high) / 2, low, high, 3), at_least=0.0, at_most=1.0) == verdict
+
+
+def test_judge_wants_a_range_and_a_number() -> None:
+    with pytest.raises(ValueError, match="at_least"):
+        claims.judge(Estimate(1.0, 1.0, 1.0, 1))
+    assert claims.judge(claims.estimate([]), at_least=0.0) == INCONCLUSIVE
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [((HOLDS, HOLDS), HOLDS), ((HOLDS, FAILS), FAILS), ((HOLDS, INCONCLUSIVE), INCONCLUSIVE)],
+)
+def test_a_claim_on_several_networks(verdicts: tuple[str, ...], expected: str) -> None:
+    outcome = Outcome(tuple(Case(str(i), claims.estimate([float(i)]), v) for i, v in enumerate(verdicts)))
+    assert outcome.verdict == expected
+    assert outcome.deciding.verdict == expected
+
+
+def test_no_case_is_untested() -> None:
+    with pytest.raises(Untested):
+        Outcome(())
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([0.95, 0.96, 0.94, 0.95, 0.95], HOLDS),
+        ([0.5, 0.52, 0.48, 0.5, 0.5], FAILS),
+        ([0.99, 0.7, 0.95, 0.85, 0.99], INCONCLUSIVE),
+    ],
+)
+def test_threshold(values: list[float], verdict: str) -> None:
+    tables = {"t": runs({"sgd": values}, "value")}
+    assert claims.threshold(tables, at_least=0.9).verdict == verdict
+
+
+def test_threshold_never_mixes_runs_of_different_settings() -> None:
+    mixed = pd.concat([runs({"sgd": [1.0]}, "value", lr=0.1), runs({"sgd": [3.0]}, "value", lr=0.2)])
+    outcome = claims.threshold({"t": mixed}, at_least=2.0)
+    assert [(c.name, c.estimate.value) for c in outcome.cases] == [("lr 0.1", 1.0), ("lr 0.2", 3.0)]
+    assert outcome.verdict == FAILS
+
+
+def test_a_count_must_be_exact() -> None:
+    exact = {"at_least": 9.5, "at_most": 10.5}
+    assert claims.threshold({"t": runs({"s": [10, 10]}, "value")}, **exact).verdict == HOLDS
+    assert claims.threshold({"t": runs({"s": [9, 9]}, "value")}, **exact).verdict == FAILS
+    assert claims.threshold({"t": runs({"s": [9, 10, 11]}, "value")}, **exact).verdict == INCONCLUSIVE
+
+
+def test_statistics_follow_the_steps_not_the_rows() -> None:
+    table = pd.DataFrame({"seed": 0, "step": [2, 0, 1], "value": [5.0, 1.0, 3.0]})
+    picked = {
+        s: claims.threshold({"t": table}, statistic=s, at_least=0).cases[0].estimate.value for s in claims.STATISTICS
+    }
+    assert (picked["first"], picked["last"], picked["late_mean"]) == (1.0, 5.0, 4.0)
+    assert picked["sd_of_changes"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("newton", "verdict"),
+    [([0.8, 0.9, 0.85], HOLDS), ([1.2, 1.3, 1.25], FAILS), ([0.9, 1.2, 0.95], INCONCLUSIVE)],
+)
+@pytest.mark.parametrize("relation", ["difference", "ratio"])
+def test_ordering(newton: list[float], verdict: str, relation: str) -> None:
+    tables = {"t": runs({"newton": newton, "sgd": [1.0, 1.1, 1.05]})}
+    bound = 0.0 if relation == "difference" else 1.0
+    outcome = claims.ordering(tables, first="newton", second="sgd", column="val_loss", relation=relation, at_most=bound)
+    assert outcome.verdict == verdict
+
+
+def test_ordering_pairs_the_seeds() -> None:
+    """A constant gap under a large spread between seeds is certain only when paired."""
+    tables = {"t": runs({"a": [1.0, 5.0, 9.0], "b": [1.1, 5.1, 9.1]})}
+    outcome = claims.ordering(tables, first="a", second="b", column="val_loss", at_most=0.0)
+    assert outcome.verdict == HOLDS
+    assert outcome.cases[0].estimate.value == pytest.approx(-0.1)
+
+
+def test_ordering_tunes_each_side() -> None:
+    table = pd.concat(
+        [
+            runs({"a": [1.0, 1.1], "b": [3.0, 3.0]}, lr=0.1),
+            runs({"a": [9.0, 9.0], "b": [2.0, 2.1]}, lr=1.0),
+        ]
+    )
+    outcome = claims.ordering(
+        {"t": table}, first="a", second="b", column="val_loss", tuned="lr", relation="ratio", at_most=0.9
+    )
+    assert outcome.cases[0].estimate.value == pytest.approx(math.sqrt(1.0 / 2.0 * 1.1 / 2.1))
+    assert outcome.verdict == HOLDS
+
+
+def test_ordering_with_all_runs_diverged_fails() -> None:
+    tables = {"t": runs({"a": [math.inf, math.inf], "b": [1.0, 1.0]})}
+    assert claims.ordering(tables, first="a", second="b", column="val_loss", at_most=0.0).verdict == FAILS
+
+
+def test_ordering_without_the_other_side_is_untested() -> None:
+    with pytest.raises(Untested):
+        claims.ordering({"t": runs({"a": [1.0]})}, first="a", second="b", column="val_loss", at_most=0.0)
+
+
+@pytest.mark.parametrize(("above", "verdict"), [(38, HOLDS), (5, FAILS), (22, INCONCLUSIVE)])
+def test_share(above: int, verdict: str) -> None:
+    table = pd.DataFrame({"fit": [1.0] * above + [0.0] * (40 - above), "eigenvalue": 0.5})
+    assert claims.share({"t": table}, column="fit", above="eigenvalue", at_least=0.5).verdict == verdict
+    assert claims.share({"t": table}, column="fit", above=0.5, at_least=0.5).verdict == verdict
+
+
+def test_wilson_interval_against_its_closed_form() -> None:
+    found = claims.proportion(8, 10, 1)
+    z, n, p = 1.959963984540054, 10, 0.8
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert (found.low, found.high) == pytest.approx((centre - half, centre + half))
+
+
+@pytest.mark.parametrize(("noise", "verdict"), [(0.01, HOLDS), (1e6, FAILS), (0.55, INCONCLUSIVE)])
+def test_rank_correlation(noise: float, verdict: str) -> None:
+    generator = np.random.default_rng(1)
+    x = np.linspace(0, 1, 60)
+    table = pd.DataFrame({"x": x, "y": x + noise * generator.standard_normal(60)})
+    assert claims.rank_correlation({"t": table}, x="x", y="y", at_least=0.5).verdict == verdict
+
+
+def test_rank_correlation_of_too_few_rows_is_inconclusive() -> None:
+    table = pd.DataFrame({"x": [1, 2, 3], "y": [1, 2, 3]})
+    assert claims.rank_correlation({"t": table}, x="x", y="y", at_least=0.5).verdict == INCONCLUSIVE
+
+
+def test_pick_conditions() -> None:
+    table = pd.DataFrame({"lr": [0.1, 0.2, 0.5], "name": ["a", "b", "c"]})
+    assert claims.pick({"t": table}, where={"lr": {"above": 0.1, "below": 0.5}})["name"].tolist() == ["b"]
+    assert claims.pick({"t": table}, where={"name": ["a", "c"]})["lr"].tolist() == [0.1, 0.5]
+    with pytest.raises(Untested, match="no row with lr"):
+        claims.pick({"t": table}, where={"lr": 7})
+    with pytest.raises(Untested, match="no column"):
+        claims.pick({"t": table}, where={"nothing": 7})
+    with pytest.raises(ValueError, match="name one of"):
+        claims.pick({"t": table, "u": table})
+
+
+def metrics(fast: list[float], slow: list[float], per_epoch: int = 10) -> pd.DataFrame:
+    """Two loss curves, evaluated at every step."""
+    rows = [
+        {"optimizer": name, "seed": 0, "batch_size": 64, "step": i, "epoch": i / per_epoch, "eval_train_loss": value}
+        for name, curve in (("qn", fast), ("sgd", slow))
+        for i, value in enumerate(curve)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_crossover() -> None:
+    slow = np.linspace(2, 0.5, 21).tolist()
+    overtaken = [2.0, 1.7, 1.6, *[1.55] * 18]
+    found = claim_rules.crossover({"t": metrics(overtaken, slow)}, fast="qn", slow="sgd")
+    assert found.verdict == HOLDS
+    assert (
+        claim_rules.crossover({"t": metrics(overtaken, slow)}, fast="qn", slow="sgd", within_epochs=0.2).verdict
+        == FAILS
+    )
+    assert claim_rules.crossover({"t": metrics(slow, overtaken)}, fast="qn", slow="sgd").verdict == FAILS
+    always_ahead = [0.9 * value for value in slow]
+    assert claim_rules.crossover({"t": metrics(always_ahead, slow)}, fast="qn", slow="sgd").verdict == FAILS
+
+
+def test_gap_elsewhere() -> None:
+    smooth = pd.DataFrame({"eigenvalue": [100.0, *(10.0 * 0.9**i for i in range(29))]})
+    cut = pd.DataFrame({"eigenvalue": [*(10.0 - 0.1 * i for i in range(10)), *(0.5 - 0.01 * i for i in range(20))]})
+    assert claim_rules.gap_elsewhere({"t": smooth}, at=10).verdict == HOLDS
+    assert claim_rules.gap_elsewhere({"t": cut}, at=10).verdict == FAILS
+    with pytest.raises(Untested, match="positive"):
+        claim_rules.gap_elsewhere({"t": cut.head(8)}, at=10)
+
+
+def ranks(values: list[int], null: int) -> pd.DataFrame:
+    steps = range(len(values))
+    return pd.DataFrame(
+        {"seed": 0, "quantity": "rank", "tolerance": 0.1, "step": steps, "value": values, "null": null, "classes": 10}
+    )
+
+
+def test_rank_falls() -> None:
+    assert claim_rules.rank_falls({"t": ranks([20, 14, 10, 10, 11, 10], 21)}).verdict == HOLDS
+    assert claim_rules.rank_falls({"t": ranks([21, 21, 21, 20, 21, 20], 21)}).verdict == FAILS
+    # a tolerance at which random vectors lose rank too says nothing
+    assert claim_rules.rank_falls({"t": ranks([20, 14, 10, 10, 11, 10], 12)}).verdict == FAILS
+
+
+def test_per_step() -> None:
+    table = pd.DataFrame({"seed": [0, 0, 1, 1], "step": [1, 10, 1, 10], "backward": [2, 20, 2, 20]})
+    assert claim_rules.per_step({"t": table}, column="backward", at_least=10).verdict == FAILS
+    assert claim_rules.per_step({"t": table}, column="backward", at_most=2).verdict == HOLDS
+
+
+def test_rules_do_not_import_torch() -> None:
+    code = "import sys, curvspace.cli.claims; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

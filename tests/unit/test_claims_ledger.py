@@ -1,0 +1,166 @@
+"""The ledger: claims as data, their binding to a config, and the files that it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from curvspace.cli import claims as command
+from curvspace.errors import UserError
+from curvspace.experiments import ledger
+from curvspace.experiments.claims import UNTESTED, VERDICTS
+from workflow import claims as binding
+from workflow.study import Artefact, Measure, Run, Study
+
+ENTRY = {
+    "id": "Z1",
+    "paper": "Z",
+    "where": "figure 1",
+    "statement": "the value | is high",
+    "reference": "0.9",
+    "reads": {"measure": "measure:z/*"},
+    "rule": "threshold",
+    "options": {"at_least": 0.9},
+    "requires": {"data": "mnist", "epochs": 2},
+    "needs": "MNIST, 2 epochs",
+    "figure": "Z-F1",
+}
+CONFIG = {
+    "results": "results/smoke",
+    "datasets": {"small": {"source": "mnist", "train": 1000}, "digits": {"source": "digits"}},
+    "models": {"fc": {"kind": "fc"}},
+    "tasks": {"small/fc": {"epochs": 2}, "digits/fc": {"epochs": 1}},
+}
+
+
+def study(dataset: str = "small") -> Study:
+    run = Run(dataset, "fc", "sgd", 64, 0.1, 0)
+    measure = Measure("z/value", "m:f", (run,))
+    return Study(artefacts=[Artefact("Z-F1", "figure", "m:f", {"runs": (run,), "measure": (measure,)})]).close()
+
+
+def one(tables: dict[str, pd.DataFrame], short: str = "", **changes: object) -> dict:
+    (claim,) = ledger.parse([ENTRY | changes])
+    return ledger.row(claim, tables, scale="smoke", short=short)
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(0.95, "holds"), (0.5, "fails")])
+def test_row_has_the_verdict_of_its_rule(value: float, verdict: str) -> None:
+    found = one({"measure": pd.DataFrame({"seed": [0, 1], "value": [value, value]})})
+    assert (found["verdict"], found["value"], found["seeds"], found["needs"]) == (verdict, value, 2, "")
+
+
+def test_no_table_is_not_tested_and_says_what_it_needs() -> None:
+    found = one({})
+    assert (found["verdict"], found["needs"]) == (UNTESTED, "MNIST, 2 epochs")
+
+
+def test_too_small_a_scale_is_not_tested_but_shows_what_was_measured() -> None:
+    found = one({"measure": pd.DataFrame({"value": [0.95]})}, short="1 epochs")
+    assert (found["verdict"], found["value"]) == (UNTESTED, 0.95)
+    assert "1 epochs" in found["needs"]
+
+
+def test_rows_that_are_missing_are_not_tested() -> None:
+    found = one({"measure": pd.DataFrame({"value": [1.0], "lr": [0.1]})}, options={"at_least": 0, "where": {"lr": 1.0}})
+    assert found["verdict"] == UNTESTED
+    assert "no row with lr" in found["measured"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"verdict": "holds"}, "Z1: unknown key 'verdict'"),
+        ({"rule": "no_such_rule"}, "no verdict rule 'no_such_rule'"),
+        ({"rule": "no.module:f"}, "no verdict rule"),
+    ],
+)
+def test_wrong_entries_are_named(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ledger.parse([ENTRY | change])
+
+
+def test_incomplete_and_double_entries_are_named() -> None:
+    with pytest.raises(UserError, match=r"Z1: missing .*needs"):
+        ledger.parse([{k: v for k, v in ENTRY.items() if k != "needs"}])
+    with pytest.raises(UserError, match="Z1 stands in the file twice"):
+        ledger.parse([ENTRY, ENTRY])
+
+
+def test_binding_finds_tables_scale_and_figure() -> None:
+    spec = binding.bind([ENTRY], study(), CONFIG)
+    assert spec["sources"] == {"measure:z/*": ["measures/z/value.csv"]}
+    assert spec["scale"]["Z1"] == "smoke: fc on 1,000 of mnist, 2 epochs"
+    assert spec["short"] == {}
+    assert spec["link"]["Z1"] == "figures/Z-F1.png"
+
+
+def test_binding_of_each_kind_of_source() -> None:
+    sources = {"Z-F1": "figures/Z-F1.csv", "Z-F1:runs": "runs/small/fc/sgd/bs64-lr0.1-seed0/metrics.csv"}
+    for source, table in sources.items():
+        assert binding.bind([ENTRY | {"reads": {"x": source}}], study(), CONFIG)["sources"] == {source: [table]}
+    for absent in ("Z-F2", "Z-F1:other", "measure:y/*"):
+        assert binding.bind([ENTRY | {"reads": {"x": absent}}], study(), CONFIG)["sources"] == {}
+
+
+def test_binding_says_what_a_scale_lacks() -> None:
+    spec = binding.bind([ENTRY], study("digits"), CONFIG)
+    assert spec["short"]["Z1"] == "digits instead of mnist, 1 epochs"
+    needy = ENTRY | {"requires": {"train": 5000, "seeds": 2, "models": {"fc": {"widths": [9]}, "resnet9": {}}}}
+    found = binding.bind([needy], study(), CONFIG)["short"]["Z1"]
+    assert found == "1,000 training examples, 1 seeds, no resnet9 of full size"
+
+
+def test_command_writes_csv_markdown_and_html(tmp_path: Path) -> None:
+    table = tmp_path / "measures/z/value.csv"
+    table.parent.mkdir(parents=True)
+    pd.DataFrame({"seed": [0, 1, 2], "value": [0.95, 0.96, 0.97]}).to_csv(table, index=False)
+    file = tmp_path / "claims.yaml"
+    absent = ENTRY | {"id": "Z2", "reads": {"x": "Z-F9"}}
+    file.write_text(yaml.safe_dump([ENTRY, absent]))
+    spec = json.dumps(binding.bind([ENTRY, absent], study(), CONFIG))
+    command.main(["--spec", spec, "--claims", str(file), "--results", str(tmp_path), "--out", str(tmp_path / "claims")])
+    written = pd.read_csv(tmp_path / "claims.csv")
+    assert tuple(written.columns) == ledger.COLUMNS
+    assert written["verdict"].tolist() == ["holds", UNTESTED]
+    assert "2 claims: 1 holds" in (tmp_path / "claims.md").read_text()
+    assert r"the value \| is high" in (tmp_path / "claims.md").read_text()
+    assert 'href="figures/Z-F1.png"' in (tmp_path / "claims.html").read_text()
+    assert json.loads((tmp_path / "claims.run.json").read_text())["versions"]["pandas"]
+
+
+def test_broken_yaml_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "claims.yaml").write_text("- id: [")
+    with pytest.raises(SystemExit):
+        command.main(
+            ["--spec", '{"sources": {}}', "--claims", str(tmp_path / "claims.yaml"), "--out", str(tmp_path / "c")]
+        )
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+SHIPPED = ledger.parse(binding.load())
+
+
+def test_shipped_claims_are_the_whole_list() -> None:
+    wanted = [*_numbered("A", 11), *_numbered("B", 18), *_numbered("C", 25), *_numbered("D", 8), *_numbered("X", 4)]
+    assert [claim.id for claim in SHIPPED] == wanted
+
+
+@pytest.mark.parametrize("claim", SHIPPED, ids=lambda claim: claim.id)
+def test_shipped_claim_says_all_that_a_reader_needs(claim: ledger.Claim) -> None:
+    assert claim.paper == claim.id[0]
+    assert all([claim.where, claim.statement, claim.reference, claim.needs, claim.figure])
+    assert len(" ".join(claim.statement.split())) > 30
+
+
+def test_counts_cover_all_verdicts() -> None:
+    rows = [{"verdict": verdict} for verdict in VERDICTS]
+    assert ledger.counts(ledger.table(rows)) == dict.fromkeys(VERDICTS, 1)
+
+
+def _numbered(letter: str, count: int) -> list[str]:
+    return [f"{letter}{i}" for i in range(1, count + 1)]
