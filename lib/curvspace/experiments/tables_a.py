@@ -16,10 +16,9 @@ RUN = ["dataset", "model", "optimizer", "batch_size", "lr", "seed"]
 
 
 def last_evaluation(metrics: pd.DataFrame) -> pd.DataFrame:
-    """The last evaluated row of each run, with ``diverged``: the last minibatch loss was not finite, or the final
-    validation loss is above the untrained network's."""
-    evaluated = metrics[metrics["val_accuracy"].notna() | metrics["val_loss"].notna() | (metrics["step"] == 0)]
-    first = evaluated.sort_values("step").groupby(RUN, sort=False).first()["val_loss"]
+    """The last row of each run (always evaluated), with ``diverged``: its validation loss is not finite, or more than
+    twice the untrained network's."""
+    first = metrics[metrics["step"] == 0].set_index(RUN)["val_loss"]
     last = metrics.sort_values("step").groupby(RUN, sort=False).tail(1).set_index(RUN)
     worse = ~(last["val_loss"] < 2 * first.reindex(last.index))
     return last.assign(diverged=worse).reset_index()
@@ -46,7 +45,10 @@ def _by_lr(metrics: pd.DataFrame, column: str, scale: float, name: str, place: i
         mean=(name, "mean"),
         sd=(name, "std"),
     ).reset_index()
-    table["paper"] = [PAPER.get((o, lr), (None, None))[place] for o, lr in zip(table.optimizer, table.lr, strict=True)]
+    table["paper"] = [
+        PAPER.get((o.removesuffix("-damped"), lr), (None, None))[place]
+        for o, lr in zip(table.optimizer, table.lr, strict=True)
+    ]
     table = table.rename(columns={"mean": f"{name}_mean", "sd": f"{name}_sd", "paper": f"paper_{name}"})
     return table.sort_values(["dataset", "model", "lr", "optimizer"], ascending=[True, True, False, True])
 
@@ -60,26 +62,27 @@ def divergence(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return last[columns].sort_values(["lr", "optimizer", "seed"]).rename(columns={"step": "last_step"})
 
 
-def crossovers(metrics: pd.DataFrame, slow: str = "sgd", fast: str = "class-gradient-newton") -> pd.DataFrame:
-    """Where the method that starts faster is overtaken (A-F2): by batch size, mean loss over seeds.
+def crossovers(metrics: pd.DataFrame, overtaking: str, overtaken: str) -> pd.DataFrame:
+    """Where one optimiser overtakes another (A-F2): by batch size, on the training loss, mean over seeds.
 
-    ``crossover_step`` is the first evaluated step from which on ``slow`` stays below ``fast`` to the end, given that
-    ``fast`` was lower at some earlier step; empty where there is no such step.
+    ``starts_faster``: ``overtaken`` has the lower loss in one of the first tenth of the evaluations.
+    ``crossover_step``: the first evaluated step from which on ``overtaking`` stays below to the end, after
+    ``overtaken`` was below at some step; empty where there is none. A diverged run counts as infinite from there on.
     """
     evaluated = metrics[metrics["eval_train_loss"].notna()]
     rows = []
     for batch_size, part in evaluated.groupby("batch_size"):
+        epochs = part[part["step"] > 0]
+        row = {"batch_size": batch_size, "steps_per_epoch": float((epochs["step"] / epochs["epoch"]).median())}
         curves = part.pivot_table(index="step", columns="optimizer", values="eval_train_loss", aggfunc="mean")
-        per_epoch = part.loc[part.step > 0, "step"].iloc[0] / part.loc[part.step > 0, "epoch"].iloc[0]
-        row = {"batch_size": batch_size, "steps_per_epoch": per_epoch, "starts_faster": False}
-        if {slow, fast} <= set(curves):
-            both = curves.dropna(subset=[slow]).copy()
-            both[fast] = both[fast].fillna(float("inf"))  # a diverged run has no later rows
-            lead = (both[fast] < both[slow]).iloc[1:]
-            row["starts_faster"] = bool(len(lead) and lead.iloc[: max(1, len(lead) // 10)].any())
+        if {overtaking, overtaken} <= set(curves):
+            both = curves.loc[curves[overtaking].notna(), [overtaking, overtaken]].fillna(float("inf"))
+            lead = (both[overtaken] < both[overtaking]).iloc[1:]
+            row["starts_faster"] = bool(lead.iloc[: max(1, len(lead) // 10)].any())
             if lead.any() and not lead.iloc[-1]:
-                last_lead = lead[lead].index[-1]
-                row["crossover_step"] = lead.index[lead.index > last_lead][0]
-                row["crossover_epoch"] = row["crossover_step"] / per_epoch
+                row["crossover_step"] = lead.index[lead.index > lead[lead].index[-1]][0]
+                row["crossover_epoch"] = row["crossover_step"] / row["steps_per_epoch"]
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).reindex(
+        columns=["batch_size", "steps_per_epoch", "starts_faster", "crossover_step", "crossover_epoch"]
+    )

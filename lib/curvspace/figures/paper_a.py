@@ -62,12 +62,16 @@ def describe(runs: pd.DataFrame) -> str:
     return ", ".join(parts)
 
 
-def loss_by_batch_size(tables: Tables, style: Style, slow: str, fast: str) -> tuple[Figure, pd.DataFrame]:
-    """A-F2: training loss against step by batch size; the crossover is marked where there is one."""
+def loss_by_batch_size(
+    tables: Tables, style: Style, overtaking: str, overtaken: list[str]
+) -> tuple[Figure, pd.DataFrame]:
+    """A-F2: training loss against step by batch size; crossovers between the optimisers are marked.
+
+    A dotted line stands where ``overtaking`` falls below one of ``overtaken`` for good.
+    """
     runs = tables["runs"].dropna(subset=["eval_train_loss"])
     sizes = sorted(runs["batch_size"].unique())
-    colours = style.colours([slow, fast])
-    crossing = crossovers(runs, slow, fast).set_index("batch_size")
+    colours = style.colours([overtaking, *overtaken])
     figure, axes = style.panels(2, -(-len(sizes) // 2), sharey=True)
     drawn = []
     for axis, size in zip(axes.flat, sizes, strict=False):
@@ -76,22 +80,27 @@ def loss_by_batch_size(tables: Tables, style: Style, slow: str, fast: str) -> tu
             one = part[part["optimizer"] == name]
             band = style.band(axis, one, "step", "eval_train_loss", label=name, colour=colour)
             drawn.append(band.assign(batch_size=size, optimizer=name))
-        step = crossing.get("crossover_step", pd.Series(dtype=float)).get(size, np.nan)
-        note = "no crossover"
-        if np.isfinite(step):
-            axis.axvline(step, color="0.4", linestyle=":")
-            note = f"crossover: step {step:.0f} (epoch {step / crossing.loc[size, 'steps_per_epoch']:.2g})"
-        full = size == part["batch_size"].max() and crossing.loc[size, "steps_per_epoch"] == 1
+        notes = [_mark_crossover(axis, part, overtaking, name, colours[name]) for name in overtaken]
+        full = part.loc[part["step"] > 0, "epoch"].min() == part.loc[part["step"] > 0, "step"].min()
+        note = "; ".join(filter(None, notes)) or "no crossover"
         axis.set_title(f"batch {size}{' (full)' if full else ''}: {note}")
-        axis.set(xlabel="step", ylabel="training loss", xscale="symlog")
+        axis.set(xlabel="step", ylabel="training loss")
         axis.set_xlim(left=0)
-    top = 2 * runs.loc[runs["step"] == 0, "eval_train_loss"].median()
-    axes[0, 0].set_ylim(0, min(top, 1.05 * runs["eval_train_loss"].max()))
+    start = runs.loc[runs["step"] == 0, "eval_train_loss"].median()
+    axes[0, 0].set_ylim(0, 1.5 * start)
     for axis in list(axes.flat)[len(sizes) :]:
         axis.set_visible(False)
     axes[0, 0].legend()
-    figure.suptitle(describe(runs), fontsize=style.font_size)
+    figure.suptitle(f"{describe(runs)} (curves that leave the top have diverged)", fontsize=style.font_size)
     return figure, pd.concat(drawn, ignore_index=True)
+
+
+def _mark_crossover(axis: Axes, part: pd.DataFrame, overtaking: str, overtaken: str, colour: object) -> str:
+    found = crossovers(part, overtaking, overtaken).iloc[0]
+    if not np.isfinite(found["crossover_step"]):
+        return ""
+    axis.axvline(found["crossover_step"], color=colour, linestyle=":")
+    return f"crossover at epoch {found['crossover_epoch']:.2g}"
 
 
 def top_eigenvalues(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
