@@ -195,6 +195,13 @@ def test_bad_hyperparameters_name_the_value(options):
         NegativeCurvature(network(), torch.optim.SGD, lr=0.1, **options)
 
 
+def test_a_base_by_name():
+    optimizer = NegativeCurvature(network(), "Adam", lr=0.1)
+    assert type(optimizer.inner) is torch.optim.Adam
+    with pytest.raises(ValueError, match="Adamant"):
+        NegativeCurvature(network(), "Adamant", lr=0.1)
+
+
 def test_a_base_that_needs_a_closure_is_refused():
     with pytest.raises(ValueError, match="closure"):
         NegativeCurvature(network(), torch.optim.LBFGS)

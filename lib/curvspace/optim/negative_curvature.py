@@ -45,8 +45,8 @@ class NegativeCurvature(FirstOrder):
         Its trainable parameters are optimised. In training mode, batch statistics and dropout are those of the
         step's own forward pass, in the gradient and in the product alike.
     base
-        The class of an optimiser of torch that steps without a closure; ``base_options`` (``lr``, ``momentum``,
-        ...) are passed on, and schedulers act on its ``lr``.
+        The class of an optimiser that steps without a closure, or its name in ``torch.optim``; ``base_options``
+        (``lr``, ``momentum``, ...) are passed on, and schedulers act on its ``lr``.
     lr_v
         :math:`\eta_v`. ``"auto"``: :math:`1/(4s)` with s the largest recent :math:`|H\tilde v|`, a lower bound of
         the spectral radius that grows whenever the positive end of the spectrum takes over :math:`\tilde v`.
@@ -68,7 +68,7 @@ class NegativeCurvature(FirstOrder):
     def __init__(
         self,
         model: nn.Module,
-        base: type[torch.optim.Optimizer] = torch.optim.RMSprop,
+        base: type[torch.optim.Optimizer] | str = torch.optim.RMSprop,
         *,
         lr_v: float | str = "auto",
         lr_negative: float = 0.1,
@@ -78,16 +78,16 @@ class NegativeCurvature(FirstOrder):
         seed: int = 0,
         **base_options: Any,
     ):
-        require(
-            isinstance(base, type) and issubclass(base, torch.optim.Optimizer), "base", base, "a torch optimiser class"
-        )
-        require(base is not torch.optim.LBFGS, "base", base, "an optimiser that steps without a closure")
+        kind = getattr(torch.optim, base, None) if isinstance(base, str) else base
+        known = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+        require(known, "base", base, "an optimiser class or its name in torch.optim")
+        require(kind is not torch.optim.LBFGS, "base", base, "an optimiser that steps without a closure")
         positive = isinstance(lr_v, int | float) and math.isfinite(lr_v) and lr_v > 0
         require(positive or lr_v == "auto", "lr_v", lr_v, '"auto" or a positive number')
         require(math.isfinite(lr_negative) and lr_negative >= 0, "lr_negative", lr_negative, "finite and at least 0")
         require(isinstance(every, int) and every >= 1, "every", every, "a positive integer")
         require(0.0 <= average < 1.0, "average", average, "in [0, 1)")
-        super().__init__(model, base, loss, **base_options)
+        super().__init__(model, kind, loss, **base_options)
         self.param_groups[0].update(lr_v=lr_v, lr_negative=lr_negative, every=every, average=average)
         self._v = self._random_direction(seed)
         self._value = self._v.new_tensor(math.nan)
