@@ -44,7 +44,7 @@ def gaussian_mixture(
     return Arrays(draw(), targets, draw(), targets.copy(), num_classes=classes)
 
 
-def sine(train: int = 10000, test: int = 1000, noise: float = 0.1, seed: int = 0) -> Arrays:
+def sine(examples: int = 10000, test_examples: int = 1000, noise: float = 0.1, seed: int = 0) -> Arrays:
     r"""Paper B, table 1, "Regression": :math:`y = \sin x + \varepsilon`, x uniform over one period.
 
     x in [−π, π) as float64 (N, 1), ε normal with standard deviation ``noise``; the test set has noise, too. The paper
@@ -55,12 +55,14 @@ def sine(train: int = 10000, test: int = 1000, noise: float = 0.1, seed: int = 0
     ValueError
         If a number is out of range.
     """
-    if train < 1 or test < 1 or noise < 0:
-        raise ValueError(f"sine needs train ≥ 1, test ≥ 1 and noise ≥ 0; got {train}, {test}, {noise}")
+    if examples < 1 or test_examples < 1 or noise < 0:
+        raise ValueError(
+            f"sine needs examples ≥ 1, test_examples ≥ 1 and noise ≥ 0; got {examples}, {test_examples}, {noise}"
+        )
     random = np.random.default_rng(seed)
 
     def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
         x = random.uniform(-np.pi, np.pi, (count, 1))
         return x, np.sin(x) + noise * random.standard_normal((count, 1))
 
-    return Arrays(*draw(train), *draw(test), num_classes=1)
+    return Arrays(*draw(examples), *draw(test_examples), num_classes=1)
