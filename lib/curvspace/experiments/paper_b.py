@@ -63,31 +63,30 @@ def trajectory(
       ``starts`` and ``dimensions`` (k always); ``next_overlap``: the same for the next k eigenvectors.
     """
     (run,) = context.runs
-    data = context.dataset(run.spec["dataset"]["name"])
+    data = context.dataset(run)
     batches = batches_of(data, data.train, examples, batch)
     tracker = SubspaceTracker(count, "LA", tol)
     generator = torch.Generator().manual_seed(seed)
     kept: dict[int, Tensor] = {}
     rows: list[Row] = []
+    k = data.num_classes
     steps = [s for s in run.steps if until is None or s <= until]
     for step in context.progress(steps, "top subspace"):
-        model = run.model(step, data, context.device)
+        model = context.model(run, step)
         objective = Objective(model, batches, run.spec["task"]["loss"], state=state)
-        hessian = objective.hessian()
+        g, hessian = objective.gradient(), objective.hessian()
         pairs = tracker.update(hessian)
         if step in starts:
             kept[step] = pairs.vectors
-        k = data.num_classes
         found = [
             *_progress(objective, model, batches, pairs),
-            *_eigenpairs(pairs, objective.gradient()),
-            *_gradient_shares(objective.gradient(), hessian, pairs, k, generator),
-            *_class_span(model, batches, objective.gradient(), pairs, k, generator, state),
+            *_eigenpairs(pairs, g),
+            *_gradient_shares(g, hessian, pairs, k, generator),
+            *_class_span(model, batches, g, pairs, k, generator, state),
             *_overlaps(kept, step, pairs.vectors, k, dimensions),
         ]
         rows += [{"step": step, **row} for row in found]
-    size = sum(p.numel() for p in trainable_parameters(model).values())
-    return tidy(run, rows, {"parameters": size, "examples": sum(len(y) for _, y in batches), "state": state})
+    return tidy(run, rows, {"parameters": len(g), "examples": sum(len(y) for _, y in batches), "state": state})
 
 
 def tidy(run: RunRecord, rows: Sequence[Row], constants: Row) -> pd.DataFrame:
@@ -191,12 +190,12 @@ def overlaps(
     ``random`` (the same for a random vector).
     """
     (run,) = context.runs
-    data = context.dataset(run.spec["dataset"]["name"])
+    data = context.dataset(run)
     generator = torch.Generator().manual_seed(seed)
     rows: list[Row] = []
     window = [s for s in run.steps if s > run.steps[-1] - last]
     for step in context.progress(window, "gradient and Hessian-gradient product"):
-        model = run.model(step, data, context.device)
+        model = context.model(run, step)
         for split in splits:
             batches = batches_of(data, getattr(data, split), examples, batch)
             objective = Objective(model, batches, run.spec["task"]["loss"], state=state)
@@ -225,22 +224,24 @@ def eigenvectors(
 ) -> pd.DataFrame:
     """Entries of the top eigenvector of one run at the given steps, by parameter tensor (figures 6 and 7).
 
-    Columns: identity, ``step``, ``eigenvalue``, ``tensor`` (the parameter's name), ``layer`` (from 1),
-    ``part`` ("weight", "bias"), ``entry`` (place in the flat parameter vector), ``value``. Of tensors with more than
-    ``1000 * thin`` entries each ``thin``-th is listed; ``tensor_norm`` and ``tensor_size`` are those of all entries.
-    The sign is such that the largest entry is positive.
+    Columns: identity, ``parameters``, ``examples``, ``state``, ``step``, ``eigenvalue``, ``tensor`` (the
+    parameter's name), ``tensor_rank`` (its place among them), ``layer`` (from 1), ``part`` ("weight", "bias"),
+    ``entry`` (place in the flat parameter vector), ``value``. Of tensors with more than ``1000 * thin`` entries each
+    ``thin``-th is listed; ``tensor_norm`` and ``tensor_size`` are those of all entries. The sign is such that the
+    largest entry is positive.
     """
     (run,) = context.runs
-    data = context.dataset(run.spec["dataset"]["name"])
+    data = context.dataset(run)
     batches = batches_of(data, data.train, examples, batch)
     tracker = SubspaceTracker(1, "LA", tol)
     tables: list[pd.DataFrame] = []
     for step in context.progress(steps, "top eigenvector"):
-        model = run.model(step, data, context.device)
+        model = context.model(run, step)
         pairs = tracker.update(Objective(model, batches, run.spec["task"]["loss"], state=state).hessian())
         v = pairs.vectors[:, 0].cpu()
         v = v * v[v.abs().argmax()].sign()
-        constants = {**run.identity, "step": step, "eigenvalue": float(pairs.values[0])}
+        measured = {"parameters": len(v), "examples": sum(len(y) for _, y in batches), "state": state}
+        constants = {**run.identity, **measured, "step": step, "eigenvalue": float(pairs.values[0])}
         tables += [table.assign(**constants) for table in _entries(model, v, thin)]
     return pd.concat(tables, ignore_index=True)
 
@@ -249,7 +250,7 @@ def _entries(model: nn.Module, v: Tensor, thin: int) -> Iterator[pd.DataFrame]:
     parameters = trainable_parameters(model)
     layers = {name: i for i, name in enumerate(dict.fromkeys(n.rpartition(".")[0] for n in parameters), start=1)}
     offset = 0
-    for name, parameter in parameters.items():
+    for rank, (name, parameter) in enumerate(parameters.items()):
         owner, _, part = name.rpartition(".")
         values = v[offset : offset + parameter.numel()]
         stride = thin if len(values) > 1000 * thin else 1
@@ -257,6 +258,7 @@ def _entries(model: nn.Module, v: Tensor, thin: int) -> Iterator[pd.DataFrame]:
         yield pd.DataFrame(
             {
                 "tensor": name,
+                "tensor_rank": rank,
                 "layer": layers[owner],
                 "part": part,
                 "tensor_size": len(values),

@@ -55,8 +55,8 @@ def _one_spectrum(
     tol: float,
     state: str,
 ) -> pd.DataFrame:
-    data, step = context.dataset(run.spec["dataset"]["name"]), run.steps[-1]
-    model = run.model(step, data, context.device)
+    data, step = context.dataset(run), run.steps[-1]
+    model = context.model(run, step)
     batches = batches_of(data, data.train, examples, batch)
     size = sum(p.numel() for p in model.parameters())
     dense = size <= dense_up_to
@@ -105,9 +105,9 @@ def edge(
     Columns: identity, ``parameters``, ``examples``, ``classes``, ``step``, ``index``, ``eigenvalue``, ``residual``.
     """
     (run,) = context.runs
-    data, step = context.dataset(run.spec["dataset"]["name"]), run.steps[-1]
+    data, step = context.dataset(run), run.steps[-1]
     batches = batches_of(data, data.train, examples, batch)
-    hessian = Objective(run.model(step, data, context.device), batches, state=state).hessian()
+    hessian = Objective(context.model(run, step), batches, state=state).hessian()
     pairs = eigsh(hessian, k=count, tol=tol)
     table = pd.DataFrame(
         {

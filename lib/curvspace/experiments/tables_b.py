@@ -1,0 +1,151 @@
+"""Tables of paper B: measured values beside the paper's. Pure functions of tidy tables; torch is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+Tables = Mapping[str, pd.DataFrame]
+
+RUN = ["dataset", "model", "optimizer", "batch_size", "lr"]
+
+
+def mean_overlaps(tables: Tables, paper: Mapping[str, float]) -> pd.DataFrame:
+    """B-T1: the mean of overlap(g, Hg), eq. 3, over the last steps of training, one row an input.
+
+    ``paper`` has the paper's value by the inputs' labels. ``overlap_sd`` is the standard deviation over checkpoints
+    (and seeds), ``random`` the mean for random vectors, ``test_overlap`` that of gradient and Hessian of test examples.
+    """
+    rows = []
+    for label, table in tables.items():
+        parts = {split: part for split, part in table.groupby("split")}
+        train = parts["train"]
+        rows.append(
+            {
+                "case": label,
+                **train[RUN].iloc[0].to_dict(),
+                "paper": paper.get(label, np.nan),
+                "overlap": train["hg_overlap"].mean(),
+                "overlap_sd": train["hg_overlap"].std(),
+                "random": train["random"].mean(),
+                "test_overlap": parts["test"]["hg_overlap"].mean() if "test" in parts else np.nan,
+                "loss": train.loc[train["step"] == train["step"].max(), "loss"].mean(),
+                "first_step": train["step"].min(),
+                "last_step": train["step"].max(),
+                "checkpoints": train["step"].nunique(),
+                "seeds": train["seed"].nunique(),
+                **train[["parameters", "examples", "state"]].iloc[0].to_dict(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def outlier_count(eigenvalues: Sequence[float] | pd.Series, most: int = 30) -> int:
+    """How many eigenvalues stand out: the i up to ``most`` with the largest ratio of the i-th to the next.
+
+    Eigenvalues are sorted first; those that are not positive are left out (the ratio needs both).
+    """
+    values = np.sort(np.asarray(eigenvalues, dtype=float))[::-1][: most + 1]
+    values = values[values > 0]
+    if len(values) < 2:
+        raise ValueError(f"a gap needs at least 2 positive eigenvalues, got {len(values)}")
+    return int(np.argmax(values[:-1] / values[1:])) + 1
+
+
+def outliers(tables: Tables, paper: Mapping[str, int]) -> pd.DataFrame:
+    """B-T2: how many Hessian eigenvalues stand out (:func:`outlier_count`) for true and for changed labels.
+
+    ``gap`` is the ratio behind the count; ``gap_at_k`` and ``gap_at_k_less_1`` are the ratios at k and k - 1, k the
+    number of distinct labels.
+    """
+    rows = []
+    for label, table in tables.items():
+        values = table[table["quantity"] == "eigenvalue"].sort_values("index")["eigenvalue"].to_numpy()
+        ratios = values[:-1] / values[1:]
+        row = table.iloc[0]
+        k, count = int(row["classes"]), outlier_count(values)
+        rows.append(
+            {
+                "labels": label,
+                **row[["dataset", "model", "step", "accuracy", "classes"]].to_dict(),
+                "paper": paper.get(label, np.nan),
+                "outliers": count,
+                "gap": ratios[count - 1],
+                "gap_at_k": ratios[k - 1],
+                "gap_at_k_less_1": ratios[k - 2] if k > 1 else np.nan,
+                "largest": values[0],
+                **row[["parameters", "examples", "method"]].to_dict(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def gradient_sums(tables: Tables, steps: Sequence[int], paper: Sequence[Mapping[str, float]]) -> pd.DataFrame:
+    """B-T3: sums of c_i² (eq. 12) over 1..k, k+1..2k and 1..2k at some steps, beside the paper's.
+
+    ``paper`` lists ``{step, sum, value}`` with ``sum`` one of "1..k", "k+1..2k", "1..2k".
+    """
+    known = {(entry["step"], entry["sum"]): entry["value"] for entry in paper}
+    rows = []
+    for table in tables.values():
+        k = int(table.loc[table["quantity"] == "f_top", "index"].iloc[0])
+        shares = table[table["quantity"] == "c2"]
+        for step in steps:
+            part = shares[shares["step"] == step]
+            for name, low, high in (("1..k", 1, k), ("k+1..2k", k + 1, 2 * k), ("1..2k", 1, 2 * k)):
+                chosen = part[part["index"].between(low, high)]
+                rows.append(
+                    {
+                        **table[["dataset", "model", "seed", "examples"]].iloc[0].to_dict(),
+                        "step": step,
+                        "sum": name,
+                        "paper": known.get((step, name), np.nan),
+                        "value": chosen["value"].sum() if len(chosen) == high - low + 1 else np.nan,
+                        "null": chosen["null"].sum(),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def kink(tables: Tables) -> pd.DataFrame:
+    """B-T4: where the mean overlap of B-F3 stops rising: the dimension at which it is largest, for each start.
+
+    ``drop_after`` is the fall of the mean overlap from dimension k - 1 to k + 1; ``k_less_1`` is what the paper finds.
+    """
+    rows = []
+    for table in tables.values():
+        k = int(table.loc[table["quantity"] == "f_top", "index"].iloc[0])
+        found = table[table["quantity"] == "top_overlap"]
+        for start, part in found.groupby("start_step"):
+            means = part.groupby("index")["value"].mean()
+            rows.append(
+                {
+                    **table[["dataset", "model", "seed", "parameters", "examples"]].iloc[0].to_dict(),
+                    "start_step": int(start),
+                    "k_less_1": k - 1,
+                    "dimension_of_maximum": int(means.idxmax()),
+                    "maximum": means.max(),
+                    "drop_after": means.get(k - 1, np.nan) - means.get(k + 1, np.nan),
+                    "null": part.groupby("index")["null"].first().get(k - 1, np.nan),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def toy_checks(tables: Tables) -> pd.DataFrame:
+    """B-T5: the toy model at the last measured time: each quantity beside what the exact solution says.
+
+    ``relative_error`` is against the exact solution in continuous time, ``time_times_value`` the eigenvalue's
+    product with the time, whose limit is 1 for the k top ones.
+    """
+    (table,) = tables.values()
+    last = table[table["time"] == table["time"].max()].copy()
+    last["relative_error"] = last["value"] / last["expected"] - 1
+    eigen = last["quantity"] == "eigenvalue"
+    last["time_times_value"] = np.where(eigen, last["time"] * last["value"], np.nan)
+    listed = last[(~eigen) | (last["index"] <= last["classes"] + 1)]
+    case = ["case", "classes", "sigma", "orthonormal", "bias", "start"]
+    columns = [*case, "time", "quantity", "index", "value", "expected", "relative_error", "time_times_value"]
+    return listed[columns].reset_index(drop=True)
