@@ -33,11 +33,14 @@ def make(spec: dict, code: str, file: Path, results: Path, out: Path) -> None:
         claims = ledger.parse(yaml.safe_load(file.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from None
-    read = tables.read(results, spec["sources"])
+    read = tables.read(results, {path: [path] for paths in spec["sources"].values() for path in paths})
     rows = []
     for claim in claims:
-        found = {label: ledger.joined(read, sources) for label, sources in claim.sources.items()}
-        known = {label: table for label, table in found.items() if table is not None}
+        known = {
+            label: ledger.joined([read[path] for source in sources for path in spec["sources"][source]])
+            for label, sources in claim.sources.items()
+            if all(source in spec["sources"] for source in sources)
+        }
         notes = {key: spec.get(key, {}).get(claim.id, "") for key in ("scale", "short", "link")}
         rows.append(ledger.row(claim, known, **notes))
     judged = ledger.table(rows)

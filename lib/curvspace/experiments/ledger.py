@@ -91,12 +91,10 @@ def rule_of(name: str) -> Callable[..., Outcome]:
     return rule
 
 
-def joined(read: Mapping[str, pd.DataFrame], sources: Sequence[str]) -> pd.DataFrame | None:
-    """The tables of several sources as one; None if one of them is not there."""
-    if any(source not in read for source in sources):
-        return None
-    parts = [read[source] for source in sources]
-    return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
+def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Several tables as one; empty ones (of runs or measures without a row) add nothing."""
+    filled = [table for table in tables if len(table)] or list(tables[:1])
+    return filled[0] if len(filled) == 1 else pd.concat(filled, ignore_index=True)
 
 
 def row(claim: Claim, tables: Mapping[str, pd.DataFrame], scale: str = "", short: str = "", link: str = "") -> dict:
