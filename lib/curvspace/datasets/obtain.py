@@ -109,7 +109,7 @@ def _first_that_serves(known: Known, order: Sequence[str], folder: Path | None, 
 
 
 def digits() -> Arrays:
-    """scikit-learn's embedded 8×8 digits: 1,797 images, every fifth of which (359) makes the test set.
+    """scikit-learn's embedded 8×8 digits: 1,797 images, of which every fifth of each class makes the test set.
 
     The 17 grey levels 0 … 16 are spread over 0 … 255.
     """
@@ -118,7 +118,9 @@ def digits() -> Arrays:
     bundle = load_digits()
     images = np.rint(bundle.images * (255 / 16)).astype(np.uint8)[:, None]
     targets = bundle.target.astype(np.int64)
-    test = np.arange(len(targets)) % 5 == 4
+    test = np.zeros(len(targets), dtype=bool)
+    for label in range(10):  # class by class: the classes follow each other with periods of five and ten
+        test[np.flatnonzero(targets == label)[4::5]] = True
     return Arrays(images[~test], targets[~test], images[test], targets[test], num_classes=10)
 
 

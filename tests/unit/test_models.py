@@ -1,0 +1,172 @@
+"""Networks: sizes, shapes, options, and that every derivative the library takes exists and is right."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
+
+from curvspace.models import KINDS, build, module_of
+
+MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "input_shape", "num_classes", "parameters"),
+    [
+        ("resnet9", {}, CIFAR, 10, 6_573_130),
+        ("resnet18", {}, CIFAR, 10, 11_173_962),
+        ("cnn-60k", {}, CIFAR, 10, 62_006),
+        ("cnn-400", {}, MNIST, 10, 358),
+        ("fc", {}, MNIST, 10, 89_610),
+        ("fc", {"widths": [32, 32]}, MNIST, 10, 26_506),
+        ("fc", {"widths": [256, 256]}, CIFAR, 100, 878_180),
+        ("softmax", {}, MNIST, 10, 7_850),
+        ("softmax", {"bias": False}, (1000,), 2, 2_000),
+        ("mlp-tanh", {}, MNIST, 10, 111_146),
+        ("convnet", {}, CIFAR, 10, 1_250_858),
+        ("lenet", {}, MNIST, 10, 3_274_634),
+        ("cifar-basic", {}, CIFAR, 10, 145_578),
+        ("cifar-basic", {"batch_norm": True}, CIFAR, 10, 145_962),
+        ("vgg-f", {}, (3, 224, 224), 100, 57_147_236),  # 0.2 GB and over a second: the only one of its size here
+    ],
+)
+def test_size(kind: str, options: dict[str, Any], input_shape: tuple[int, ...], num_classes: int, parameters: int):
+    assert count(build(kind, options, input_shape, num_classes)) == parameters
+
+
+SMALL: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
+    ("resnet9", {"width": 2}, (1, 8, 8)),
+    ("resnet9", {"width": 2, "batch_norm": False, "logit_scale": 0.125}, (3, 12, 12)),
+    ("resnet18", {"width": 2}, (3, 8, 8)),
+    ("cnn-60k", {}, (1, 16, 16)),
+    ("cnn-400", {}, (1, 8, 8)),
+    ("fc", {"widths": [5, 4], "activation": "softplus"}, (1, 4, 4)),
+    ("softmax", {}, (6,)),
+    ("mlp-tanh", {"widths": [5, 4, 3]}, (1, 4, 4)),
+    ("convnet", {"batch_norm": True, "extra_dense": 4, "dense": 6}, (1, 16, 16)),
+    ("lenet", {"channels": (2, 3), "dense": 5}, (1, 8, 8)),
+    ("cifar-basic", {"batch_norm": True, "channels": (2, 2, 3, 4)}, (3, 8, 8)),
+    ("vgg-f", {"channels": (3, 4), "dense": 6, "dropout": 0.0}, (3, 63, 63)),
+]
+
+
+def test_every_kind_is_among_the_small_ones():
+    assert {kind for kind, _, _ in SMALL} == set(KINDS)
+
+
+@pytest.mark.parametrize(("kind", "options", "input_shape"), SMALL)
+def test_curvature_products_exist_and_agree(kind: str, options: dict[str, Any], input_shape: tuple[int, ...]):
+    """Forward over reverse mode against two backward passes, in float64, with BatchNorm in train mode."""
+    torch.manual_seed(0)
+    model = build(kind, options, input_shape, 3).double()
+    x, y = torch.randn(4, *input_shape, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
+    vector = {name: torch.randn_like(p) for name, p in parameters.items()}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        state = {name: b.clone() for name, b in buffers.items()}
+        return cross_entropy(functional_call(model, {**values, **state}, (x,)), y)
+
+    _, forward_over_reverse = jvp(grad(loss), (parameters,), (vector,))
+    leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+    first = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True)
+    slope = sum((g * v).sum() for g, v in zip(first, vector.values(), strict=True))
+    second = torch.autograd.grad(slope, list(leaves.values()), materialize_grads=True)
+    for product, expected in zip(forward_over_reverse.values(), second, strict=True):
+        torch.testing.assert_close(product, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("kind", "options", "input_shape"), SMALL)
+def test_the_seed_fixes_the_weights(kind: str, options: dict[str, Any], input_shape: tuple[int, ...]):
+    def weights(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return torch.cat([p.reshape(-1) for p in build(kind, options, input_shape, 3).parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_resnet18_computes_what_torchvisions_does_without_its_stem():
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    theirs, ours = resnet18(num_classes=10), build("resnet18", {}, CIFAR, 10)
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    pairs = zip(theirs.state_dict().values(), ours.state_dict().values(), strict=True)
+    with torch.no_grad():
+        for source, target in pairs:
+            target.copy_(source)
+        x = torch.randn(2, *CIFAR)
+        torch.testing.assert_close(ours.train()(x), theirs.train()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 9, 16, 27, 28, 32])
+def test_cnn_400_averages_as_adaptive_pooling_does(size: int):
+    *before, pool, _, _ = build("cnn-400", {}, (1, size, size), 10)
+    maps = nn.Sequential(*before)(torch.randn(2, 1, size, size))
+    torch.testing.assert_close(pool(maps), adaptive_avg_pool2d(maps, 2))
+
+
+def test_convnet_options_stand_where_they_are_said_to():
+    plain = [type(layer) for layer in build("convnet", {}, CIFAR, 10)]
+    assert nn.Dropout not in plain
+    assert nn.BatchNorm2d not in plain
+    full = list(build("convnet", {"dropout": True, "batch_norm": True, "extra_dense": 128}, CIFAR, 10))
+    assert [layer.p for layer in full if isinstance(layer, nn.Dropout)] == [0.25, 0.25, 0.5, 0.5]
+    assert sum(isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d) for layer in full) == 6
+    assert [layer.out_features for layer in full if isinstance(layer, nn.Linear)] == [512, 128, 10]
+
+
+def test_initialisations_on_request():
+    torch.manual_seed(0)
+    weights = build("mlp-tanh", {}, MNIST, 10)[1].weight
+    assert weights.std().item() == pytest.approx(1.0, abs=0.01)
+    assert all(not p.any() for p in build("softmax", {"zero_init": True}, MNIST, 10).parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "input_shape", "words"),
+    [
+        ("resnet", {}, CIFAR, ["'resnet'", "resnet9", "module:function"]),
+        ("fc", {"width": 3}, MNIST, ["'fc'", "width"]),
+        ("fc", {"activation": "swish"}, MNIST, ["'swish'", "relu"]),
+        ("fc", {"widths": [0]}, MNIST, ["[0]"]),
+        ("mlp-tanh", {"init_std": 0.0}, MNIST, ["init_std", "0.0"]),
+        ("cnn-60k", {}, (1, 8, 8), ["16×16", "8×8", "resize"]),
+        ("lenet", {}, (1000,), ["(1000,)"]),
+        ("no_such_module:net", {}, MNIST, ["no_such_module"]),
+        ("math:net", {}, MNIST, ["math", "net"]),
+    ],
+)
+def test_wrong_requests_are_named(kind: str, options: dict[str, Any], input_shape: tuple[int, ...], words: list[str]):
+    with pytest.raises(ValueError) as error:
+        build(kind, options, input_shape, 10)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_users_own_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "own_net.py").write_text(
+        "import torch\ndef line(input_shape, num_classes, bias=True):\n"
+        "    return torch.nn.Linear(input_shape[0], num_classes, bias=bias)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert count(build("own_net:line", {"bias": False}, (7,), 3)) == 21
+    assert module_of("own_net:line") == "own_net"
+    sys.modules.pop("own_net")
+
+
+def test_each_kind_has_one_module():
+    assert module_of("fc") == module_of("softmax") == "curvspace.models.fully_connected"
+    assert module_of("resnet9") != module_of("resnet18")
