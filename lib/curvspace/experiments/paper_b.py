@@ -21,7 +21,8 @@ from curvspace.functional import trainable_parameters
 from curvspace.subspace import gradient_fraction, hessian_gradient_overlap, subspace_overlap
 
 if TYPE_CHECKING:
-    from curvspace.cli.measure import Context
+    from curvspace.curvature.frozen import State
+    from curvspace.experiments.context import Context
     from curvspace.training.record import RunRecord
 
 Row = dict[str, Any]
@@ -41,12 +42,12 @@ def trajectory(
     count: int = 20,
     starts: Sequence[int] = (),
     dimensions: Sequence[int] = (),
-    until: int | None = None,
+    steps: Sequence[int] | None = None,
     tol: float = 1e-3,
-    state: str = "batch",
+    state: State = "batch",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The top ``count`` eigenpairs at every checkpoint of one run up to step ``until``, and what follows from them.
+    """The top ``count`` eigenpairs of one run at some ``steps`` (null: all checkpoints), and what follows from them.
 
     Columns: identity, ``parameters``, ``examples``, ``state``, ``step``, ``quantity``, ``index``, ``start_step``,
     ``value``, ``null`` (expected of a random subspace), ``random`` (measured on one, drawn anew at each step).
@@ -70,8 +71,7 @@ def trajectory(
     kept: dict[int, Tensor] = {}
     rows: list[Row] = []
     k = data.num_classes
-    steps = [s for s in run.steps if until is None or s <= until]
-    for step in context.progress(steps, "top subspace"):
+    for step in context.progress(_reached(run, steps), "top subspace"):
         model = context.model(run, step)
         objective = Objective(model, batches, run.spec["task"]["loss"], state=state)
         g, hessian = objective.gradient(), objective.hessian()
@@ -87,6 +87,11 @@ def trajectory(
         ]
         rows += [{"step": step, **row} for row in found]
     return tidy(run, rows, {"parameters": len(g), "examples": sum(len(y) for _, y in batches), "state": state})
+
+
+def _reached(run: RunRecord, steps: Sequence[int] | None) -> list[int]:
+    """The steps asked for, as far as the run went (one that diverged ended early); null: all its checkpoints."""
+    return run.steps if steps is None else [step for step in steps if step <= run.steps[-1]]
 
 
 def tidy(run: RunRecord, rows: Sequence[Row], constants: Row) -> pd.DataFrame:
@@ -137,13 +142,13 @@ def _class_span(
     pairs: EigenPairs,
     k: int,
     generator: torch.Generator,
-    state: str,
+    state: State,
 ) -> Iterator[Row]:
     """The gradient and the top eigenvectors against the span of paper A's class gradients."""
-    total: Tensor | float = 0.0
+    total = torch.zeros(k, len(g), dtype=g.dtype, device=g.device)
     for x, y in batches:
         means, counts = class_gradients(model, x, y, num_classes=k, state=state)
-        total = total + means * counts[:, None].to(means)
+        total += means * counts[:, None]
     span = torch.linalg.qr(total[total.norm(dim=1) > 0].T)[0]
     random = random_subspace(len(g), k, generator, g)
     null = k / len(g)
@@ -153,9 +158,7 @@ def _class_span(
     yield {"quantity": "class_overlap", "index": k, "value": overlaps[0], "null": null, "random": overlaps[1]}
 
 
-def _overlaps(
-    kept: dict[int, Tensor], step: int, vectors: Tensor, k: int, dimensions: Sequence[int]
-) -> Iterator[Row]:
+def _overlaps(kept: dict[int, Tensor], step: int, vectors: Tensor, k: int, dimensions: Sequence[int]) -> Iterator[Row]:
     """Eq. 5 against the earlier subspaces; the Gram matrix of two bases holds it for every dimension.
 
     With orthonormal columns V, W, Tr(P_V P_W)/d is the squared Frobenius norm of the first d rows and columns of
@@ -181,7 +184,7 @@ def overlaps(
     last: int,
     batch: int = 1000,
     splits: Sequence[str] = ("train",),
-    state: str = "batch",
+    state: State = "batch",
     seed: int = 0,
 ) -> pd.DataFrame:
     """Eq. 3 at the checkpoints of the last ``last`` steps of one run (table 1), on training and other examples.
@@ -220,7 +223,7 @@ def eigenvectors(
     batch: int = 1000,
     thin: int = 1,
     tol: float = 1e-3,
-    state: str = "batch",
+    state: State = "batch",
 ) -> pd.DataFrame:
     """Entries of the top eigenvector of one run at the given steps, by parameter tensor (figures 6 and 7).
 
@@ -235,7 +238,7 @@ def eigenvectors(
     batches = batches_of(data, data.train, examples, batch)
     tracker = SubspaceTracker(1, "LA", tol)
     tables: list[pd.DataFrame] = []
-    for step in context.progress(steps, "top eigenvector"):
+    for step in context.progress(_reached(run, steps), "top eigenvector"):
         model = context.model(run, step)
         pairs = tracker.update(Objective(model, batches, run.spec["task"]["loss"], state=state).hessian())
         v = pairs.vectors[:, 0].cpu()

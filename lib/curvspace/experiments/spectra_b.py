@@ -11,7 +11,8 @@ from curvspace import Objective, eigsh, spectral_density
 from curvspace.experiments.paper_b import batches_of
 
 if TYPE_CHECKING:
-    from curvspace.cli.measure import Context
+    from curvspace.curvature.frozen import State
+    from curvspace.experiments.context import Context
     from curvspace.training.record import RunRecord
 
 
@@ -25,7 +26,7 @@ def spectrum(
     probes: int = 4,
     lanczos_steps: int = 80,
     tol: float = 1e-3,
-    state: str = "batch",
+    state: State = "batch",
 ) -> pd.DataFrame:
     """The Hessian's spectrum at the end of each run (figure 4).
 
@@ -53,7 +54,7 @@ def _one_spectrum(
     probes: int,
     lanczos_steps: int,
     tol: float,
-    state: str,
+    state: State,
 ) -> pd.DataFrame:
     data, step = context.dataset(run), run.steps[-1]
     model = context.model(run, step)
@@ -98,7 +99,7 @@ def _listed(values: torch.Tensor, residuals: torch.Tensor) -> list[dict[str, Any
 
 
 def edge(
-    context: Context, *, examples: int | None, count: int, batch: int = 1000, tol: float = 1e-3, state: str = "batch"
+    context: Context, *, examples: int | None, count: int, batch: int = 1000, tol: float = 1e-3, state: State = "batch"
 ) -> pd.DataFrame:
     """The top ``count`` eigenvalues at the end of one run (figure 5: one job for each initialisation).
 

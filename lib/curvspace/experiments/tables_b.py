@@ -20,7 +20,7 @@ def mean_overlaps(tables: Tables, paper: Mapping[str, float]) -> pd.DataFrame:
     """
     rows = []
     for label, table in tables.items():
-        parts = {split: part for split, part in table.groupby("split")}
+        parts = dict(iter(table.groupby("split")))
         train = parts["train"]
         rows.append(
             {

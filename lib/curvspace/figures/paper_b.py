@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from curvspace.figures.style import Style
 
 Tables = dict[str, pd.DataFrame]
-NULL = {"color": "0.55", "linestyle": ":", "linewidth": 1.0}
+NULL: dict[str, Any] = {"color": "0.55", "linestyle": ":", "linewidth": 1.0}
 """How the level of chance is drawn."""
 
 
@@ -200,7 +201,7 @@ def f_top_under_changes(tables: Tables, style: Style) -> tuple[Figure, pd.DataFr
 
 
 def nulls(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
-    """B-X1: every overlap beside what a random subspace or vector gives, and the class-gradient span beside the rest."""
+    """B-X1: every overlap beside what a random subspace or vector gives; the class-gradient span beside the rest."""
     figure, axes = style.panels(3, len(tables), sharex="col")
     drawn = []
     rows = (("f_top", "f_next", "f_class"), ("class_overlap",), ("hg_overlap", "vertex_overlap"))

@@ -47,7 +47,9 @@ def _eigenvalues(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFrame:
 def _errors(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFrame:
     found = _exact(table)
     top = found[(found["index"] <= found["classes"]) & (found["start"] == 0)]
-    for (case, k), colour in zip(top.groupby(["case", "classes"]).groups, style.colours(range(9)).values(), strict=False):
+    colours = style.colours(top["case"])
+    for (case, k), _ in top.groupby(["case", "classes"]):
+        colour = colours[case]
         part = top[(top["case"] == case) & (top["index"] == 1)]
         axis.plot(part["time"], (part["value"] / part["expected"] - 1).abs(), color=colour, label=f"k = {k}, exact")
         axis.plot(part["time"], (part["value"] * part["time"] - 1).abs(), ":", color=colour, label=f"k = {k}, 1/(ηt)")
@@ -59,7 +61,7 @@ def _errors(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFrame:
 
 def _gradient_in_top(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFrame:
     part = table[(table["quantity"] == "f_top") & ~table["bias"] & ~table["orthonormal"]]
-    for case, one in part.groupby("case"):
+    for _, one in part.groupby("case"):
         row = one.iloc[0]
         axis.plot(one["time"], one["value"], marker="o", label=f"k = {row['classes']}, σ = {row['sigma']:g}")
     axis.set(xscale="log", xlabel="time ηt", ylabel="f_top", ylim=(-0.03, 1.03))
