@@ -51,24 +51,25 @@ def problems(config: Mapping[str, Any]) -> list[str]:
 
 def _lines(validator: Draft202012Validator, error: ValidationError) -> Iterator[str]:
     key, value, rule = _key(error), error.instance, error.validator
+    part: Mapping[str, Any] = error.schema if isinstance(error.schema, Mapping) else {}
     if rule in ("anyOf", "oneOf") and error.context:
         inner = [e for e in error.context if e.absolute_path != error.absolute_path]
         if inner:  # one alternative fits in kind: what is wrong inside it says more
             yield from (line for e in inner for line in _lines(validator, e))
             return
     if rule == "additionalProperties":
-        known = sorted(error.schema.get("properties", {}))
+        known = sorted(part.get("properties", {}))
         for unknown in sorted(set(value) - set(known)):
             guess = difflib.get_close_matches(str(unknown), known, 1)
             hint = f"did you mean {guess[0]}? " if guess else ""
             yield f"{_join(key, unknown)} is not a known key; {hint}allowed: {', '.join(known)}"
-    elif rule == "pattern" and key and error.schema.get("title") == "key":
-        yield f"{_join(key, value)} is not a name of the right form; allowed: {_allowed(error.schema)}"
+    elif rule == "pattern" and key and part.get("title") == "key":
+        yield f"{_join(key, value)} is not a name of the right form; allowed: {_allowed(part)}"
     elif rule == "required":
-        missing = [name for name in error.validator_value if name not in value]
-        yield from (f"{_join(key, name)} is missing; {_wanted(error.schema, name)}" for name in missing)
+        missing = [name for name in part["required"] if name not in value]
+        yield from (f"{_join(key, name)} is missing; {_wanted(part, name)}" for name in missing)
     else:
-        yield f"{key} = {value!r} is not allowed; {_number_hint(value) or 'allowed: ' + _allowed(error.schema)}"
+        yield f"{key} = {value!r} is not allowed; {_number_hint(value) or 'allowed: ' + _allowed(part)}"
 
 
 def _wanted(block: Mapping[str, Any], name: str) -> str:

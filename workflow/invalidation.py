@@ -58,7 +58,7 @@ class Module:
             if token.type == tokenize.COMMENT:
                 row, column = token.start
                 lines[row - 1] = lines[row - 1][:column]
-        verbatim = set()
+        verbatim: set[int] = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.JoinedStr | ast.Constant) and (node.end_lineno or 0) > node.lineno:
                 verbatim.update(range(node.lineno, node.end_lineno or 0))  # blanks inside a string are its content

@@ -123,7 +123,7 @@ class Plan:
         pinned = block["source"] in KNOWN
         roots = ["curvspace.datasets.obtain", *([block["source"]] if ":" in block["source"] else [])]
         spec = {"source": block["source"], **prepare_options(block)}
-        return Job("data", folder, spec, "" if pinned else self.code.hash(*roots), f"{folder}/run.json")
+        return Job("data", folder, spec, "pinned" if pinned else self.code.hash(*roots), f"{folder}/run.json")
 
     def train(self, run: Run) -> Job:
         """One training run."""
@@ -182,9 +182,10 @@ class Plan:
         spec = {**claims.bind(entries, self.study, self.config), "claims": digest}
         return Job("claims", "claims", spec, self.code.hash("curvspace.cli.claims", *own), self._path("claims"))
 
-    def run(self, dataset: str, model: str, optimizer: str, batch: str, lr: str, seed: str) -> Run:
-        """The run that a path's parts name; it need not be one that a study asks for."""
-        return Run(dataset, model, optimizer, batch if batch == "full" else int(batch), float(lr), int(seed))
+    def train_at(self, parts: Any) -> Job:
+        """The training job that the wildcards of a path name; it need not be one that a study asks for."""
+        batch = parts.batch if parts.batch == "full" else int(parts.batch)
+        return self.train(Run(parts.dataset, parts.model, parts.optimizer, batch, float(parts.lr), int(parts.seed)))
 
     def resource(self, stage: str, name: str, default: int) -> int:
         return self.config.get("resources", {}).get(stage, {}).get(name, default)
@@ -195,7 +196,7 @@ class Plan:
         words = ["--sources", ",".join(block["sources"])]
         words += ["--offline"] if block.get("offline") else []
         words += ["--folder", block["folder"]] if block.get("folder") else []
-        return shlex.join(words).replace("{", "{{").replace("}", "}}")
+        return shlex.join(words)
 
     def report(self, artefact: Artefact) -> dict[str, Any]:
         """Where and how an artefact stands in Snakemake's report."""

@@ -27,4 +27,4 @@ rule claims:
         **PLAN.claims.params,
     shell:
         "python -m curvspace.cli.claims --spec {params.spec:q} --code {params.code:q}"
-        f" --results {RESULTS} --out {RESULTS}/claims" + " --claims {input.claims:q} > {log} 2>&1"
+        f" --claims {{input.claims:q}} --results {RESULTS} --out {{output.csv}} > {{log}} 2>&1"

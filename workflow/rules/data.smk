@@ -1,4 +1,7 @@
 # Data sets: obtained once, checked against a known checksum, written as plain arrays.
+SOURCES = PLAN.source_options()
+
+
 localrules:
     data,
 
@@ -22,5 +25,5 @@ rule data:
         spec=lambda wildcards: PLAN.data(f"data/{wildcards.folder}").params["spec"],
         code=lambda wildcards: PLAN.data(f"data/{wildcards.folder}").params["code"],
     shell:
-        "python -m curvspace.cli.data --spec {params.spec:q} --code {params.code:q}"
-        " --out data/{wildcards.folder} " + PLAN.source_options() + " > {log} 2>&1"
+        f"python -m curvspace.cli.data {SOURCES} --spec {{params.spec:q}} --code {{params.code:q}}"
+        " --out data/{wildcards.folder} > {log} 2>&1"

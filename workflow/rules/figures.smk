@@ -29,4 +29,4 @@ for artefact in PLAN.study.artefacts:
             **job.params,
         shell:
             "python -m curvspace.cli.figure --spec {params.spec:q} --code {params.code:q}"
-            f" --results {RESULTS} --out {base}" + " > {log} 2>&1"
+            f" --results {RESULTS} --out {{output.csv}} > {{log}} 2>&1"

@@ -13,10 +13,9 @@ for measure in PLAN.study.measures:
             metrics=[f"{folder}/metrics.csv" for folder in folders],
             checkpoints=[f"{folder}/checkpoints" for folder in folders],
         output:
-            [
-                f"{base}{suffix}"
-                for suffix in (".csv", ".run.json", *([".npz"] if measure.arrays else []))
-            ],
+            **({"arrays": f"{base}.npz"} if measure.arrays else {}),
+            csv=f"{base}.csv",
+            record=f"{base}.run.json",
         log:
             f"{RESULTS}/logs/{measure.path}.log",
         benchmark:
@@ -32,4 +31,4 @@ for measure in PLAN.study.measures:
             **job.params,
         shell:
             "python -m curvspace.cli.measure --spec {params.spec:q} --code {params.code:q} --threads {threads}"
-            f" --results {RESULTS} --data data --out {base}" + " > {log} 2>&1"
+            f" --results {RESULTS} --data data --out {{output.csv}} > {{log}} 2>&1"

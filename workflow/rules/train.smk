@@ -12,11 +12,6 @@ wildcard_constraints:
 RUN = "{dataset}/{model}/{optimizer}/bs{batch}-lr{lr}-seed{seed}"
 
 
-def training(wildcards):
-    """The training job of a run's folder."""
-    return PLAN.train(PLAN.run(**wildcards))
-
-
 rule train:
     input:
         lambda wildcards: f"{PLAN.data_folder(wildcards.dataset)}/card.json",
@@ -36,9 +31,10 @@ rule train:
         runtime=PLAN.resource("train", "runtime", 120),
         gpu=GPUS,
     params:
-        spec=lambda wildcards: training(wildcards).params["spec"],
-        code=lambda wildcards: training(wildcards).params["code"],
+        spec=lambda wildcards: PLAN.train_at(wildcards).params["spec"],
+        code=lambda wildcards: PLAN.train_at(wildcards).params["code"],
     shell:
         "python -m curvspace.cli.train --spec {params.spec:q} --code {params.code:q} --threads {threads}"
         ' --data "$(dirname {input:q})" --out "$(dirname {output.record:q})"'
-        f" --state {RESULTS}/.state/{RUN.replace('{', '{wildcards.')}" + " > {log} 2>&1"
+        f" --state {RESULTS}/.state/{{wildcards.dataset}}/{{wildcards.model}}/{{wildcards.optimizer}}"
+        "/bs{wildcards.batch}-lr{wildcards.lr}-seed{wildcards.seed} > {log} 2>&1"

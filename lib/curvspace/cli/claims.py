@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser("claims", __doc__ or "")
     parser.add_argument("--claims", type=Path, default=Path("workflow/claims.yaml"), help="the claims, as YAML")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds the tables")
-    parser.add_argument("--out", type=Path, required=True, help="where to, without a suffix")
+    parser.add_argument("--out", type=Path, required=True, help="path of the CSV; all else stands beside it")
     options = parser.parse_args(arguments)
     with common.one_line_errors("claims"):
         make(options.spec, options.code, options.claims, options.results, options.out)
@@ -45,10 +45,10 @@ def make(spec: dict, code: str, file: Path, results: Path, out: Path) -> None:
         rows.append(ledger.row(claim, known, **notes))
     judged = ledger.table(rows)
     out.parent.mkdir(parents=True, exist_ok=True)
-    judged.to_csv(common.beside(out, ".csv"), index=False)
-    common.beside(out, ".md").write_text(ledger.markdown(judged), encoding="utf-8")
-    common.beside(out, ".html").write_text(ledger.page(judged), encoding="utf-8")
-    common.write_record(common.beside(out, ".run.json"), common.provenance(spec, code))
+    judged.to_csv(out.with_suffix(".csv"), index=False)
+    out.with_suffix(".md").write_text(ledger.markdown(judged), encoding="utf-8")
+    out.with_suffix(".html").write_text(ledger.page(judged), encoding="utf-8")
+    common.write_record(out.with_suffix(".run.json"), common.provenance(spec, code))
 
 
 if __name__ == "__main__":

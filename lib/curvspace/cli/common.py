@@ -99,11 +99,6 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def beside(out: Path, suffix: str) -> Path:
-    """``results/measures/b/overlap`` and ``.csv``: the suffix is put behind the whole name, dots in it or not."""
-    return out.with_name(out.name + suffix)
-
-
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

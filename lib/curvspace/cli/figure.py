@@ -20,7 +20,7 @@ from curvspace.figures.style import Style, save
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser("figure", __doc__ or "")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds the tables")
-    parser.add_argument("--out", type=Path, required=True, help="where to, without a suffix")
+    parser.add_argument("--out", type=Path, required=True, help="path of the CSV; all else stands beside it")
     options = parser.parse_args(arguments)
     with common.one_line_errors("figure"):
         draw(options.spec, options.code, options.results, options.out)
@@ -33,7 +33,7 @@ def draw(spec: dict, code: str, results: Path, out: Path) -> None:
     with style.applied():
         figure, drawn = _checked(function(tables.read(results, spec["inputs"]), style, **spec.get("options", {})), spec)
         save(figure, drawn, out, style.dpi)
-    common.write_record(common.beside(out, ".run.json"), common.provenance(spec, code))
+    common.write_record(out.with_suffix(".run.json"), common.provenance(spec, code))
 
 
 def _checked(result: object, spec: dict) -> tuple[Figure, pd.DataFrame]:

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser("measure", __doc__ or "")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the prepared data sets")
-    parser.add_argument("--out", type=Path, required=True, help="where to, without a suffix: writes .csv and .run.json")
+    parser.add_argument("--out", type=Path, required=True, help="path of the CSV; all else stands beside it")
     options = parser.parse_args(arguments)
     with common.one_line_errors("measure"):
         measure(options)
@@ -46,10 +46,10 @@ def measure(options: argparse.Namespace) -> None:
         table, arrays = _split(function(context, **spec.get("options", {})), spec)
         record = common.provenance(spec, options.code, device)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(common.beside(options.out, ".csv"), index=False)
+    table.to_csv(options.out, index=False)
     if arrays is not None:
-        np.savez_compressed(common.beside(options.out, ".npz"), **arrays)  # type: ignore[arg-type]
-    common.write_record(common.beside(options.out, ".run.json"), record)
+        np.savez_compressed(options.out.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
+    common.write_record(options.out.with_suffix(".run.json"), record)
 
 
 def _split(result: Any, spec: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, np.ndarray] | None]:

@@ -22,7 +22,7 @@ LATEX |= {"±": r"$\pm$", "≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$", "
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser("table", __doc__ or "")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds the tables")
-    parser.add_argument("--out", type=Path, required=True, help="where to, without a suffix")
+    parser.add_argument("--out", type=Path, required=True, help="path of the CSV; all else stands beside it")
     options = parser.parse_args(arguments)
     with common.one_line_errors("table"):
         make(options.spec, options.code, options.results, options.out)
@@ -34,10 +34,10 @@ def make(spec: dict, code: str, results: Path, out: Path) -> None:
     if not isinstance(table, pd.DataFrame):
         raise UserError(f"{spec['function']} must return a DataFrame, and returned {type(table).__name__}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(common.beside(out, ".csv"), index=False)
+    table.to_csv(out, index=False)
     for suffix, render in ((".md", markdown), (".tex", latex), (".html", html_page)):
-        common.beside(out, suffix).write_text(render(table, spec.get("title", "")), encoding="utf-8")
-    common.write_record(common.beside(out, ".run.json"), common.provenance(spec, code))
+        out.with_suffix(suffix).write_text(render(table, spec.get("title", "")), encoding="utf-8")
+    common.write_record(out.with_suffix(".run.json"), common.provenance(spec, code))
 
 
 def cell(value: object) -> str:
