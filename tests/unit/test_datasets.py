@@ -47,11 +47,7 @@ def test_checksum_sees_values_types_and_shapes_but_not_the_layout_in_memory():
     assert arrays.digest() == fortran.digest() == swapped.digest()
     altered = arrays.train_inputs.copy()
     altered[3, 1, 2, 0] ^= 1
-    reshaped = dataclasses.replace(
-        arrays,
-        train_inputs=arrays.train_inputs.reshape(12, 1, 6, 8),
-        test_inputs=arrays.test_inputs.reshape(6, 1, 6, 8),
-    )
+    flat = {f"{part}_inputs": getattr(arrays, f"{part}_inputs").reshape(-1, 1, 6, 8) for part in ("train", "test")}
     others = [
         dataclasses.replace(arrays, train_inputs=altered),
         dataclasses.replace(arrays, train_targets=arrays.train_targets.astype(np.int32)),
