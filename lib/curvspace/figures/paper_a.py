@@ -128,6 +128,12 @@ def title_of(measure: pd.DataFrame) -> str:
     return f"{text}, {first['examples']} examples"
 
 
+def early_steps(axis: Axes) -> None:
+    """An axis of steps which gives the first ones room: linear to 10, logarithmic from there."""
+    axis.set_xscale("symlog", linthresh=10)
+    axis.set_xlim(left=0)
+
+
 def rank_of_union(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     """A-F4a: rank of class gradients and final eigenvectors together through training, by tolerance."""
     measure = tables["measure"]
@@ -141,9 +147,10 @@ def rank_of_union(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     classes = int(measure["classes"].iloc[0])
     for height, name in ((classes, "C"), (2 * classes + 1, "2C + 1: full")):
         axes[0, 0].axhline(height, color="0.4", linestyle=":")
-        axes[0, 0].annotate(name, (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    axes[0, 0].set(xlabel="step", ylabel="rank of [v, e]", xscale="symlog", title=title_of(measure))
+        axes[0, 0].annotate(name, (0.01, height), xycoords=("axes fraction", "data"), va="bottom")
+    axes[0, 0].set(xlabel="step", ylabel="rank of [v, e]", title=title_of(measure))
     axes[0, 0].set_ylim(0, 2.6 * classes)
+    early_steps(axes[0, 0])
     axes[0, 0].legend(loc="lower left")
     steps = sorted(profile["step"].unique())
     for step, colour in zip(steps, style.sequence(len(steps)), strict=True):
@@ -192,7 +199,7 @@ def diagnosis(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
         _share_panel(row[2], part, style)
         _angle_panel(row[3], part, style)
         for axis in row:
-            axis.set_xscale("symlog")
+            early_steps(axis)
             axis.set_xlabel("step")
     return figure, measure
 
