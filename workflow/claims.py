@@ -38,7 +38,8 @@ def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str
         if not behind:
             continue
         runs, datasets = _behind(behind)
-        spec["scale"][entry["id"]] = f"{preset(config)}: {_scale(runs, datasets, config)}"
+        parts = [*_scale(runs, datasets, config), *_examples(behind)]
+        spec["scale"][entry["id"]] = f"{preset(config)}: {'; '.join(parts) or 'generated data'}"
         if short := _short(entry.get("requires", {}), runs, datasets, config):
             spec["short"][entry["id"]] = short
         if artefact := artefacts.get(entry.get("figure", "")):
@@ -88,12 +89,17 @@ def _behind(sources: Iterable[Source]) -> tuple[list[Run], list[str]]:
     return list(runs.values()), list(datasets)
 
 
-def _scale(runs: list[Run], datasets: list[str], config: Mapping[str, Any]) -> str:
-    """What was run, in words: networks, data, epochs, seeds."""
+def _scale(runs: list[Run], datasets: list[str], config: Mapping[str, Any]) -> list[str]:
+    """What was run, in words: networks, data, epochs."""
     pairs = dict.fromkeys((run.dataset, run.model) for run in runs)
     parts = [f"{model} on {_data(dataset, config)}, {_length(dataset, model, config)}" for dataset, model in pairs]
-    parts += [_data(name, config) for name in datasets if name not in {dataset for dataset, _ in pairs}]
-    return "; ".join(parts) or "no data set"
+    return parts + [_data(name, config) for name in datasets if name not in {dataset for dataset, _ in pairs}]
+
+
+def _examples(sources: Iterable[Source]) -> list[str]:
+    """How many examples the curvature was measured on."""
+    counts = sorted({s.spec["examples"] for s in sources if isinstance(s, Measure) and s.spec.get("examples")})
+    return [f"measured on {' or '.join(f'{n:,}' for n in counts)} examples"] if counts else []
 
 
 def _data(name: str, config: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from curvspace.experiments import claim_rules, claims
+from curvspace.experiments import claims, claims_a
 from curvspace.experiments.claims import FAILS, HOLDS, INCONCLUSIVE, Case, Estimate, Outcome, Untested
 
 SEEDS = range(5)
@@ -211,24 +211,23 @@ def metrics(fast: list[float], slow: list[float], per_epoch: int = 10) -> pd.Dat
 def test_crossover() -> None:
     slow = np.linspace(2, 0.5, 21).tolist()
     overtaken = [2.0, 1.7, 1.6, *[1.55] * 18]
-    found = claim_rules.crossover({"t": metrics(overtaken, slow)}, fast="qn", slow="sgd")
+    found = claims_a.crossover({"t": metrics(overtaken, slow)}, fast="qn", slow="sgd")
     assert found.verdict == HOLDS
     assert (
-        claim_rules.crossover({"t": metrics(overtaken, slow)}, fast="qn", slow="sgd", within_epochs=0.2).verdict
-        == FAILS
+        claims_a.crossover({"t": metrics(overtaken, slow)}, fast="qn", slow="sgd", within_epochs=0.2).verdict == FAILS
     )
-    assert claim_rules.crossover({"t": metrics(slow, overtaken)}, fast="qn", slow="sgd").verdict == FAILS
+    assert claims_a.crossover({"t": metrics(slow, overtaken)}, fast="qn", slow="sgd").verdict == FAILS
     always_ahead = [0.9 * value for value in slow]
-    assert claim_rules.crossover({"t": metrics(always_ahead, slow)}, fast="qn", slow="sgd").verdict == FAILS
+    assert claims_a.crossover({"t": metrics(always_ahead, slow)}, fast="qn", slow="sgd").verdict == FAILS
 
 
 def test_gap_elsewhere() -> None:
     smooth = pd.DataFrame({"eigenvalue": [100.0, *(10.0 * 0.9**i for i in range(29))]})
     cut = pd.DataFrame({"eigenvalue": [*(10.0 - 0.1 * i for i in range(10)), *(0.5 - 0.01 * i for i in range(20))]})
-    assert claim_rules.gap_elsewhere({"t": smooth}, at=10).verdict == HOLDS
-    assert claim_rules.gap_elsewhere({"t": cut}, at=10).verdict == FAILS
+    assert claims_a.gap_elsewhere({"t": smooth}, at=10).verdict == HOLDS
+    assert claims_a.gap_elsewhere({"t": cut}, at=10).verdict == FAILS
     with pytest.raises(Untested, match="positive"):
-        claim_rules.gap_elsewhere({"t": cut.head(8)}, at=10)
+        claims_a.gap_elsewhere({"t": cut.head(8)}, at=10)
 
 
 def ranks(values: list[int], null: int) -> pd.DataFrame:
@@ -239,16 +238,16 @@ def ranks(values: list[int], null: int) -> pd.DataFrame:
 
 
 def test_rank_falls() -> None:
-    assert claim_rules.rank_falls({"t": ranks([20, 14, 10, 10, 11, 10], 21)}).verdict == HOLDS
-    assert claim_rules.rank_falls({"t": ranks([21, 21, 21, 20, 21, 20], 21)}).verdict == FAILS
+    assert claims_a.rank_falls({"t": ranks([20, 14, 10, 10, 11, 10], 21)}).verdict == HOLDS
+    assert claims_a.rank_falls({"t": ranks([21, 21, 21, 20, 21, 20], 21)}).verdict == FAILS
     # a tolerance at which random vectors lose rank too says nothing
-    assert claim_rules.rank_falls({"t": ranks([20, 14, 10, 10, 11, 10], 12)}).verdict == FAILS
+    assert claims_a.rank_falls({"t": ranks([20, 14, 10, 10, 11, 10], 12)}).verdict == FAILS
 
 
 def test_per_step() -> None:
     table = pd.DataFrame({"seed": [0, 0, 1, 1], "step": [1, 10, 1, 10], "backward": [2, 20, 2, 20]})
-    assert claim_rules.per_step({"t": table}, column="backward", at_least=10).verdict == FAILS
-    assert claim_rules.per_step({"t": table}, column="backward", at_most=2).verdict == HOLDS
+    assert claims_a.per_step({"t": table}, column="backward", at_least=10).verdict == FAILS
+    assert claims_a.per_step({"t": table}, column="backward", at_most=2).verdict == HOLDS
 
 
 def test_rules_do_not_import_torch() -> None:

@@ -123,7 +123,9 @@ def test_command_writes_csv_markdown_and_html(tmp_path: Path) -> None:
     absent = ENTRY | {"id": "Z2", "reads": {"x": "Z-F9"}}
     file.write_text(yaml.safe_dump([ENTRY, absent]))
     spec = json.dumps(binding.bind([ENTRY, absent], study(), CONFIG))
-    command.main(["--spec", spec, "--claims", str(file), "--results", str(tmp_path), "--out", str(tmp_path / "claims")])
+    command.main(
+        ["--spec", spec, "--claims", str(file), "--results", str(tmp_path), "--out", str(tmp_path / "claims.csv")]
+    )
     written = pd.read_csv(tmp_path / "claims.csv")
     assert tuple(written.columns) == ledger.COLUMNS
     assert written["verdict"].tolist() == ["holds", UNTESTED]

@@ -125,6 +125,14 @@ def estimate(values: Sequence[float], margin: float = 0.0, level: float = 0.95) 
     return Estimate(mean, mean - half, mean + half, len(x))
 
 
+def estimate_ratio(ratios: Sequence[float] | np.ndarray, margin: float = 0.0) -> Estimate:
+    """The geometric mean of positive ratios with the interval of their logarithms; ``margin`` 0.1 is 10 %."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = estimate(np.log(np.asarray(ratios, dtype=float)).tolist(), math.log1p(margin))
+    value, low, high = np.exp([logs.value, logs.low, logs.high]).tolist()
+    return Estimate(value, low, high, logs.seeds)
+
+
 def judge(measured: Estimate, at_least: float | None = None, at_most: float | None = None) -> str:
     """Where the interval lies against the allowed range [at_least, at_most]; an end that is None is open.
 
@@ -314,11 +322,7 @@ def _compare(first: pd.Series, second: pd.Series, relation: str, margin: float) 
     common = first.index.intersection(second.index)
     a, b = first[common].to_numpy(), second[common].to_numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
-        if relation == "difference":
-            return estimate((a - b).tolist(), margin)
-        logs = estimate(np.log(a / b).tolist(), math.log1p(margin))
-    value, low, high = np.exp([logs.value, logs.low, logs.high]).tolist()
-    return Estimate(value, low, high, logs.seeds)
+        return estimate((a - b).tolist(), margin) if relation == "difference" else estimate_ratio(a / b, margin)
 
 
 def share(

@@ -1,7 +1,7 @@
 """The claims ledger: each checkable statement of the papers, what was measured, and whether it held.
 
 A claim is data (one entry of ``workflow/claims.yaml``); its verdict is a rule of :mod:`curvspace.experiments.claims`
-or :mod:`curvspace.experiments.claim_rules`, or ``module:function`` of the reader's own. No torch here.
+or of ``claims_a`` … beside it, or ``module:function`` of the reader's own. No torch here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from typing import Any
 import pandas as pd
 
 from curvspace.errors import UserError
-from curvspace.experiments import claim_rules, claims
+from curvspace.experiments import claims, claims_a, claims_b
 from curvspace.experiments.claims import UNTESTED, VERDICTS, Outcome, Untested
+
+MODULES = (claims, claims_a, claims_b)
+"""Where a rule is looked up by its bare name."""
 
 COLUMNS = (
     *("id", "paper", "where", "statement", "reference", "measured", "value", "low", "high"),
@@ -85,7 +88,7 @@ def rule_of(name: str) -> Callable[..., Outcome]:
         except ModuleNotFoundError:
             rule = None
     else:
-        rule = getattr(claims, name, None) or getattr(claim_rules, name, None)
+        rule = next((getattr(module, name) for module in MODULES if hasattr(module, name)), None)
     if not callable(rule):
         raise UserError(f"there is no verdict rule {name!r}")
     return rule

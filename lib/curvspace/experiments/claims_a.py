@@ -1,4 +1,4 @@
-"""Verdict rules of single claims: what :mod:`curvspace.experiments.claims` does not cover by options alone."""
+"""Verdict rules of paper A's claims, where the general ones of :mod:`curvspace.experiments.claims` do not do."""
 
 from __future__ import annotations
 
