@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jsonschema import Draft202012Validator
@@ -50,7 +50,7 @@ def problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _lines(validator: Draft202012Validator, error: ValidationError) -> Iterator[str]:
-    key, value, rule = _key(error), error.instance, error.validator
+    key, value, rule = _key(error), cast(Any, error.instance), error.validator
     part: Mapping[str, Any] = error.schema if isinstance(error.schema, Mapping) else {}
     if rule in ("anyOf", "oneOf") and error.context:
         inner = [e for e in error.context if e.absolute_path != error.absolute_path]

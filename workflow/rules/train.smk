@@ -36,5 +36,5 @@ rule train:
     shell:
         "python -m curvspace.cli.train --spec {params.spec:q} --code {params.code:q} --threads {threads}"
         ' --data "$(dirname {input:q})" --out "$(dirname {output.record:q})"'
-        f" --state {RESULTS}/.state/{{wildcards.dataset}}/{{wildcards.model}}/{{wildcards.optimizer}}"
-        "/bs{wildcards.batch}-lr{wildcards.lr}-seed{wildcards.seed} > {log} 2>&1"
+        f" --state {RESULTS}/.state/{{wildcards.dataset}}/{{wildcards.model}}/{{wildcards.optimizer}}/"
+        "bs{wildcards.batch}-lr{wildcards.lr}-seed{wildcards.seed} > {log} 2>&1"
