@@ -166,8 +166,9 @@ def test_generated_sets_are_prepared_and_loaded_like_all_others(tmp_path: Path):
     assert data.is_regression
     assert (len(data.train), len(data.validation), len(data.test), data.num_classes) == (20, 10, 5, 1)
     assert data.normalise(data.train.inputs) is data.train.inputs
-    with pytest.raises(ValueError, match="seed=3"):
-        load(tmp_path / "wave", {**entry, "seed": 4})
+    for wrong, words in (({"seed": 4}, "seed=3"), ({"resize": 8}, "images"), ({"labels": "even-odd"}, "classes")):
+        with pytest.raises(ValueError, match=words):
+            load(tmp_path / "wave", {**entry, **wrong})
 
 
 def test_a_users_own_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -419,7 +419,12 @@ def test_command_line_errors_are_one_clear_message(
     ],
 )
 def test_real_data(tmp_path: Path, name: str, mean: list[float], std: list[float], labels: list[int]):
-    card = prepare(name, tmp_path / name)
+    try:
+        card = prepare(name, tmp_path / name)
+    except DataUnavailable as error:
+        if any(isinstance(failure, WrongData) for failure in error.failures.values()):
+            raise
+        pytest.skip(f"no source of {name} can be reached from here")
     assert card["sha256"] == KNOWN[name].sha256
     np.testing.assert_allclose(card["mean"], mean, atol=1e-5)
     np.testing.assert_allclose(card["std"], std, atol=1e-5)

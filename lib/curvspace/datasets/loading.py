@@ -137,10 +137,11 @@ class Variant:
         _one_of("dtype", self.dtype, tuple(DTYPES))
         if isinstance(self.validation, str):
             _one_of("validation", self.validation, ("test",))
-        for key, smallest in (("train", 1), ("validation", 0), ("test", 1), ("resize", 1)):
+        for key, smallest in (("train", 1), ("validation", 0), ("test", 1), ("resize", 1), ("subset_seed", 0)):
             value = getattr(self, key)
-            if isinstance(value, bool) or (isinstance(value, int) and value < smallest):
-                raise ValueError(f"data set option {key} must be at least {smallest}, got {value}")
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+            if not (whole or value == ("test" if key == "validation" else None)):
+                raise ValueError(f"data set option {key} must be a whole number of at least {smallest}, got {value!r}")
 
 
 def load(folder: str | Path, options: Mapping[str, Any] | None = None) -> DataSet:
@@ -236,7 +237,12 @@ def _first(order: NDArray[np.int64], count: int | None, key: str) -> NDArray[np.
 def _tensors(inputs: NDArray[Any], targets: NDArray[Any], index: NDArray[np.int64], variant: Variant) -> Split:
     dtype = DTYPES[variant.dtype]
     x, y = torch.from_numpy(inputs[index]), torch.from_numpy(targets[index])
-    x = (_resize(x, variant.resize) if variant.resize else x) if x.dtype == torch.uint8 else x.to(dtype)
+    if x.dtype != torch.uint8:
+        if variant.resize:
+            raise ValueError("resize: needs images, but this data set's inputs are numbers")
+        x = x.to(dtype)
+    elif variant.resize:
+        x = _resize(x, variant.resize)
     if y.is_floating_point():
         if variant.labels == "even-odd":
             raise ValueError("labels: even-odd needs classes, but this data set's targets are numbers")

@@ -21,11 +21,19 @@ from curvspace.datasets.sources import SourceError
 from curvspace.datasets.store import Arrays, WrongData, make_card, save
 
 log = logging.getLogger(__name__)
+DIGITS_SHA256 = "b25fba4c9a98f3a97f34fbeab41843a6e3565a3dcac452cd2525d019a0fcc93b"
 DEFAULT_ORDER = ("torchvision", "npm", "debian", "folder")
 
 
 class DataUnavailable(RuntimeError):
-    """No source could provide the data set; the message says which were tried and why each failed."""
+    """No source could provide the data set; the message says which were tried and why each failed.
+
+    ``failures``: the error of each source that was tried, by its name.
+    """
+
+    def __init__(self, message: str, failures: Mapping[str, Exception]):
+        super().__init__(message)
+        self.failures = dict(failures)
 
 
 def prepare(
@@ -89,13 +97,13 @@ def prepare(
 
 
 def _first_that_serves(known: Known, order: Sequence[str], folder: Path | None, offline: bool) -> tuple[Arrays, str]:
-    failures = {}
+    failures: dict[str, Exception] = {}
     for source in order:
         scratch = Path(tempfile.mkdtemp(prefix="curvspace-data-"))
         try:
             return source_module.SOURCES[source](known, scratch, folder), source
         except (SourceError, WrongData) as error:
-            failures[source] = str(error)
+            failures[source] = error
             log.warning("%s: %s cannot serve: %s", known.name, source, error)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -104,7 +112,8 @@ def _first_that_serves(known: Known, order: Sequence[str], folder: Path | None, 
     raise DataUnavailable(
         f"no source{only} could provide {known.name}; tried:{tried or ' none'}\n"
         "Without a network, put the original files into a folder and set data.folder, or run the study on the "
-        "embedded digits: make smoke"
+        "embedded digits: make smoke",
+        failures,
     )
 
 
@@ -121,7 +130,10 @@ def digits() -> Arrays:
     test = np.zeros(len(targets), dtype=bool)
     for label in range(10):  # class by class: the classes follow each other with periods of five and ten
         test[np.flatnonzero(targets == label)[4::5]] = True
-    return Arrays(images[~test], targets[~test], images[test], targets[test], num_classes=10)
+    arrays = Arrays(images[~test], targets[~test], images[test], targets[test], num_classes=10)
+    if arrays.digest() != DIGITS_SHA256:
+        raise WrongData("scikit-learn's digits are not the known ones: its installation is damaged or changed")
+    return arrays
 
 
 def _maker(name: str) -> Callable[..., Arrays]:

@@ -114,6 +114,7 @@ def save(folder: str | Path, arrays: Arrays, card: Mapping[str, Any]) -> None:
         staged = Path(scratch)
         np.savez(staged / ARRAYS, **{name: getattr(arrays, name) for name in FIELDS})
         (staged / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
+        (folder / CARD).unlink(missing_ok=True)  # so that a crash in between leaves no card beside other arrays
         os.replace(staged / ARRAYS, folder / ARRAYS)
         os.replace(staged / CARD, folder / CARD)
 
