@@ -2,7 +2,7 @@
 rule claims:
     input:
         tables=PLAN.claim_tables,
-        claims=str(ROOT / "workflow" / "claims.yaml"),
+        claims="workflow/claims.yaml",
     output:
         csv=f"{RESULTS}/claims.csv",
         markdown=f"{RESULTS}/claims.md",

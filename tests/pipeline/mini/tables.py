@@ -1,0 +1,5 @@
+"""A table."""
+
+
+def best(tables):
+    return tables["runs"].nsmallest(1, "train_loss")
