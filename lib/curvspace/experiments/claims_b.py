@@ -140,7 +140,7 @@ def jackknife(values: np.ndarray, statistic: Callable[[np.ndarray], float], marg
 def rise_and_fall(
     tables: Tables, *, rise: float, fall: float, margin: float = 0.0, table: str | None = None
 ) -> Outcome:
-    """B16: the largest eigenvalue peaks at ``rise`` times its first value or more, and ends at most at ``fall`` of it."""
+    """B16: the largest eigenvalue peaks at ``rise`` times its start or more, and ends at most at ``fall`` of that."""
     rows = pick(tables, table, {"quantity": "eigenvalue", "index": 1}).sort_values("step")
     found = []
     for name, part in cases_of(rows):

@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 
 from curvspace.errors import UserError
-from curvspace.experiments import claims, claims_a, claims_b
+from curvspace.experiments import claims, claims_a, claims_b, claims_d
 from curvspace.experiments.claims import UNTESTED, VERDICTS, Outcome, Untested
 
-MODULES = (claims, claims_a, claims_b)
+MODULES = (claims, claims_a, claims_b, claims_d)
 """Where a rule is looked up by its bare name."""
 
 COLUMNS = (

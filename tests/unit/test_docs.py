@@ -1,0 +1,75 @@
+"""Every Python example of the documentation runs, page by page, in the order in which it stands there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("**/*.md"))
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for found, code in FENCE.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": f"docs_{page.stem}"}
+    text = page.read_text(encoding="utf-8")
+    for code in blocks(page, "python"):
+        line = text[: text.index(code)].count("\n")
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda p: p.stem)
+def test_yaml_is_readable(page: Path) -> None:
+    for text in blocks(page, "yaml"):
+        assert yaml.safe_load(text)
+
+
+def test_commands_exist() -> None:
+    """Make targets and commands that the pages name are there."""
+    makefile = (ROOT / "Makefile").read_text()
+    for page in PAGES:
+        for target in re.findall(r"(?<!\w)make ([a-z][a-z-]*)", "\n".join(blocks(page, "bash"))):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
+        for stage in re.findall(r"curvspace\.cli\.(\w+)", page.read_text()):
+            assert (ROOT / "lib/curvspace/cli" / f"{stage}.py").is_file(), f"{page.name}: {stage}"
+
+
+def test_example_claim_is_the_shipped_one() -> None:
+    (shown,) = yaml.safe_load(blocks(ROOT / "docs/claims.md", "yaml")[0])
+    shipped = {claim["id"]: claim for claim in yaml.safe_load((ROOT / "workflow/claims.yaml").read_text())}
+    assert shown == shipped[shown["id"]]
+
+
+def test_pages_are_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    assert {p.name for p in PAGES} == set(re.findall(r"[\w-]+\.md", text))
+
+
+def test_figures_of_the_pages_exist() -> None:
+    for page in PAGES:
+        for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / target).is_file(), f"{page.name}: {target}"
+
+
+def test_site_needs_no_network() -> None:
+    config = (ROOT / "mkdocs.yml").read_text()
+    assert "font: false" in config
+    assert not re.search(r"https?://", config)
+
+
+@pytest.mark.skipif(not (Path(sys.executable).parent / "mkdocs").is_file(), reason="mkdocs is not installed")
+def test_site_builds(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "mkdocs"), "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
