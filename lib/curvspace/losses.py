@@ -71,7 +71,10 @@ class CrossEntropy(Loss):
 
 
 class SquaredError(Loss):
-    r"""Half the squared distance, mean over examples: :math:`L = \frac1N\sum_n \frac12|z_n-y_n|^2`, :math:`H_L = I/N`."""
+    r"""Half the squared distance, mean over examples.
+
+    .. math:: L = \frac1N\sum_n \tfrac12|z_n - y_n|^2, \qquad H_L = I/N
+    """
 
     name = "mse"
 

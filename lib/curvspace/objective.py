@@ -1,6 +1,8 @@
 r"""A model, a loss and weighted batches as one function of the parameters.
 
-.. math:: L(\theta) = \sum_b \frac{n_b}{N}\, L_b(\theta), \qquad L_b = \text{mean loss over the } n_b \text{ examples of batch } b.
+.. math:: L(\theta) = \sum_b \frac{n_b}{N}\, L_b(\theta), \qquad N = \sum_b n_b,
+
+with L_b the mean loss over the n_b examples of batch b.
 """
 
 from __future__ import annotations

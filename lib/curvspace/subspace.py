@@ -43,7 +43,10 @@ def hessian_gradient_overlap(g: Tensor, Hg: Tensor) -> float:
 
 
 def subspace_overlap(Q1: Tensor, Q2: Tensor) -> float:
-    r""":math:`\mathrm{Tr}(P_1P_2)/\sqrt{\mathrm{Tr}P_1\,\mathrm{Tr}P_2}` (paper B, eq. 5). By chance: :math:`\sqrt{k_1k_2}/P`."""
+    r""":math:`\mathrm{Tr}(P_1P_2)/\sqrt{\mathrm{Tr}P_1\,\mathrm{Tr}P_2}` (paper B, eq. 5).
+
+    By chance :math:`\sqrt{k_1k_2}/P`: see :func:`null_overlap`.
+    """
     q1, q2 = orthonormal_basis(Q1), orthonormal_basis(Q2)
     return float((q1.T @ q2).square().sum() / (q1.shape[1] * q2.shape[1]) ** 0.5)
 

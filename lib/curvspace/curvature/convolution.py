@@ -98,8 +98,8 @@ def _convolution(
     groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None, _Geometry]:
     dims = weight.ndim - 2
-    lists = [_as_list(v, dims) for v in (stride, padding, dilation)]
-    return input, weight, bias, _Geometry(*lists, False, [0] * dims, groups)
+    stride, padding, dilation = (_as_list(v, dims) for v in (stride, padding, dilation))
+    return input, weight, bias, _Geometry(stride, padding, dilation, False, [0] * dims, groups)
 
 
 def _transposed(
@@ -113,8 +113,8 @@ def _transposed(
     dilation: Any = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None, _Geometry]:
     dims = weight.ndim - 2
-    lists = [_as_list(v, dims) for v in (stride, padding, dilation)]
-    return input, weight, bias, _Geometry(*lists, True, _as_list(output_padding, dims), groups)
+    stride, padding, dilation = (_as_list(v, dims) for v in (stride, padding, dilation))
+    return input, weight, bias, _Geometry(stride, padding, dilation, True, _as_list(output_padding, dims), groups)
 
 
 _PARSERS: dict[Callable[..., Any], Callable[..., Any]] = {

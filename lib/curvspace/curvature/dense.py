@@ -1,0 +1,99 @@
+r"""Whole spectra: the matrix itself where P is small, the Gram matrix of G where the outputs are few."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvspace.curvature.eigensolver import SymmetricOperator
+from curvspace.curvature.linearisation import JacobianLinearisation
+from curvspace.curvature.operators import GaussNewtonOperator
+from curvspace.functional import flatten
+
+MAX_DENSE = 5_000
+"""Parameters up to which the matrix is formed without being asked twice (5,000 squared in float64: 200 MB)."""
+
+
+def dense_matrix(A: SymmetricOperator, chunk: int = 64, limit: int = MAX_DENSE) -> Tensor:
+    """The matrix (P, P) of an operator, symmetrised, in float64; costs P products.
+
+    Raises
+    ------
+    ValueError
+        If P is above ``limit``: for large P see :func:`~curvspace.curvature.density.spectral_density`.
+    """
+    n = A.shape[0]
+    if n > limit:
+        raise ValueError(f"P = {n} is above limit = {limit}; use spectral_density, or raise the limit")
+    matrix = torch.empty(n, n, dtype=torch.float64)
+    for start in range(0, n, chunk):
+        width = min(chunk, n - start)
+        columns = torch.zeros(n, width, dtype=A.dtype, device=A.device)
+        columns[start : start + width] = torch.eye(width, dtype=A.dtype, device=A.device)
+        matrix[:, start : start + width] = (A @ columns).cpu()
+    return (matrix + matrix.T) / 2
+
+
+def dense_eigh(A: SymmetricOperator, limit: int = MAX_DENSE) -> tuple[Tensor, Tensor]:
+    """All eigenvalues (P,), ascending, and eigenvectors (P, P), in float64 on the CPU."""
+    values, vectors = torch.linalg.eigh(dense_matrix(A, limit=limit))
+    return values, vectors
+
+
+def gram_eigh(G: GaussNewtonOperator, tol: float = 1e-10) -> tuple[Tensor, Tensor]:
+    r"""All non-zero eigenpairs of a Gauss-Newton matrix from its Gram matrix; exact, whatever P is.
+
+    With :math:`\nabla_z^2\ell = S S^\top`, :math:`G = (J^\top S)(J^\top S)^\top` shares its non-zero spectrum with the
+    (NC, NC) matrix :math:`(J^\top S)^\top(J^\top S)` (as in ViViT). Costs N C backward passes over one example each and
+    N C vectors of length P, so it is for few examples.
+
+    Returns
+    -------
+    Eigenvalues (r,), largest first, and orthonormal eigenvectors (P, r); values below ``tol`` of the largest
+    are left out.
+
+    Raises
+    ------
+    ValueError
+        If the loss is not convex in the outputs, so that G has no real factor.
+    """
+    point = G.point
+    columns = []
+    for batch in G.batches:
+        jacobian = JacobianLinearisation(point.parameters, lambda b=batch: point.outputs(b))  # type: ignore[misc]
+        z = jacobian.z.detach()
+        for u in _square_root_columns(point.loss, z, point.function.cast(batch.targets)):
+            columns.append(flatten(jacobian.backward(u)) * batch.weight**0.5)
+    factor = torch.stack(columns, dim=1)
+    if G.group is not None:
+        raise ValueError("gram_eigh works within one process: collect the batches first")
+    values, small = torch.linalg.eigh(factor.T.double() @ factor.double())
+    keep = values > tol * values[-1].clamp_min(0)
+    values, small = values[keep].flip(0), small[:, keep].flip(1)
+    return values.to(G.dtype), (factor.double() @ small / values.sqrt()).to(G.dtype)
+
+
+def _square_root_columns(loss: object, z: Tensor, targets: Tensor) -> list[Tensor]:
+    """Columns s of a factor of the loss's Hessian in the outputs, each of z's shape, one per example and direction.
+
+    The loss is a mean of terms of one example each, so a unit vector in the same output of every example probes
+    all examples' (C, C) blocks at once.
+    """
+    n, c = z.shape[0], z[0].numel()
+    blocks = torch.empty(n, c, c, dtype=z.dtype, device=z.device)
+    for j in range(c):
+        unit = torch.zeros(n, c, dtype=z.dtype, device=z.device)
+        unit[:, j] = 1
+        blocks[:, :, j] = loss.hessian_product(z, targets, unit.view_as(z)).reshape(n, c)  # type: ignore[attr-defined]
+    values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
+    if values.min() < -1e-6 * values.abs().max():
+        raise ValueError("the loss is not convex in the outputs: its Gauss-Newton matrix has no Gram matrix")
+    roots = vectors * values.clamp_min(0).sqrt()[:, None, :]
+    columns = []
+    for i in range(n):
+        for j in range(c):
+            if values[i, j] > 1e-12 * values.max():
+                column = torch.zeros(n, c, dtype=z.dtype, device=z.device)
+                column[i] = roots[i, :, j]
+                columns.append(column.view_as(z))
+    return columns
