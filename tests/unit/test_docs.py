@@ -41,7 +41,7 @@ def test_commands_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"(?<!\w)make ([a-z][a-z-]*)", "\n".join(blocks(page, "bash"))):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
-        for stage in re.findall(r"curvspace\.cli\.(\w+)", page.read_text()):
+        for stage in re.findall(r"curvspace\.cli\.([a-z]+)", page.read_text()):
             assert (ROOT / "lib/curvspace/cli" / f"{stage}.py").is_file(), f"{page.name}: {stage}"
 
 
@@ -66,6 +66,26 @@ def test_site_needs_no_network() -> None:
     config = (ROOT / "mkdocs.yml").read_text()
     assert "font: false" in config
     assert not re.search(r"https?://", config)
+
+
+def test_gallery_has_the_figures_that_were_made_with_their_captions(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import hooks
+    finally:
+        sys.path.pop(0)
+    for name in ("results/reference/d-mnist/figures/D-F1.png", "docs/figures/A-F10.png", "docs/figures/A-F2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    page = hooks.gallery(hooks.pictures(tmp_path))
+    assert re.findall(r"^##+ (.*)$", page, re.MULTILINE) == [
+        *("Reference: d-mnist", "D-F1", "The default study", "A-F2", "A-F10"),
+    ]
+    assert "![D-F1](gallery/d-mnist/D-F1.png)" in page
+    (tmp_path / "X.rst").write_text("The ``loss`` {{ snakemake.config }} by :math:`x^2`.")
+    assert hooks.caption("X", tmp_path) == "The `loss`  by `x^2`."
+    assert hooks.caption("Y", tmp_path) == ""
 
 
 @pytest.mark.skipif(not (Path(sys.executable).parent / "mkdocs").is_file(), reason="mkdocs is not installed")

@@ -1,0 +1,72 @@
+"""Build hook of the documentation: the gallery shows the figures that were really made, and no others.
+
+Figures come from ``results/reference/*/figures/*.png`` (tracked results of full-scale runs) and ``docs/figures/*.png``
+(copies of the default study's); each is shown with the caption that the pipeline's report uses.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+CAPTIONS = ROOT / "workflow" / "report"
+PLACE = "<!-- figures -->"
+
+
+def pictures(root: Path = ROOT) -> dict[str, Path]:
+    """Place in the site -> picture: reference runs first, then the default study's, by name."""
+    reference = sorted((root / "results" / "reference").glob("**/figures/*.png"))
+    own = sorted((root / "docs" / "figures").glob("*.png"))
+    found = {}
+    for path in reference:
+        inner = path.relative_to(root / "results" / "reference").as_posix()
+        found[f"gallery/{inner.replace('/figures/', '/')}"] = path
+    return found | {f"gallery/default/{path.name}": path for path in own}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Put the pictures where the gallery looks for them; leave out what is no page."""
+    for place, path in pictures().items():
+        files.append(File.generated(config, place, abs_src_path=str(path)))
+    for file in [f for f in files if f.src_uri.endswith(".py") or f.src_uri.startswith("figures/")]:
+        files.remove(file)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files, **_: Any) -> str:
+    """Fill in the gallery."""
+    return markdown.replace(PLACE, gallery(pictures())) if PLACE in markdown else markdown
+
+
+def gallery(found: dict[str, Path]) -> str:
+    """One section a run (a folder of figures), one heading a figure, in the papers' order."""
+    lines: list[str] = []
+    for run in dict.fromkeys(place.rpartition("/")[0] for place in found):
+        title = run.removeprefix("gallery/")
+        lines += [f"## {'The default study' if title == 'default' else 'Reference: ' + title}", ""]
+        inside = [place for place in found if place.rpartition("/")[0] == run]
+        for place in sorted(inside, key=_order):
+            name = Path(place).stem
+            lines += [f"### {name}", "", f"![{name}]({place})", "", caption(name), ""]
+    return "\n".join(lines) or "No figure has been made yet: `make run` makes them."
+
+
+def caption(name: str, folder: Path = CAPTIONS) -> str:
+    """The report's caption of a figure as Markdown; empty if it has none."""
+    file = folder / f"{name}.rst"
+    if not file.is_file():
+        return ""
+    text = re.sub(r"\{[{%].*?[}%]\}", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r":math:`([^`]*)`", r"`\1`", text.replace("``", "`"))
+    return text.strip()
+
+
+def _order(place: str) -> list[Any]:
+    """A-F2 before A-F10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", Path(place).stem)]
