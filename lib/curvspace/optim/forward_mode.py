@@ -1,0 +1,240 @@
+r"""Forward-mode products of one network at one point, which share their primal pass.
+
+With outputs :math:`z = \phi(\theta, x)` and Jacobian :math:`J = \partial z/\partial\theta`, a
+:class:`Linearisation` gives
+
+- ``outputs``: z, with the graph that a backward pass needs, and ``first``: :math:`J t_0` from the same pass;
+- ``push(t)``: :math:`J t` for another direction at the same point.
+
+Plain dual numbers waste time in three places, all of them in the layers that cost most. :class:`_SharedPrimal`
+takes these layers over (convolutions, linear layers, max-pooling) and removes the waste:
+
+1. an input without a tangent (the data) is treated as a tensor of zeros and convolved all the same;
+2. the operations on tangents are recorded for a backward pass that never comes;
+3. ``push`` computes the primal outputs again, though parameters and data are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from curvspace.functional import Inputs, call_with, trainable_parameters
+
+_BILINEAR: frozenset[Callable[..., Any]] = frozenset(
+    {torch.conv1d, torch.conv2d, torch.conv3d, F.linear, torch.conv_transpose1d, torch.conv_transpose2d}
+)
+"""Functions (input, weight, bias, ...) linear in the input, in the weight and in the bias."""
+
+_MAX_POOL: dict[Callable[..., Any], int] = {F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3}
+"""With the number of spatial dimensions."""
+
+
+class _SharedPrimal(TorchFunctionMode):
+    """Dual-number rules for the costly layers, with their primal results kept from one pass to the next.
+
+    The n-th such call of a replay is the n-th call of the recording, because the model is called with the same
+    parameters, inputs, buffers and random draws. Should a call not match (another function, weight or shape), or
+    its result have been changed in place since, it is computed afresh.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: list[tuple[object, int, tuple[Tensor, ...]]] = []
+        self._position = 0
+        self._recording = True
+
+    def replay(self) -> None:
+        """From here on, use the kept results in the order in which they were made."""
+        self._recording = False
+        self._position = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _BILINEAR and len(args) >= 2:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            others = {name: value for name, value in kwargs.items() if name != "bias"}
+            return self._bilinear(lambda x, w, b: func(x, w, b, *args[3:], **others), func, args[0], args[1], bias)
+        if func is F.relu and not kwargs.get("inplace", False) and len(args) == 1:
+            return self._relu(args[0])
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        if func in _MAX_POOL and args and not kwargs.get("return_indices", False):
+            options = {**kwargs, "return_indices": True}
+            return self._max_pool(lambda x: func(x, *args[1:], **options), args[0], _MAX_POOL[func])
+        return func(*args, **kwargs)
+
+    def _primal(self, key: object, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if self._recording:
+            result = compute()
+            self._kept.append((key, result[0]._version, tuple(t.detach() for t in result)))
+            return result
+        self._position += 1
+        if self._position <= len(self._kept):
+            recorded, version, kept = self._kept[self._position - 1]
+            if recorded == key and kept[0]._version == version:
+                return kept
+        return compute()
+
+    def _bilinear(
+        self, apply: Callable[..., Tensor], name: object, inputs: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """dy = apply(dx, w) + apply(x, dw, db)."""
+        (x, dx), (w, dw) = _unpack(inputs), _unpack(weight)
+        b, db = (None, None) if bias is None else _unpack(bias)
+        (y,) = self._primal((name, x.shape, w.data_ptr()), lambda: (apply(x, w, b),))
+        if dx is None and dw is None and db is None:
+            return y
+        with torch.no_grad():
+            if dx is None:
+                dy = apply(x, torch.zeros_like(w) if dw is None else dw, db)
+            elif dw is None:
+                dy = apply(dx, w, db)
+            else:
+                dy = apply(x, dw, db).add_(apply(dx, w, None))
+        return forward_ad.make_dual(y, dy)
+
+    def _max_pool(self, apply: Callable[[Tensor], tuple[Tensor, ...]], inputs: Tensor, spatial: int) -> Tensor:
+        """dy = dx at the positions of the maxima."""
+        x, dx = _unpack(inputs)
+        y, index = self._primal(("max_pool", x.shape), lambda: apply(x))
+        if dx is None:
+            return y
+        with torch.no_grad():
+            dy = dx.flatten(-spatial).gather(-1, index.flatten(-spatial)).view(y.shape)
+        return forward_ad.make_dual(y, dy)
+
+    def _relu(self, inputs: Tensor) -> Tensor:
+        """dy = dx where y > 0."""
+        x, dx = _unpack(inputs)
+        (y,) = self._primal(("relu", x.shape), lambda: (F.relu(x),))
+        if dx is None:
+            return y
+        with torch.no_grad():
+            dy = torch.ops.aten.threshold_backward(dx, y, 0)
+        return forward_ad.make_dual(y, dy)
+
+    def _batch_norm(
+        self,
+        inputs: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        r"""y = w x̂ + b with x̂ = s (x - m), through the batch's own m and s in train mode:
+        dy = w s (dx - mean(dx) - x̂ mean(x̂ dx)) + dw x̂ + db.
+
+        The first term is a symmetric map, and therefore the one that a backward pass applies.
+        """
+        (x, dx), (w, dw), (b, db) = _unpack(inputs), _unpack(weight), _unpack(bias)
+        moments = (running_mean, running_var)
+        y, mean, scale = self._primal(
+            ("batch_norm", x.shape, None if w is None else w.data_ptr()),
+            lambda: torch.native_batch_norm(x, w, b, *moments, training, momentum, eps),
+        )
+        if dx is None and dw is None and db is None:
+            return y
+        with torch.no_grad():
+            if not training:
+                mean, scale = running_mean, (running_var + eps).rsqrt()
+            dy = torch.zeros_like(x)
+            if dx is not None:
+                saved = (mean, scale, training, eps, (True, False, False))
+                dy = torch.ops.aten.native_batch_norm_backward(dx, x, w, *moments, *saved)[0]
+            per_channel = (1, -1) + (1,) * (x.ndim - 2)
+            if dw is not None:
+                dy.addcmul_(x - mean.view(per_channel), (dw * scale).view(per_channel))
+            if db is not None:
+                dy.add_(db.view(per_channel))
+        return forward_ad.make_dual(y, dy)
+
+
+def _unpack(tensor: Any) -> tuple[Any, Any]:
+    """A dual number's value and tangent; the tangent is None where there is none."""
+    if tensor is None:
+        return None, None
+    dual = forward_ad.unpack_dual(tensor)
+    return dual.primal, dual.tangent
+
+
+class Linearisation:
+    r"""The network at its present parameters on one batch: :math:`z`, :math:`J t_0`, and ``push(t)`` :math:`= J t`.
+
+    The first pass acts as the model's own call does: it moves running statistics (once, and without a tangent)
+    and draws dropout masks. ``push`` sees the same masks and leaves buffers and generators as they are; so does
+    ``replay``, which calls the model again with whatever parameters it has by then.
+
+    Parameters
+    ----------
+    tangents
+        :math:`t_0`, one tensor a trainable parameter, in their shapes.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, tangents: Sequence[Tensor]):
+        self.model = model
+        self.inputs = inputs
+        self.parameters = trainable_parameters(model)
+        self._device = next(iter(self.parameters.values())).device
+        self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        self._random_state = _random_state(self._device)
+        self._mode = _SharedPrimal()
+        with torch.enable_grad():
+            self.outputs, self.first = self._dual_pass(self.parameters, tangents)
+
+    def _dual_pass(
+        self, tensors: dict[str, Tensor], tangents: Sequence[Tensor], buffers: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        with forward_ad.dual_level(), self._mode:
+            duals = {n: forward_ad.make_dual(p, t) for (n, p), t in zip(tensors.items(), tangents, strict=True)}
+            z, dz = _unpack(call_with(self.model, {**duals, **(buffers or {})}, self.inputs))
+            return z, torch.zeros_like(z) if dz is None else dz.detach()
+
+    @torch.no_grad()
+    def push(self, tangents: Sequence[Tensor]) -> Tensor:
+        """J t, of the outputs' shape, for one tensor a trainable parameter."""
+        self._mode.replay()
+        detached = {name: p.detach() for name, p in self.parameters.items()}
+        with _randomness_from(self._random_state, self._device):
+            return self._dual_pass(detached, tangents, self._fresh_buffers())[1]
+
+    @torch.no_grad()
+    def replay(self) -> Tensor:
+        """The model's outputs at its present parameters, with this pass's buffers and dropout masks."""
+        with _randomness_from(self._random_state, self._device):
+            return call_with(self.model, self._fresh_buffers(), self.inputs)
+
+    def pull(self, cotangent: Tensor) -> tuple[Tensor, ...]:
+        r""":math:`J^\top u`, one tensor a trainable parameter. Frees the graph: once per linearisation."""
+        found = torch.autograd.grad(self.outputs, list(self.parameters.values()), cotangent, allow_unused=True)
+        return tuple(
+            torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters.values(), found, strict=True)
+        )
+
+    def _fresh_buffers(self) -> dict[str, Tensor]:
+        return {name: b.clone() for name, b in self._buffers.items()}
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _randomness_from(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield
