@@ -213,7 +213,8 @@ def _retry(action: Callable[[], Any]) -> None:
             return
         except (OSError, RuntimeError) as error:  # broken connections, and files that fail torchvision's checksum
             if attempt == ATTEMPTS:
-                raise SourceError(f"the download failed {ATTEMPTS} times, last: {error}") from error
+                reason = " ".join(str(error).split())  # torchvision's has several lines
+                raise SourceError(f"the download failed {ATTEMPTS} times, last: {reason}") from error
             time.sleep(attempt)
 
 
