@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from curvspace import Objective, eigsh, spectral_density
+from curvspace.curvature import dense_matrix
 from curvspace.experiments.paper_b import batches_of
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ def _one_spectrum(
     objective = Objective(model, batches, state=state, dtype=torch.float64 if dense else None)
     hessian = objective.hessian()
     if dense:
-        matrix = hessian @ torch.eye(size, dtype=torch.float64, device=hessian.device)
-        values = torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
+        values = torch.linalg.eigvalsh(dense_matrix(hessian, limit=dense_up_to)).flip(0)
         rows = _listed(values, torch.zeros_like(values))
     else:
         pairs = eigsh(hessian, k=count, tol=tol)

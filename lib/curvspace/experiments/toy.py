@@ -86,9 +86,11 @@ def with_bias(inputs: Array) -> Array:
 
 def probabilities(theta: Array, inputs: Array) -> Array:
     """Class probabilities (n, k)."""
-    logits = inputs @ theta.T
-    logits -= logits.max(axis=1, keepdims=True)
-    weights = np.exp(logits)
+    return _softmax(inputs @ theta.T)
+
+
+def _softmax(logits: Array) -> Array:
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
 
 
@@ -125,12 +127,21 @@ def spectrum(theta: Array, inputs: Array) -> tuple[Array, Array]:
 def descend(
     theta: Array, inputs: Array, labels: NDArray, lr: float, steps: Iterable[int]
 ) -> Iterator[tuple[int, Array]]:
-    """Full-batch gradient descent from ``theta``; yields (step, theta) at the increasing ``steps``."""
-    theta, done = theta.copy(), 0
+    """Full-batch gradient descent from ``theta``; yields (step, theta) at the increasing ``steps``.
+
+    All steps lie in the span of the examples, so the logits and the examples' coefficients are followed instead of
+    the parameters: a step then costs n² k, not n d k.
+    """
+    n, k = len(labels), len(theta)
+    gram, logits = inputs @ inputs.T, inputs @ theta.T
+    coefficients, targets = np.zeros((n, k)), np.eye(k)[labels]
+    done = 0
     for step in steps:
         if step < done:
             raise ValueError(f"steps must increase, got {step} after {done}")
         for _ in range(step - done):
-            theta -= lr * loss_and_gradient(theta, inputs, labels)[1]
+            move = (lr / n) * (targets - _softmax(logits))
+            logits += gram @ move
+            coefficients += move
         done = step
-        yield step, theta
+        yield step, theta + coefficients.T @ inputs

@@ -55,7 +55,8 @@ def _errors(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFrame:
         axis.plot(part["time"], (part["value"] * part["time"] - 1).abs(), ":", color=colour, label=f"k = {k}, 1/(ηt)")
     axis.axhline(0.01, color="0.6", linewidth=0.8, linestyle="--")
     axis.set(xscale="log", yscale="log", xlabel="time ηt", ylabel="relative error of λ₁")
-    axis.legend(fontsize="x-small", ncols=2)
+    axis.set_ylim(top=30)  # room for the legend
+    axis.legend(fontsize="x-small", ncols=2, loc="upper right")
     return top
 
 
@@ -80,7 +81,10 @@ def _bulk_by_sigma(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFram
         first = slope.iloc[0]
         axis.plot(slope["sigma"], first["value"] * (slope["sigma"] / first["sigma"]) ** 2, "k:", label="∝ σ²")
     axis.set(xscale="log", yscale="log", xlabel="σ", ylabel="largest bulk eigenvalue")
-    axis.legend(title="ηt", fontsize="x-small")
+    sigmas = sorted(part["sigma"].unique())
+    axis.set_xticks(sigmas, [f"{sigma:g}" for sigma in sigmas])
+    axis.set_xticks([], minor=True)
+    axis.legend(title="ηt", fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     return part
 
 
