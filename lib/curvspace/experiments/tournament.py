@@ -1,0 +1,166 @@
+r"""The tournament: every optimiser at its own best learning rate, found on the same grid with the same budget.
+
+Each optimiser runs once at every learning rate of the grid on a tuning seed; the one with the lowest loss at the end
+of the budget is run again on other seeds, and only these runs are compared. The largest stable learning rate is found
+apart from that, by bisection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from curvspace.datasets import DataSet
+from curvspace.experiments.context import Context
+from curvspace.optim import registry
+from curvspace.training.loop import FitState, fit
+from curvspace.training.record import initial_model
+from curvspace.training.spec import Task
+
+COLUMNS = (
+    *("dataset", "model", "optimizer", "batch_size", "lr", "seed", "phase", "status", "step", "epoch"),
+    *("gradient_evaluations", "wall_s", "eval_train_loss", "val_loss", "val_accuracy", "parameters"),
+)
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One optimiser on one network: data, the blocks of the config by which both are built, the budget."""
+
+    data: DataSet
+    dataset: str
+    model: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    task: Task
+    batch_size: int
+    device: torch.device
+
+    def train(self, lr: float, seed: int) -> tuple[FitState, pd.DataFrame]:
+        """A run from scratch: its state at the end, and its evaluations as rows with what they had cost."""
+        model = initial_model(dict(self.model), self.data, seed).to(self.device)
+        options = {k: v for k, v in self.optimizer.items() if k not in ("name", "kind")}
+        optimizer = registry.build(
+            self.optimizer["kind"], options, model, self.data.num_classes, lr, self.task.loss
+        )
+        state = fit(model, optimizer, self.data, self.task, self.batch_size, seed, progress=False)
+        rows = pd.DataFrame([row for row in state.rows if "val_loss" in row])
+        if "gradient_evaluations" not in rows:  # diverged at once: only the evaluation of the start
+            rows["gradient_evaluations"] = 0.0
+        identity = {
+            "dataset": self.dataset,
+            "model": self.model["name"],
+            "optimizer": self.optimizer["name"],
+            "batch_size": self.batch_size,
+            "lr": lr,
+            "seed": seed,
+            "status": state.status,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+        return state, rows.assign(**identity).fillna({"gradient_evaluations": 0.0})
+
+
+def _entrant(context: Context, dataset: str, model: Any, optimizer: Any, task: Any, batch_size: int) -> Entrant:
+    return Entrant(context.dataset(dataset), dataset, model, optimizer, Task(**task), batch_size, context.device)
+
+
+def race(
+    context: Context,
+    dataset: str,
+    model: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    task: Mapping[str, Any],
+    batch_size: int,
+    lrs: Sequence[float],
+    tuning_seeds: Sequence[int],
+    seeds: Sequence[int],
+) -> pd.DataFrame:
+    """A-X2 for one optimiser on one network: one row per evaluation of each run, ``phase`` tuning or final.
+
+    The learning rate of the final runs is the one with the lowest final validation loss, averaged over the tuning
+    seeds (a run that diverges counts as infinite). Where none gets through there are no final runs.
+    """
+    entrant = _entrant(context, dataset, model, optimizer, task, batch_size)
+    tables, score = [], {}
+    for lr in context.progress(lrs, f"tuning {optimizer['name']} on {model['name']}"):
+        losses = []
+        for seed in tuning_seeds:
+            state, rows = entrant.train(lr, seed)
+            tables.append(rows.assign(phase="tuning"))
+            losses.append(final_loss(state))
+        score[lr] = sum(losses) / len(losses)
+    best = min(score, key=lambda lr: score[lr])
+    if math.isfinite(score[best]):
+        for seed in context.progress(seeds, f"{optimizer['name']} at lr={best:g}"):
+            tables.append(entrant.train(best, seed)[1].assign(phase="final"))
+    return pd.concat(tables, ignore_index=True).reindex(columns=list(COLUMNS))
+
+
+def final_loss(state: FitState) -> float:
+    """The validation loss at the end of the budget; infinite for a run that diverged."""
+    loss = state.rows[-1].get("val_loss", math.nan)
+    return loss if state.status == "finished" and math.isfinite(loss) else math.inf
+
+
+def largest_stable_lr(
+    context: Context,
+    dataset: str,
+    model: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    task: Mapping[str, Any],
+    batch_size: int,
+    seeds: Sequence[int],
+    low: float,
+    high: float,
+    halvings: int,
+) -> pd.DataFrame:
+    r"""A-X3: the largest learning rate at which a short run is stable, by bisection of :math:`\log\eta`.
+
+    Stable: the run ends with a training loss below the untrained network's (so that a run which survives but learns
+    nothing counts as unstable, as does one that diverges). One row per seed: ``stable_lr`` is the largest rate seen
+    to be stable below the smallest seen not to be, ``unstable_lr`` that one; NaN where the bracket [low, high] holds
+    no such rate (``unstable_lr``: stable up to ``high``; ``stable_lr``: unstable already at ``low``).
+    """
+    entrant = _entrant(context, dataset, model, optimizer, task, batch_size)
+    rows = []
+    for seed in context.progress(seeds, f"stability of {optimizer['name']} on {model['name']}"):
+        stable, unstable = bisect(lambda lr, seed=seed: is_stable(entrant.train(lr, seed)[0]), low, high, halvings)
+        rows.append(
+            {
+                "dataset": dataset,
+                "model": model["name"],
+                "optimizer": optimizer["name"],
+                "batch_size": batch_size,
+                "seed": seed,
+                "stable_lr": stable,
+                "unstable_lr": unstable,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def is_stable(state: FitState) -> bool:
+    """Whether a run ended, with a training loss below the one it started from."""
+    return state.status == "finished" and state.rows[-1]["eval_train_loss"] < state.initial_loss
+
+
+def bisect(stable: Any, low: float, high: float, halvings: int) -> tuple[float, float]:
+    """Largest stable and smallest unstable value found in [low, high], with ``halvings`` of the log interval.
+
+    A tenth of a decade below each probe nothing is tested: where stability comes and goes, the answer is one edge.
+    """
+    if not stable(low):
+        return math.nan, low
+    if stable(high):
+        return high, math.nan
+    for _ in range(halvings):
+        middle = math.sqrt(low * high)
+        if stable(middle):
+            low = middle
+        else:
+            high = middle
+    return low, high
