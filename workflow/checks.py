@@ -41,28 +41,34 @@ def schema() -> dict[str, Any]:
 
 def problems(config: Mapping[str, Any]) -> list[str]:
     """One line for each wrong value of the config, in the order of its keys; empty when all is well."""
-    validator = Draft202012Validator(schema())
-    errors = sorted(validator.iter_errors(config), key=lambda error: list(map(str, error.absolute_path)))
-    lines = [line for error in errors for line in _lines(validator, error)]
+    lines = violations(schema(), config)
     covered = {line.split(" = ")[0] for line in lines}
     hints = [line for line in _numbers_as_text("", config) if line.split(" = ")[0] not in covered]
     return list(dict.fromkeys(lines + hints))
 
 
-def _lines(validator: Draft202012Validator, error: ValidationError) -> Iterator[str]:
-    key, value, rule = _key(error), cast(Any, error.instance), error.validator
+def violations(part: Mapping[str, Any], value: Any, key: str = "") -> list[str]:
+    """One line for each thing in a value that a schema does not allow; ``key`` is where the value stands."""
+    errors = sorted(
+        Draft202012Validator(part).iter_errors(value), key=lambda error: list(map(str, error.absolute_path))
+    )
+    return [line for error in errors for line in _lines(error, key)]
+
+
+def _lines(error: ValidationError, root: str) -> Iterator[str]:
+    key, value, rule = _key(error, root), cast(Any, error.instance), error.validator
     part: Mapping[str, Any] = error.schema if isinstance(error.schema, Mapping) else {}
     if rule in ("anyOf", "oneOf") and error.context:
         inner = [e for e in error.context if e.absolute_path != error.absolute_path]
         if inner:  # one alternative fits in kind: what is wrong inside it says more
-            yield from (line for e in inner for line in _lines(validator, e))
+            yield from (line for e in inner for line in _lines(e, root))
             return
     if rule == "additionalProperties":
         known = sorted(part.get("properties", {}))
         for unknown in sorted(set(value) - set(known)):
             guess = difflib.get_close_matches(str(unknown), known, 1)
             hint = f"did you mean {guess[0]}? " if guess else ""
-            yield f"{_join(key, unknown)} is not a known key; {hint}allowed: {', '.join(known)}"
+            yield f"{_join(key, unknown)} is not a known key; {hint}allowed: {', '.join(known) or 'none'}"
     elif rule == "pattern" and key and part.get("title") == "key":
         yield f"{_join(key, value)} is not a name of the right form; allowed: {_allowed(part)}"
     elif rule == "required":
@@ -97,8 +103,7 @@ def _allowed(part: Mapping[str, Any]) -> str:
     return f"{words} ({part['description'].rstrip('.')})" if "description" in part else words
 
 
-def _key(error: ValidationError) -> str:
-    key = ""
+def _key(error: ValidationError, key: str) -> str:
     for part in error.absolute_path:
         key = f"{key}[{part}]" if isinstance(part, int) else _join(key, part)
     return key

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from curvspace.datasets.catalogue import KNOWN, folder_name, prepare_options
-from workflow import claims, study
+from workflow import claims, options, study
 from workflow.checks import problems
 from workflow.invalidation import Code, CodeError
 from workflow.study import Artefact, Measure, Run, Study, StudyError
@@ -45,8 +45,10 @@ def load(config: Mapping[str, Any], root: Path) -> Plan:
     if not lines:
         try:
             plan = Plan(config, root)
-            list(plan.jobs())
-            return plan
+            lines = plan.problems()
+            if not lines:
+                list(plan.jobs())
+                return plan
         except (StudyError, CodeError) as error:
             lines = [str(error)]
     sys.exit("\n".join(f"config: {line}" for line in lines))
@@ -87,10 +89,22 @@ class Plan:
         self.results: str = config["results"]
         self.code = Code(root / "lib", root)
 
+    def problems(self) -> list[str]:
+        """One line for each kind of model or optimiser that does not exist, and each option that it does not take."""
+        lines: list[str] = []
+        for section, kinds in self._registered.items():
+            for name, block in self.config[section].items():
+                key, kind = f"{section}.{name}", block["kind"]
+                if kind in kinds or ":" in kind:
+                    lines += options.problems(self.code, key, block, kinds.get(kind, kind))
+                else:
+                    known = ", ".join(sorted(kinds))
+                    lines.append(f"{key}.kind = {kind!r} is not allowed; allowed: {known}, or module:function")
+        return lines
+
     @cached_property
     def study(self) -> Study:
         """All enabled studies as one."""
-        self._check_kinds()
         return study.declare(self.config)
 
     def jobs(self) -> Iterator[Job]:
@@ -222,14 +236,6 @@ class Plan:
 
     def _code(self, roots: list[str], blocks: Any) -> str:
         return self.code.hash(*roots, *(root for kind in _kinds(blocks) for root in self._modules(kind)))
-
-    def _check_kinds(self) -> None:
-        """Every kind in the config is registered, or names a function."""
-        for section, kinds in self._registered.items():
-            for name, block in self.config[section].items():
-                if block["kind"] not in kinds and ":" not in block["kind"]:
-                    known = f"{', '.join(sorted(kinds))}, or module:function"
-                    raise StudyError(f"{section}.{name}.kind = {block['kind']!r} is not allowed; allowed: {known}")
 
     def _modules(self, kind: str) -> list[str]:
         """The module that a kind of optimiser or model is loaded from, and its entry in the registry."""

@@ -97,14 +97,14 @@ class Artefact:
     """One figure or one table of the results, drawn from tables alone.
 
     ``function`` is ``module:function``: for a figure ``f(tables, style, **spec) -> (Figure, DataFrame drawn)``, for a
-    table ``f(tables, **spec) -> DataFrame``. ``inputs`` maps the label of each table to the runs and measures whose
-    tables are concatenated under it. The caption in the report is ``workflow/report/{id}.rst``.
+    table ``f(tables, **spec) -> DataFrame``. ``inputs`` maps the label of each table to the run or measure, or the
+    several of them, whose tables are concatenated under it; it is kept as tuples. The caption in the report is ``workflow/report/{id}.rst``.
     """
 
     id: str
     kind: str
     function: str
-    inputs: Mapping[str, tuple[Source, ...]] = field(hash=False)
+    inputs: Mapping[str, Any] = field(hash=False)
     spec: Mapping[str, Any] = field(default_factory=dict, hash=False)
     paper: str = ""
     title: str = ""

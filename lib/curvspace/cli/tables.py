@@ -15,7 +15,7 @@ from curvspace.errors import UserError
 class Arrays(dict[str, np.ndarray]):
     """Arrays by name. Compared and copied as one thing: pandas copies and compares a table's ``attrs``."""
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __eq__(self, other: object) -> bool:
         return self is other
