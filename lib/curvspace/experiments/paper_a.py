@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace import Objective, class_gradients, eigsh
-from curvspace.curvature import EigenPairs, SubspaceTracker
+from curvspace.curvature import EigenPairs, SubspaceTracker, hutchpp
 from curvspace.datasets import DataSet
 from curvspace.functional import call
 from curvspace.subspace import cosine_assignment, gradient_fraction, orthonormal_basis, principal_angles, union_rank
@@ -188,7 +188,7 @@ def _diagnose(
     rows.append({"quantity": "share of gradient", "value": share, "null": null})
     for name, operator in operators.items():
         inside = float((q * (operator @ q)).sum())
-        trace = float(hutchpp_trace(operator, products=trace_products, seed=0).trace)
+        trace = float(hutchpp(operator, products=trace_products, seed=0).value)
         rows.append({"quantity": f"share of trace {name}", "value": inside / trace, "null": null})
         top = trackers[name].update(operator).vectors
         angles = torch.rad2deg(principal_angles(q, top)).tolist()

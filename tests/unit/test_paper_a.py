@@ -1,0 +1,157 @@
+"""Paper A's measures against direct computations, its tables and figures on made-up runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from curvspace import class_gradients
+from curvspace.experiments import paper_a, tables_a
+from curvspace.experiments.context import Context
+from curvspace.figures import paper_a as figures
+from curvspace.figures.style import Style
+from curvspace.training.run import train
+from curvspace.training.spec import RunSpec
+
+
+@pytest.fixture(scope="module")
+def context(digits_dir, tmp_path_factory):
+    spec = RunSpec.from_dict(
+        {
+            "dataset": {"name": "digits", "source": "digits", "train": 400, "validation": 100},
+            "model": {"name": "fc", "kind": "fc", "widths": [8]},
+            "optimizer": {"name": "sgd", "kind": "sgd", "momentum": 0.9},
+            "task": {"epochs": 6, "checkpoints": [0]},
+            "batch_size": 50,
+            "lr": 0.1,
+        }
+    )
+    run = train(spec, digits_dir, tmp_path_factory.mktemp("a") / "run", progress=False)
+    return Context(runs=[run], data_dir=digits_dir.parent, show_progress=False)
+
+
+def test_eq_12_against_a_loop_over_examples():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3).double()
+    x, y = torch.randn(20, 5, dtype=torch.float64), torch.randint(0, 2, (20,))
+    c, _ = class_gradients(model, x, y, num_classes=3)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for xi, yi in zip(x, y, strict=True):
+        p = torch.softmax(model(xi), 0)[yi].item()
+        expected[yi] += p * (1 - p) / 20 * (c[yi] @ c[yi])
+    torch.testing.assert_close(paper_a.eq12_eigenvalues(model, x, y, c), expected, rtol=1e-12, atol=1e-14)
+    assert expected[2] == 0, "a class without examples has no curvature"
+
+
+def test_spectrum_is_that_of_the_dense_hessian(context):
+    table = paper_a.spectrum(context, k=6, examples=100, tol=1e-6)
+    (run,) = context.runs
+    data = context.dataset(run)
+    model = context.model(run, run.steps[-1])
+    x, y = paper_a.training_batch(data, 100)
+    parameters = list(model.parameters())
+    loss = torch.nn.functional.cross_entropy(model(x.to(torch.float32)), y)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+    rows = [
+        torch.cat([h.flatten() for h in torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True)])
+        for g in gradient
+    ]
+    dense = torch.linalg.eigvalsh(torch.stack(rows).double()).flip(0)[:6]
+    np.testing.assert_allclose(table["eigenvalue"], dense, rtol=1e-4)
+    assert table["converged"].all()
+
+
+def test_rank_of_the_union_counts_singular_values(context):
+    table = paper_a.span_along_training(context, minibatch=100, examples=200, tolerances=[1e-6, 0.999], tol=1e-3)
+    ranks = table[table["quantity"] == "rank"]
+    assert set(ranks["step"]) == set(context.runs[0].steps)
+    assert (ranks.loc[ranks["tolerance"] == 1e-6, "value"] == 21).all(), "10 + 11 generic vectors are independent"
+    assert (ranks.loc[ranks["tolerance"] == 0.999, "value"] == 1).all()
+    profile = table[(table["quantity"] == "singular value") & (table["step"] == 0)]["value"]
+    assert profile.is_monotonic_decreasing
+    assert (profile**2).sum() == pytest.approx(21, rel=1e-5), "unit columns: the squares add up to their number"
+
+
+def test_cosines_mark_one_eigenvector_a_class(context):
+    table = paper_a.cosines(context, examples=200)
+    assert len(table) == 100
+    assigned = table[table["assigned"]]
+    assert assigned["class"].is_unique
+    assert assigned["index"].is_unique
+    assert assigned["cosine"].mean() == pytest.approx(table["mean_cosine"].iloc[0])
+    assert table["null"].iloc[0] < table["mean_cosine"].iloc[0]
+
+
+def test_diagnosis_against_dense_matrices(context):
+    table = paper_a.diagnosis(context, examples=60, trace_products=60, tol=1e-4)
+    step = context.runs[0].steps[-1]
+    part = table[table["step"] == step].set_index("quantity")
+    model = context.model(context.runs[0], step)
+    x, y = paper_a.training_batch(context.dataset(context.runs[0]), 60)
+    x = x.float()
+    c, _ = class_gradients(model, x, y, num_classes=10)
+    v = (c / c.norm(dim=1, keepdim=True)).T
+    z = model(x)
+    rows = [torch.autograd.grad(z[n, k], model.parameters(), retain_graph=True) for n in range(60) for k in range(10)]
+    jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).reshape(60, 10, -1)
+    p = z.softmax(1).detach()
+    outer = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    dense = torch.einsum("nkp,nkl,nlq->pq", jacobian, outer, jacobian) / 60
+    np.testing.assert_allclose(part.loc["curvature", "value"], torch.diag(v.T @ dense @ v), rtol=1e-3)
+    q, _ = torch.linalg.qr(v)
+    share = torch.trace(q.T @ dense @ q) / torch.trace(dense)
+    assert part.loc["share of trace G", "value"] == pytest.approx(float(share), rel=0.1)
+    ratio = part.loc["lambda", "value"].to_numpy() / part.loc["curvature", "value"].to_numpy()
+    np.testing.assert_allclose(part.loc["ratio", "value"], ratio)
+
+
+def runs(curves: dict[str, list[float]], batch_size: int = 64) -> pd.DataFrame:
+    rows = [
+        {"dataset": "d", "model": "m", "optimizer": name, "batch_size": batch_size, "lr": 0.1, "seed": 0}
+        | {"step": 10 * i, "epoch": i / 2, "eval_train_loss": loss, "val_loss": loss, "val_accuracy": 1 / (1 + loss)}
+        for name, losses in curves.items()
+        for i, loss in enumerate(losses)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("newton", "starts_faster", "crossover"),
+    [
+        ([2.0, 1.0, 0.9, 0.8], True, 20),  # leads at step 10, overtaken at 20
+        ([2.0, 1.0, 0.4, 0.1], True, np.nan),  # leads to the end
+        ([2.0, 1.9, 1.8, 1.7], False, np.nan),  # never leads
+        ([2.0, 1.0], True, 20),  # diverges after a lead
+    ],
+)
+def test_crossover(newton, starts_faster, crossover):
+    table = runs({"sgd": [2.0, 1.5, 0.7, 0.3], "newton": newton})
+    found = tables_a.crossovers(table, "sgd", "newton").iloc[0]
+    assert found["starts_faster"] == starts_faster
+    np.testing.assert_equal(found["crossover_step"], crossover)
+    assert found["steps_per_epoch"] == 20
+
+
+def test_tables_say_who_diverged():
+    table = runs({"sgd": [2.0, 1.0], "class-gradient-newton": [2.0, 1e6]})
+    accuracy = tables_a.accuracy_by_lr({"runs": table}).set_index("optimizer")
+    assert accuracy.loc["sgd", "accuracy_percent_mean"] == pytest.approx(50)
+    assert accuracy.loc["sgd", "paper_accuracy_percent"] == 88
+    assert accuracy["diverged"].to_dict() == {"class-gradient-newton": 1, "sgd": 0}
+    ends = tables_a.divergence({"runs": table}).set_index("optimizer")
+    assert ends.loc["class-gradient-newton", "best_val_loss"] == 2.0
+
+
+def test_figures_draw_what_they_are_given(context):
+    style = Style()
+    table = runs({"sgd": [2.0, 1.5, 0.7], "newton": [2.0, 1.0, 0.9]})
+    figure, drawn = figures.loss_by_batch_size({"runs": table}, style, overtaking="sgd", overtaken=["newton"])
+    assert "crossover at epoch" in figure.axes[0].get_title()
+    assert set(drawn["optimizer"]) == {"sgd", "newton"}
+    figure, drawn = figures.loss_over_training({"runs": table}, style)
+    assert drawn[drawn["optimizer"] == "sgd"]["median"].tolist() == [2.0, 1.5, 0.7]
+    measure = paper_a.diagnosis(context, examples=60, trace_products=12, tol=1e-2)
+    figure, drawn = figures.diagnosis({"measure": measure}, style)
+    assert len(figure.axes) == 4
