@@ -138,7 +138,7 @@ def fixed_directions(
 def profiles(
     context: Context, step: int, radii: Sequence[float], fraction: float, points: int = 41, tol: float = 1e-2
 ) -> pd.DataFrame:
-    r"""D-F3: the loss along v_1 and v_d against :math:`L + s t + \tfrac12\lambda t^2`, with the slope :math:`s = g^\top v`.
+    r"""D-F3: the loss along v_1 and v_d against :math:`L + s t + \tfrac12\lambda t^2`, where :math:`s = g^\top v`.
 
     In both :data:`READINGS` of α, within each of ``radii``; one row a (end, reading, radius, alpha).
     """
@@ -165,7 +165,7 @@ def profiles(
 
 def directions(
     context: Context,
-    steps: Sequence[int],
+    step: int,
     top: int,
     bottom: int,
     classes: int,
@@ -177,9 +177,9 @@ def directions(
     fit_points: int = 9,
     search_points: int = 14,
 ) -> pd.DataFrame:
-    r"""D-F4, D-F5, D-F6, D-X2: fits and line searches along many directions at several checkpoints.
+    r"""D-F4, D-F5, D-F6, D-X2: fits and line searches along many directions at one checkpoint.
 
-    One row a (step, kind, index), kind one of "LA", "SA", "class gradient", "random". Columns:
+    One row a (kind, index), kind one of "LA", "SA", "class gradient", "random". Columns:
 
     - curvature :math:`v^\top H v` (for LA and SA the eigenvalue), slope :math:`g^\top v`, loss at the checkpoint;
     - for each radius, ``fit_scaled_{radius}`` and ``fit_unit_{radius}``: the curvature of a quadratic fit over
@@ -189,27 +189,25 @@ def directions(
     - ``evaluations``, ``scan_s``: what that took.
     """
     (run,) = context.runs
+    objective = objective_at(context, run, step, fraction)
+    gradient, scanner = objective.gradient(), LossScanner(objective)
+    found = list(_named_directions(context, run, objective, TwoEnds(top, bottom, tol), classes, random))
     rows: list[Row] = []
-    ends = TwoEnds(top, bottom, tol)
-    for step in steps:
-        objective = objective_at(context, run, step, fraction)
-        gradient, scanner = objective.gradient(), LossScanner(objective)
-        found = list(_named_directions(context, run, objective, ends, classes, random))
-        for kind, index, v, curvature in context.progress(found, f"scans at step {step}"):
-            before = scanner.evaluations, scanner.seconds
-            slope = float(gradient @ v)
-            row: Row = {"step": step, "examples": objective.num_examples, "loss": scanner.origin_loss, "kind": kind}
-            row |= {"index": index, "curvature": curvature, "slope": slope}
-            for radius in radii:
-                for name, reach in (("scaled", radius * abs(slope)), ("unit", radius)):
-                    fit = fit_quadratic(scanner, v, reach, fit_points)
-                    row[f"fit_{name}_{radius:g}"] = fit.curvature if fit.resolved else np.nan
-            search = line_search(scanner, v, search_radius, search_points)
-            row |= {"displacement": search.t, "inverse_alpha": -slope / search.t if search.improves else np.nan}
-            row |= {"improvement": search.improvement, "improves": search.improves, "at_edge": search.at_edge}
-            row |= {"search_radius": search_radius}
-            row |= {"evaluations": scanner.evaluations - before[0], "scan_s": scanner.seconds - before[1]}
-            rows.append(row)
+    for kind, index, v, curvature in context.progress(found, f"scans at step {step}"):
+        before = scanner.evaluations, scanner.seconds
+        slope = float(gradient @ v)
+        row: Row = {"step": step, "examples": objective.num_examples, "loss": scanner.origin_loss, "kind": kind}
+        row |= {"index": index, "curvature": curvature, "slope": slope}
+        for radius in radii:
+            for name, reach in (("scaled", radius * abs(slope)), ("unit", radius)):
+                fit = fit_quadratic(scanner, v, reach, fit_points)
+                row[f"fit_{name}_{radius:g}"] = fit.curvature if fit.resolved else np.nan
+        search = line_search(scanner, v, search_radius, search_points)
+        row |= {"displacement": search.t, "inverse_alpha": -slope / search.t if search.improves else np.nan}
+        row |= {"improvement": search.improvement, "improves": search.improves, "at_edge": search.at_edge}
+        row |= {"search_radius": search_radius}
+        row |= {"evaluations": scanner.evaluations - before[0], "scan_s": scanner.seconds - before[1]}
+        rows.append(row)
     return tidy(run, rows)
 
 
@@ -308,7 +306,8 @@ def subset_agreement(context: Context, step: int, k: int, fraction: float, tol: 
                 {"step": step, "end": end, "index": i + 1, "part_examples": small.num_examples}
                 | {"all_examples": whole.num_examples, "part_eigenvalue": float(part[end].values[i])}
                 | {"all_eigenvalue": float(full[end].values[i]), "angle_deg": angles[i]}
-                | {"principal_angle_deg": principal[i], "converged": part[end].converged and full[end].converged}
+                | {"principal_angle_deg": principal[i], "part_residual": float(part[end].residuals[i])}
+                | {"all_residual": float(full[end].residuals[i])}
             )
     return tidy(run, rows)
 

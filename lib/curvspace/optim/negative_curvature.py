@@ -78,7 +78,7 @@ class NegativeCurvature(FirstOrder):
         seed: int = 0,
         **base_options: Any,
     ):
-        kind = getattr(torch.optim, base, None) if isinstance(base, str) else base
+        kind: Any = getattr(torch.optim, base, None) if isinstance(base, str) else base
         known = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
         require(known, "base", base, "an optimiser class or its name in torch.optim")
         require(kind is not torch.optim.LBFGS, "base", base, "an optimiser that steps without a closure")
