@@ -50,7 +50,7 @@ def spectral_density(
     steps: int = 40,
     probes: int = 5,
     points: int = 512,
-    width: float = 0.01,
+    width: float | None = None,
     axis: Literal["linear", "log"] = "linear",
     linear_width: float | None = None,
     seed: int = 0,
@@ -60,7 +60,8 @@ def spectral_density(
     Parameters
     ----------
     width
-        Standard deviation of the Gaussian at each node, as a share of the axis.
+        Standard deviation of the Gaussian at each node, as a share of the axis (default 1 / ``steps``, about the
+        distance between nodes).
     axis
         ``"log"`` spaces the grid by asinh(lambda / linear_width): logarithmic on both sides of a linear
         neighbourhood of zero, for spectra with outliers. ``linear_width`` defaults to 1e-3 of the largest magnitude.
@@ -70,6 +71,7 @@ def spectral_density(
     ValueError
         For steps or probes below 1, or a width that is not positive.
     """
+    width = 1 / max(steps, 1) if width is None else width
     for name, value in (("steps", steps), ("probes", probes), ("points", points), ("width", width)):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")

@@ -243,10 +243,11 @@ class RitzBasis:
         """v / |v| after removing the span (twice is enough, unless nothing but rounding is left)."""
         V = self.V[: self.size]
         length = v.norm()
+        smallest = 100 * torch.finfo(v.dtype).eps * length
         for _ in range(3):
-            if length == 0:
+            if length <= smallest:
                 return None
-            v = v / length
+            smallest, v = smallest / length, v / length
             v = v - V.T @ (V @ v)
             v = v - V.T @ (V @ v)
             length = v.norm()

@@ -74,7 +74,7 @@ class Point:
     def finite_loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
         value = self.loss_of(outputs, batch)
         if not torch.isfinite(value):
-            raise ValueError(f"batch {batch.index}: the loss is {float(value)} at these parameters")
+            raise ValueError(f"batch {batch.index}: the loss is {value.item()} at these parameters")
         return value
 
 

@@ -78,6 +78,7 @@ class CurvatureOperator:
         self._budget = default_budget(self.device) if memory_budget is None else memory_budget
         self._bytes_per_example: float | None = None
         self._kept: dict[int, Linearisation] = {}
+        self._warned = False
 
     def __matmul__(self, v: Tensor) -> Tensor:
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
@@ -152,12 +153,14 @@ class CurvatureOperator:
                 torch.cuda.empty_cache()
             self.engine = "recompute"
             self.batches = split(self.batches, (largest + 1) // 2)
-            warnings.warn(
-                f"{self.name}: out of memory with {largest} examples at a time ({message}); "
-                f"going on with {(largest + 1) // 2}, recomputing each product",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            if not self._warned:
+                warnings.warn(
+                    f"{self.name}: out of memory with {largest} examples at a time ({message}); going on with "
+                    f"{(largest + 1) // 2} and fewer if need be, recomputing each product",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            self._warned = True
 
     def to_scipy(self) -> Any:
         """This operator as a ``scipy.sparse.linalg.LinearOperator`` on NumPy arrays."""

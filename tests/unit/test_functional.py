@@ -1,0 +1,77 @@
+"""Flat vectors and parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from curvspace.functional import (
+    add_to_parameters,
+    assign_parameters,
+    batch_size,
+    call,
+    call_with,
+    flatten,
+    parameter_vector,
+    preserved_buffers,
+    replayed_randomness,
+    select,
+    trainable_parameters,
+    unflatten,
+)
+
+
+def _model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[1].weight.requires_grad_(False)
+    return model
+
+
+def test_vectors_are_in_the_order_of_named_parameters_without_the_frozen():
+    model = _model()
+    assert list(trainable_parameters(model)) == ["0.weight", "0.bias", "1.bias", "2.weight", "2.bias"]
+    expected = torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
+    assert torch.equal(parameter_vector(model), expected)
+
+
+def test_flatten_and_unflatten_are_inverse():
+    like = [torch.randn(2, 3), torch.randn(()), torch.randn(4)]
+    parts = unflatten(flatten(like), like)
+    assert all(torch.equal(a, b) for a, b in zip(parts, like, strict=True))
+    with pytest.raises(ValueError, match=r"expected a vector of 11 entries, got shape \(10,\)"):
+        unflatten(torch.zeros(10), like)
+
+
+def test_assign_and_add():
+    model = _model()
+    theta = parameter_vector(model)
+    v = torch.arange(float(len(theta)))
+    assign_parameters(model, v)
+    add_to_parameters(model, v, alpha=0.5)
+    assert torch.equal(parameter_vector(model), 1.5 * v)
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "mapping"])
+def test_forms_of_inputs(form):
+    x = torch.randn(5, 2)
+    inputs = {"tensor": x, "tuple": (x,), "mapping": {"input": x}}[form]
+    model = nn.Linear(2, 3)
+    assert batch_size(inputs) == 5
+    assert torch.equal(call(model, select(inputs, slice(1, 3))), model(x[1:3]))
+    doubled = {n: 2 * p for n, p in model.named_parameters()}
+    torch.testing.assert_close(call_with(model, doubled, inputs), 2 * model(x))
+
+
+def test_preserved_buffers_and_replayed_randomness():
+    model = _model().train()
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    with preserved_buffers(model):
+        model(torch.randn(4, 2))
+        assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+    draws = []
+    for _ in range(2):
+        with replayed_randomness(torch.device("cpu"), seed=1):
+            draws.append(torch.rand(3))
+    assert torch.equal(*draws)

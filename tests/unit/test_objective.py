@@ -1,0 +1,307 @@
+"""What an Objective promises beside exact products: state policy, memory, bad input, and traps of the framework."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from curvspace import Objective
+from curvspace.curvature import dense_matrix, eigsh, gram_eigh, projected_gauss_newton
+from tests.unit.architectures import CASES
+from tests.unit.oracles import dense_hessian
+
+
+def _mlp(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 3)).double()
+
+
+def _batch(n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(n, 4).double(), torch.randint(3, (n,))
+
+
+def _norm_network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model[1].running_mean.uniform_(-1, 1)
+    return model
+
+
+# State policy
+
+
+def test_running_statistics_and_modes_are_left_alone():
+    model = _norm_network().train()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    for state in ("batch", "running", None):
+        objective = Objective(model, [_batch()], state=state)
+        v = torch.ones(objective.num_parameters).double()
+        objective.loss(), objective.gradient(), objective.hessian() @ v, objective.gauss_newton() @ v
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_state_chooses_the_statistics():
+    model, batch = _norm_network(), _batch()
+    loss = {state: Objective(model, [batch], state=state).loss() for state in ("batch", "running")}
+    assert abs(loss["batch"] - loss["running"]) > 1e-3
+    assert Objective(model.train(), [batch]).loss() == loss["batch"]
+    assert Objective(model.eval(), [batch]).loss() == loss["running"]
+    assert Objective(model, [batch], state="batch").policy == {"normalisation": "batch", "dropout": "off"}
+    with pytest.raises(ValueError, match="state must be"):
+        Objective(model, [batch], state="train")
+
+
+def test_dropout_is_off_or_fixed():
+    model = _mlp(dropout=0.5).train()
+    batches = [_batch()]
+    off = Objective(model, batches)
+    assert off.loss() == Objective(model.eval(), batches).loss()
+    seeded = Objective(model, batches, dropout_seed=3)
+    assert seeded.loss() == seeded.loss() != off.loss()
+    H = seeded.hessian()
+    v = torch.randn(H.shape[0]).double()
+    recomputed = Objective(model, batches, dropout_seed=3, engine="recompute").hessian()
+    torch.testing.assert_close(H @ v, recomputed @ v, rtol=0, atol=1e-14)
+    state = torch.random.get_rng_state()
+    seeded.gradient()
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_operators_are_taken_at_the_parameters_of_their_construction():
+    model = _mlp()
+    H = Objective(model, [_batch()], engine="recompute").hessian()
+    v = torch.ones(H.shape[0]).double()
+    before = H @ v
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert torch.equal(H @ v, before)
+
+
+# Precision, splitting, memory
+
+
+def test_double_precision_on_request():
+    model = _mlp().float()
+    x, y = _batch()
+    H = Objective(model, [(x.float(), y)], dtype=torch.float64).hessian()
+    assert H.dtype == torch.float64
+    expected = dense_hessian(model.double(), [(x.float().double(), y)], "cross_entropy")
+    torch.testing.assert_close(dense_matrix(H), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("microbatch", [1, 5, None, "auto"])
+def test_microbatches_change_nothing(microbatch):
+    model, (x, y) = _mlp(), _batch(600)
+    whole = Objective(model, [(x, y)], microbatch=None)
+    ragged = Objective(model, [(x[:500], y[:500]), (x[500:], y[500:])], microbatch=microbatch)
+    v = torch.randn(whole.num_parameters).double()
+    assert ragged.loss() == pytest.approx(whole.loss(), abs=1e-13)
+    torch.testing.assert_close(ragged.gradient(), whole.gradient(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(ragged.hessian() @ v, whole.hessian() @ v, rtol=0, atol=1e-13)
+    torch.testing.assert_close(ragged.gauss_newton() @ v, whole.gauss_newton() @ v, rtol=0, atol=1e-13)
+
+
+def test_auto_cuts_large_batches_for_the_cache_but_never_batch_statistics():
+    network = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 32 * 32, 3))
+    x, y = torch.randn(512, 1, 32, 32), torch.randint(3, (512,))
+    sizes = [b.size for b in Objective(network, [(x, y)]).batches]
+    assert max(sizes) < 512
+    assert sum(sizes) == 512
+    big = (torch.randn(600, 4).double(), torch.randint(3, (600,)))
+    assert len(Objective(_norm_network(), [big], state="batch").batches) == 1
+    with pytest.raises(ValueError, match="microbatch would change batch statistics"):
+        Objective(_norm_network(), [big], state="batch", microbatch=100)
+
+
+def test_the_memory_budget_decides_how_much_is_kept():
+    model, (x, y) = _mlp(), _batch(40)
+    batches = [(x[i : i + 10], y[i : i + 10]) for i in range(0, 40, 10)]
+    v = torch.randn(sum(p.numel() for p in model.parameters())).double()
+    first = Objective(model, batches).hessian()
+    first @ v
+    each = 10 * first._bytes_per_example
+    kept = []
+    for budget in (0, 2.5 * each, 10**9):
+        H = Objective(model, batches, memory_budget=budget).hessian()
+        product = H @ v
+        torch.testing.assert_close(product, Objective(model, [(x, y)]).hessian() @ v, rtol=0, atol=1e-13)
+        kept.append(len(H._kept))
+    assert kept == [0, 2, 4]
+
+
+class Greedy(nn.Module):
+    """A model that runs out of memory with more than five examples at a time."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        if len(x) > 5:
+            raise torch.OutOfMemoryError("out of memory, as devices say it")
+        return self.inner(x)
+
+
+def test_out_of_memory_shrinks_the_batches_and_says_so():
+    inner, batch = _mlp(), _batch(12)
+    H = Objective(Greedy(inner), [batch]).hessian()
+    v = torch.ones(H.shape[0]).double()
+    with pytest.warns(RuntimeWarning, match="out of memory with 12 examples at a time .* going on with 6") as said:
+        product = H @ v
+    assert len(said) == 1
+    assert {b.size for b in H.batches} == {3}
+    torch.testing.assert_close(product, Objective(inner, [batch]).hessian() @ v, rtol=0, atol=1e-14)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(H @ v, product)
+
+
+# Forms of the operators
+
+
+def test_scipy_operator():
+    from scipy.sparse.linalg import eigsh as scipy_eigsh
+
+    H = Objective(_mlp(), [_batch()]).hessian()
+    values = scipy_eigsh(H.to_scipy(), k=3, which="LA", return_eigenvectors=False)
+    np.testing.assert_allclose(sorted(values), eigsh(H, 3, tol=1e-9).values.flip(0), atol=1e-9)
+    assert H.to_scipy().dtype == np.float64
+    assert H.to_scipy().matmat(np.ones((H.shape[0], 2))).shape == (H.shape[0], 2)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_gram_matrix_gives_the_spectrum_of_gauss_newton(loss):
+    model, (x, y) = _mlp(), _batch(7)
+    targets = y if loss == "cross_entropy" else F.one_hot(y, 3).double()
+    G = Objective(model, [(x[:4], targets[:4]), (x[4:], targets[4:])], loss).gauss_newton()
+    values, vectors = gram_eigh(G)
+    dense = dense_matrix(G)
+    expected = torch.linalg.eigvalsh(dense).flip(0)
+    torch.testing.assert_close(values, expected[: len(values)], rtol=0, atol=1e-12)
+    assert expected[len(values)] < 1e-10
+    torch.testing.assert_close(dense @ vectors, vectors * values, rtol=0, atol=1e-12)
+
+
+def test_projected_gauss_newton():
+    model, (x, y) = _mlp(), _batch()
+    Q = torch.randn(sum(p.numel() for p in model.parameters()), 4).double()
+    expected = Q.T @ dense_matrix(Objective(model, [(x, y)]).gauss_newton()) @ Q
+    torch.testing.assert_close(projected_gauss_newton(model, x, y, "cross_entropy", Q), expected, rtol=0, atol=1e-12)
+
+
+def test_any_callable_is_a_loss():
+    def focal(z, y):
+        p = z.softmax(1).gather(1, y[:, None])[:, 0]
+        return (-((1 - p) ** 2) * p.log()).mean()
+
+    model, (x, y) = _mlp(), _batch(6)
+    objective = Objective(model, [(x, y)], focal)
+    v = torch.randn(objective.num_parameters).double()
+    h = 1e-5
+    vector = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    def gradient_at(theta):
+        torch.nn.utils.vector_to_parameters(theta, model.parameters())
+        return Objective(model, [(x, y)], focal).gradient()
+
+    difference = (gradient_at(vector + h * v) - gradient_at(vector - h * v)) / (2 * h)
+    torch.nn.utils.vector_to_parameters(vector, model.parameters())
+    torch.testing.assert_close(objective.hessian() @ v, difference, rtol=1e-6, atol=1e-8)
+
+
+# Bad input: one line that says what and where
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        return self.inner(x) + torch.randn(len(x), 3)
+
+
+def _all_frozen() -> nn.Module:
+    return nn.Linear(4, 3).double().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda x, y: Objective(_all_frozen(), [(x, y)]), ValueError, "no parameter with requires_grad=True"),
+        (lambda x, y: Objective(_mlp(), []), ValueError, "at least one batch"),
+        (lambda x, y: Objective(_mlp(), [(x, y), (x, y[:5])]), ValueError, "batch 1 has 12 inputs but 5 targets"),
+        (lambda x, y: Objective(_mlp(), [(x[:0], y[:0])]), ValueError, "batch 0 is empty"),
+        (lambda x, y: Objective(_mlp(), [(x, y)], "hinge"), ValueError, "unknown loss 'hinge'"),
+        (lambda x, y: Objective(_mlp(), [(x, y)], engine="fast").hessian(), ValueError, "engine must be"),
+        (lambda x, y: Objective(_mlp(), [(x, y + 9)]).loss(), ValueError, "batch 0: the loss cross_entropy failed"),
+        (lambda x, y: Objective(_mlp(), [(x, y)], "mse").loss(), ValueError, r"mse needs targets of shape \(12, 3\)"),
+        (lambda x, y: Objective(_mlp(), [(x / 0, y)]).gradient(), ValueError, "batch 0: the loss is nan"),
+        (lambda x, y: Objective(Noisy(), [(x, y)]).hessian(), RuntimeError, "Noisy is not deterministic"),
+        (
+            lambda x, y: Objective(_mlp(), [(x, y)]).hessian() @ torch.ones(5).double(),
+            ValueError,
+            r"Hessian of shape \(51, 51\) cannot multiply a tensor of shape \(5,\)",
+        ),
+        (lambda x, y: dense_matrix(Objective(_mlp(), [(x, y)]).hessian(), limit=50), ValueError, "P = 51 is above"),
+    ],
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message) as caught:
+        make(*_batch())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+def test_a_loss_that_is_nan_in_the_second_batch(kind):
+    x, y = _batch()
+    operator = getattr(Objective(_mlp(), [(x, y), (x * float("inf"), y)]), kind)()
+    with pytest.raises(ValueError, match="batch 1: the loss is nan"):
+        operator @ torch.ones(51).double()
+
+
+# Traps of the framework, each of which would be a silent error or a crash
+
+
+@pytest.mark.parametrize("name", ["layernorm", "batchnorm-batch"])
+def test_layers_through_which_jacrev_under_a_derivative_goes_wrong(name):
+    """torch.func.hessian is asymmetric through these layers, without a word; plain double backward is not."""
+    case = CASES[name]
+    model, batches = case.make()
+    H = dense_matrix_of(model, batches, case)
+    torch.testing.assert_close(H, H.T, rtol=0, atol=1e-12)
+    assert (H - dense_hessian(model.train(case.state == "batch"), batches, case.loss)).abs().max() < 1e-12
+
+
+def dense_matrix_of(model, batches, case):
+    H = Objective(model, batches, case.loss, state=case.state).hessian()
+    return H @ torch.eye(H.shape[0]).double()  # not symmetrised
+
+
+def test_batched_derivatives_fall_back_to_the_loop():
+    model, batches = CASES["groupnorm-residual"].make()
+    H = Objective(model, batches).hessian()
+    V = torch.randn(H.shape[0], 4).double()
+    expected = H @ V
+    H.vectors_at_once = 4
+    torch.testing.assert_close(H @ V, expected, rtol=0, atol=1e-12)
+
+
+def test_attention_has_second_derivatives_though_its_fused_kernel_has_none():
+    q = torch.randn(1, 1, 3, 4, requires_grad=True)
+    fused = F.scaled_dot_product_attention(q, q, q).square().sum()
+    (g,) = torch.autograd.grad(fused, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(g.sum(), q)
+    model, batches = CASES["fused-attention"].make()
+    H = Objective(model, batches).hessian()
+    assert torch.isfinite(H @ torch.ones(H.shape[0]).double()).all()
