@@ -8,7 +8,7 @@ apart from that, by bisection.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +44,7 @@ class Entrant:
         """A run from scratch: its state at the end, and its evaluations as rows with what they had cost."""
         model = initial_model(dict(self.model), self.data, seed).to(self.device)
         options = {k: v for k, v in self.optimizer.items() if k not in ("name", "kind")}
-        optimizer = registry.build(
-            self.optimizer["kind"], options, model, self.data.num_classes, lr, self.task.loss
-        )
+        optimizer = registry.build(self.optimizer["kind"], options, model, self.data.num_classes, lr, self.task.loss)
         state = fit(model, optimizer, self.data, self.task, self.batch_size, seed, progress=False)
         rows = pd.DataFrame([row for row in state.rows if "val_loss" in row])
         if "gradient_evaluations" not in rows:  # diverged at once: only the evaluation of the start
@@ -113,51 +111,50 @@ def largest_stable_lr(
     optimizer: Mapping[str, Any],
     task: Mapping[str, Any],
     batch_size: int,
+    lrs: Sequence[float],
     seeds: Sequence[int],
-    low: float,
-    high: float,
     halvings: int,
 ) -> pd.DataFrame:
     r"""A-X3: the largest learning rate at which a short run is stable, by bisection of :math:`\log\eta`.
 
-    Stable: the run ends with a training loss below the untrained network's (so that a run which survives but learns
-    nothing counts as unstable, as does one that diverges). One row per seed: ``stable_lr`` is the largest rate seen
-    to be stable below the smallest seen not to be, ``unstable_lr`` that one; NaN where the bracket [low, high] holds
-    no such rate (``unstable_lr``: stable up to ``high``; ``stable_lr``: unstable already at ``low``).
+    See :func:`is_stable`. The grid ``lrs`` is tried from its upper end downwards until a rate is stable; the interval
+    to the next is then halved ``halvings`` times. One row per seed: ``stable_lr`` is the largest rate found stable
+    and ``unstable_lr`` the smallest found unstable above it. ``stable_lr`` is NaN where no rate of the grid is stable,
+    ``unstable_lr`` where its largest is.
     """
     entrant = _entrant(context, dataset, model, optimizer, task, batch_size)
+    identity = {"dataset": dataset, "model": model["name"], "optimizer": optimizer["name"], "batch_size": batch_size}
     rows = []
     for seed in context.progress(seeds, f"stability of {optimizer['name']} on {model['name']}"):
-        stable, unstable = bisect(lambda lr, seed=seed: is_stable(entrant.train(lr, seed)[0]), low, high, halvings)
-        rows.append(
-            {
-                "dataset": dataset,
-                "model": model["name"],
-                "optimizer": optimizer["name"],
-                "batch_size": batch_size,
-                "seed": seed,
-                "stable_lr": stable,
-                "unstable_lr": unstable,
-            }
-        )
+
+        def stable(lr: float, seed: int = seed) -> bool:
+            return is_stable(entrant.train(lr, seed)[0])
+
+        found = edge_of_stability(stable, sorted(lrs), halvings)
+        rows.append({**identity, "seed": seed, "stable_lr": found[0], "unstable_lr": found[1]})
     return pd.DataFrame(rows)
 
 
-def is_stable(state: FitState) -> bool:
-    """Whether a run ended, with a training loss below the one it started from."""
-    return state.status == "finished" and state.rows[-1]["eval_train_loss"] < state.initial_loss
+def is_stable(state: FitState, progress: float = 0.05) -> bool:
+    """Whether a run came to its end and learned: its training loss fell by at least this part of the first.
 
-
-def bisect(stable: Any, low: float, high: float, halvings: int) -> tuple[float, float]:
-    """Largest stable and smallest unstable value found in [low, high], with ``halvings`` of the log interval.
-
-    A tenth of a decade below each probe nothing is tested: where stability comes and goes, the answer is one edge.
+    A run that survives on a plateau of dead units has not been stable, though its loss is finite.
     """
-    if not stable(low):
-        return math.nan, low
-    if stable(high):
-        return high, math.nan
-    for _ in range(halvings):
+    end = state.rows[-1].get("eval_train_loss", math.nan)
+    return state.status == "finished" and end < (1 - progress) * state.initial_loss
+
+
+def edge_of_stability(stable: Callable[[float], bool], grid: Sequence[float], halvings: int) -> tuple[float, float]:
+    """(largest stable, smallest unstable above it) of an ascending grid, refined by halving the logarithmic gap."""
+    above = math.nan
+    for lr in reversed(grid):
+        if stable(lr):
+            break
+        above = lr
+    else:
+        return math.nan, above
+    low, high = lr, above
+    for _ in range(halvings if math.isfinite(above) else 0):
         middle = math.sqrt(low * high)
         if stable(middle):
             low = middle

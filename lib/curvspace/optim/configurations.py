@@ -38,6 +38,7 @@ def class_gradient_newton(
     trust_radius: float | None = None,
     refresh_every: int = 1,
     fraction: float = 1.0,
+    scale: float = 1.0,
     loss: LossLike = "cross_entropy",
 ) -> SubspaceNewton:
     r"""Paper A: Newton's method in the class-gradient subspace, eq. 15 to 17 as printed by default.
@@ -45,14 +46,15 @@ def class_gradient_newton(
     .. math:: \theta \leftarrow \theta - \eta g - \sum_k (1/\hat\lambda_k - \eta)(v_k^\top g)\,v_k
 
     What the paper leaves open is an option: see :class:`~curvspace.optim.inside.DiagonalNewton` (``initial``,
-    ``estimate``, ``damping``, ``floor``, ``trust_radius``), :class:`~curvspace.optim.bases.ClassGradients`
-    (``batch_norm`` is its ``method``, ``orthonormal``) and ``momentum_on``, ``refresh_every`` of ``SubspaceNewton``.
+    ``estimate``, ``damping``, ``floor``, ``trust_radius``, ``fraction``, ``scale``),
+    :class:`~curvspace.optim.bases.ClassGradients` (``batch_norm`` is its ``method``, ``orthonormal``) and
+    ``momentum_on``, ``refresh_every`` of ``SubspaceNewton``.
     With ``orthonormal=True`` eq. 12 no longer estimates the curvature along the basis: give ``estimate`` too.
     """
     return SubspaceNewton(
         model,
         basis=ClassGradients(gamma, orthonormal, num_classes, batch_norm),
-        inside=DiagonalNewton(gamma, initial, estimate, damping, floor, trust_radius, fraction),
+        inside=DiagonalNewton(gamma, initial, estimate, damping, floor, trust_radius, fraction, scale),
         outside=GradientDescent(lr, momentum),
         loss=loss,
         momentum_on=momentum_on,
@@ -67,7 +69,7 @@ def rayleigh_ritz_newton(
     momentum: float = 0.9,
     damping: float | Literal["adaptive"] = 0.1,
     *,
-    scale: float = 0.5,
+    scale: float = 0.3,
     gamma: float = 0.9,
     curvature: Literal["gauss-newton", "hessian"] = "gauss-newton",
     curvature_gamma: float = 0.0,
