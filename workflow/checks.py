@@ -42,6 +42,8 @@ def schema() -> dict[str, Any]:
 def problems(config: Mapping[str, Any]) -> list[str]:
     """One line for each wrong value of the config, in the order of its keys; empty when all is well."""
     lines = violations(schema(), config)
+    meant = {line.split("did you mean ")[1].split("?")[0] for line in lines if "did you mean " in line}
+    lines = [line for line in lines if line.split(" is missing")[0] not in meant]
     covered = {line.split(" = ")[0] for line in lines}
     hints = [line for line in _numbers_as_text("", config) if line.split(" = ")[0] not in covered]
     return list(dict.fromkeys(lines + hints))

@@ -98,7 +98,8 @@ class Artefact:
 
     ``function`` is ``module:function``: for a figure ``f(tables, style, **spec) -> (Figure, DataFrame drawn)``, for a
     table ``f(tables, **spec) -> DataFrame``. ``inputs`` maps the label of each table to the run or measure, or the
-    several of them, whose tables are concatenated under it; it is kept as tuples. The caption in the report is ``workflow/report/{id}.rst``.
+    several of them, whose tables are concatenated under it; it is kept as tuples. The caption in the report is
+    ``workflow/report/{id}.rst``.
     """
 
     id: str

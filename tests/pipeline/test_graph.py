@@ -1,0 +1,82 @@
+"""The pipeline as Snakemake sees it: lints, wrong configs, the cluster profile, target rule."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+
+def test_lints_and_formatting(finished):
+    linted = finished.snakemake("--lint")
+    assert linted.returncode == 0, linted.stdout + linted.stderr
+    formatted = subprocess.run(
+        [sys.executable, "-m", "snakefmt", "--check", ROOT / "Snakefile", ROOT / "workflow"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert formatted.returncode == 0, formatted.stderr
+
+
+def test_a_wrong_value_is_one_line_and_no_traceback(project):
+    project.edit("config.yaml", "lrs: [0.1, 0.01]", "lrs: [1e-1, 0.01]")
+    done = project.snakemake("-n")
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("config: ")] == [
+        "config: studies.mini.lrs[0] = '1e-1' is not allowed; YAML reads it as text; write it as a number: 0.1"
+    ]
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_disabled_study_is_not_part_of_the_graph(project):
+    project.edit("config.yaml", "mini: {", "mini: {enabled: false, ")
+    assert set(project.planned("--forceall")) == {"claims"}
+
+
+def test_the_cluster_profile_plans_the_graph_with_a_gpu_a_job(project):
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    profile = project.folder / "workflow" / "profiles" / "slurm"
+    settings = yaml.safe_load((profile / "config.yaml").read_text())
+    assert settings["set-resource-scopes"] == {"gpu": "local"}
+    project.edit("config.yaml", "device: cpu", "device: cuda")
+    done = project.snakemake("-n", "--profile", str(profile), "--resources", "gpu=1")
+    assert done.returncode == 0, done.stderr
+    plan = done.stdout + done.stderr
+    trained = [block for block in plan.split("\n\n") if "rule train:" in block]
+    assert len(trained) == 5
+    assert all("gpu=1" in block and "slurm_partition=main" in block for block in trained)
+
+
+def test_on_the_cpu_no_job_asks_for_a_gpu(finished):
+    done = finished.snakemake("-n", "--forceall", "--resources", "gpu=1")
+    resources = [line for line in done.stdout.splitlines() if line.startswith("    resources: ")]
+    assert any("gpu=0" in line for line in resources)
+    assert not any("gpu=1" in line for line in resources)
+
+
+def test_a_run_that_no_study_asks_for_can_be_asked_for_by_its_path(finished):
+    path = "results/runs/digits/conv/curveball/bs32-lr0.5-seed7/metrics.csv"
+    assert set(finished.planned(path)) == {"train curveball conv 0.5"}
+
+
+def test_the_workflow_is_planned_without_importing_torch():
+    code = (
+        "import sys, yaml; from pathlib import Path; from workflow.specs import load;"
+        "jobs = list(load(yaml.safe_load(open('config.yaml')), Path()).jobs());"
+        "print(len(jobs), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = ['.', 'lib']; {code}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    count, torch = done.stdout.split()
+    assert int(count) > 20, done.stderr
+    assert torch == "False"
