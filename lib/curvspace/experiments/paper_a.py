@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from curvspace import Objective, class_gradients, eigsh
 from curvspace.curvature import EigenPairs, SubspaceTracker, hutchpp
+from curvspace.curvature.frozen import State
 from curvspace.datasets import DataSet
 from curvspace.functional import call
 from curvspace.subspace import cosine_assignment, gradient_fraction, orthonormal_basis, principal_angles, union_rank
@@ -130,7 +131,7 @@ def cosines(context: Context, examples: int, tol: float = 1e-3) -> pd.DataFrame:
 
 
 def diagnosis(
-    context: Context, examples: int, trace_products: int = 30, tol: float = 1e-2, state: str = "running"
+    context: Context, examples: int, trace_products: int = 30, tol: float = 1e-2, state: State = "running"
 ) -> pd.DataFrame:
     r"""A-X1: what eq. 12 claims about the class-gradient span, and what holds, along training.
 
@@ -162,7 +163,7 @@ def _diagnose(
     classes: int,
     trackers: dict[str, SubspaceTracker],
     trace_products: int,
-    state: str,
+    state: State,
 ) -> list[Row]:
     objective = Objective(model, [batch], state=state)
     operators = {"H": objective.hessian(), "G": objective.gauss_newton()}

@@ -188,9 +188,10 @@ def cosine_matrix(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
 def diagnosis(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     """A-X1: by network, along training: λ_k against the curvature, cosines of the v_k, shares, principal angles."""
     measure = tables["measure"]
-    keys = list(measure.groupby(["dataset", "model", "optimizer"], sort=False).groups)
-    figure, axes = style.panels(len(keys), 4, height=2.7)
-    for row, (dataset, model, optimizer) in zip(axes, keys, strict=True):
+    keys = measure[["dataset", "model", "optimizer"]].drop_duplicates().itertuples(index=False)
+    networks = [tuple(key) for key in keys]
+    figure, axes = style.panels(len(networks), 4, height=2.7)
+    for row, (dataset, model, optimizer) in zip(axes, networks, strict=True):
         part = measure[(measure["dataset"] == dataset) & (measure["model"] == model)]
         part = part[part["optimizer"] == optimizer]
         _ratio_panel(row[0], part, style)
