@@ -38,7 +38,7 @@ def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str
         if not behind:
             continue
         runs, datasets = _behind(behind)
-        parts = [*_scale(runs, datasets, config), *_examples(behind)]
+        parts = [*_scale(runs, config), *_own_training(behind, config), *_examples(behind)]
         spec["scale"][entry["id"]] = f"{preset(config)}: {'; '.join(parts) or 'generated data'}"
         if short := _short(entry.get("requires", {}), runs, datasets, config):
             spec["short"][entry["id"]] = short
@@ -89,11 +89,30 @@ def _behind(sources: Iterable[Source]) -> tuple[list[Run], list[str]]:
     return list(runs.values()), list(datasets)
 
 
-def _scale(runs: list[Run], datasets: list[str], config: Mapping[str, Any]) -> list[str]:
-    """What was run, in words: networks, data, epochs."""
-    pairs = dict.fromkeys((run.dataset, run.model) for run in runs)
-    parts = [f"{model} on {_data(dataset, config)}, {_length(dataset, model, config)}" for dataset, model in pairs]
-    return parts + [_data(name, config) for name in datasets if name not in {dataset for dataset, _ in pairs}]
+def _scale(runs: list[Run], config: Mapping[str, Any]) -> list[str]:
+    """What was run, in words: networks, data, epochs, learning rates if they are few."""
+    pairs: dict[tuple[str, str], set[float]] = {}
+    for run in runs:
+        pairs.setdefault((run.dataset, run.model), set()).add(run.lr)
+    parts = [
+        f"{model} on {_data(dataset, config)}, {_length(dataset, model, config)}{_rates(lrs)}"
+        for (dataset, model), lrs in pairs.items()
+    ]
+    return parts
+
+
+def _rates(lrs: set[float]) -> str:
+    return f", η = {' or '.join(f'{lr:g}' for lr in sorted(lrs))}" if len(lrs) <= 3 else ""
+
+
+def _own_training(sources: Iterable[Source], config: Mapping[str, Any]) -> list[str]:
+    """Measures that train networks themselves (the tournament): which, on what, and for how long."""
+    found = {}
+    for source in sources:
+        if isinstance(source, Measure) and {"model", "task"} <= set(source.spec):
+            model, epochs = source.spec["model"]["name"], source.spec["task"]["epochs"]
+            found |= {f"{model} on {_data(name, config)}, {epochs:g} epochs": None for name in source.datasets}
+    return list(found)
 
 
 def _examples(sources: Iterable[Source]) -> list[str]:

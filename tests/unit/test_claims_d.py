@@ -165,15 +165,3 @@ def test_agreement() -> None:
     assert claims_d.agreement({"t": table}, **options).verdict == HOLDS
     assert claims_d.agreement({"t": table.assign(principal_angle_deg=80)}, **options).verdict == FAILS
     assert claims_d.agreement({"t": table.assign(relative_difference=0.24)}, **options).verdict == INCONCLUSIVE
-
-
-def test_given_interval() -> None:
-    def verdict(low: float, high: float, seeds: int = 3) -> str:
-        table = pd.DataFrame({"optimizer": ["x"], "ratio": [0.9], "low": [low], "high": [high], "n": [seeds]})
-        options = {"value": "ratio", "low": "low", "high": "high", "seeds": "n", "where": {"optimizer": "x"}}
-        return claims_d.given_interval({"t": table}, at_most=1.0, **options).verdict
-
-    assert verdict(0.8, 0.95) == HOLDS
-    assert verdict(1.1, 1.2) == FAILS
-    assert verdict(0.8, 1.2) == INCONCLUSIVE
-    assert verdict(np.nan, np.nan, 1) == INCONCLUSIVE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,6 @@ import pandas as pd
 
 from curvspace.experiments.claims import (
     Case,
-    Estimate,
     Outcome,
     Tables,
     Untested,
@@ -190,29 +188,4 @@ def agreement(
         angle = estimate([float(part["principal_angle_deg"].median())], margin)
         found.append(Case(f"{end}: difference", relative, judge(relative, at_most=difference_at_most)))
         found.append(Case(f"{end}: angle in degrees", angle, judge(angle, at_most=angle_at_most)))
-    return Outcome(tuple(found))
-
-
-def given_interval(
-    tables: Tables,
-    *,
-    value: str,
-    low: str,
-    high: str,
-    seeds: str,
-    where: dict,
-    by: tuple[str, ...] = ("optimizer",),
-    at_least: float | None = None,
-    at_most: float | None = None,
-    table: str | None = None,
-) -> Outcome:
-    """X3: a table's own interval against a range. One seed has none: then there is no verdict."""
-    rows = pick(tables, table, where)
-    found = []
-    for name, part in cases_of(rows, by):
-        row = part.iloc[0]
-        measured = Estimate(float(row[value]), float(row[low]), float(row[high]), int(row[seeds]))
-        known = not (math.isnan(measured.low) or math.isnan(measured.high))
-        verdict = judge(measured, at_least, at_most) if known else "inconclusive"
-        found.append(Case(name, measured if known else estimate([measured.value]), verdict))
     return Outcome(tuple(found))

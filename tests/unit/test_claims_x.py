@@ -1,0 +1,44 @@
+"""Verdicts on tables that bring their own intervals."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+from curvspace.experiments.claims import FAILS, HOLDS, INCONCLUSIVE
+from curvspace.experiments.claims_x import given_interval
+
+COLUMNS = {"value": "ratio", "low": "low", "high": "high", "seeds": "n"}
+
+
+def row(low: float, high: float, optimizer: str = "ours", bound: bool = False, model: str = "cnn") -> dict:
+    return {"model": model, "optimizer": optimizer, "ratio": 2.5, "low": low, "high": high, "n": 3, "bound": bound}
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict"),
+    [
+        ([row(2.1, 3.0)], HOLDS),
+        ([row(1.1, 1.9)], FAILS),
+        ([row(1.5, 3.0)], INCONCLUSIVE),
+        ([row(math.nan, math.nan)], INCONCLUSIVE),
+        ([row(2.1, 3.0, bound=True)], INCONCLUSIVE),
+        ([row(1.1, 1.9, bound=True)], FAILS),
+        ([row(2.1, 3.0), row(1.1, 1.9, model="resnet")], FAILS),
+    ],
+)
+def test_given_interval(rows: list[dict], verdict: str) -> None:
+    outcome = given_interval({"t": pd.DataFrame(rows)}, **COLUMNS, by=["model"], bound="bound", at_least=2.0)
+    assert outcome.verdict == verdict
+    assert outcome.seeds == 3
+
+
+def test_the_best_variant_speaks_for_a_method() -> None:
+    table = {"t": pd.DataFrame([row(1.1, 1.9, "every step"), row(2.1, 3.0, "every fifth step")])}
+    options = {**COLUMNS, "by": ["model"], "at_least": 2.0}
+    assert given_interval(table, **options).verdict == FAILS
+    best = given_interval(table, **options, best_of="optimizer")
+    assert best.verdict == HOLDS
+    assert [case.name for case in best.cases] == ["cnn every fifth step"]
