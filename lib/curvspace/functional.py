@@ -30,7 +30,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     ValueError
         If there are none.
     """
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True; nothing to differentiate")
     return found
