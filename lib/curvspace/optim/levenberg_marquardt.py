@@ -1,0 +1,110 @@
+r"""Levenberg–Marquardt on the Gauss-Newton matrix, for models small enough to form it.
+
+.. math:: (\hat H + \lambda D)\, d = -g, \qquad w \leftarrow w + \alpha d \ \text{ if } f(w + \alpha d) < f(w)
+
+with :math:`\hat H = J^\top H_L J` (paper C, eq. 4 and 8) and D the identity (Levenberg) or
+:math:`\mathrm{diag}(\hat H)` (Marquardt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvspace.curvature.dense import MAX_DENSE, dense_matrix
+from curvspace.functional import (
+    Inputs,
+    add_to_parameters,
+    assign_parameters,
+    call,
+    parameter_vector,
+    trainable_parameters,
+)
+from curvspace.losses import Loss
+from curvspace.objective import Objective
+from curvspace.optim.base import ModelOptimizer, require
+
+
+class LevenbergMarquardt(ModelOptimizer):
+    r"""``loss = LevenbergMarquardt(model, loss="mse").step(x, y)``: one proposal, taken or refused.
+
+    A proposal that lowers the loss on the same minibatch is taken and :math:`\lambda` is multiplied by ``down``;
+    otherwise the parameters stay and :math:`\lambda` is multiplied by ``up``. A step costs P Gauss-Newton products
+    and a P × P system, so P is limited to 5,000. Dropout is off; running statistics move once a step.
+
+    Parameters
+    ----------
+    damping
+        :math:`\lambda` at the start.
+    scaling
+        D: ``"identity"`` or ``"diagonal"``.
+
+    ``log()`` gives damping, and accepted: 1.0 or 0.0 for the latest proposal.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "mse",
+        lr: float = 1.0,
+        damping: float = 1.0,
+        up: float = 10.0,
+        down: float = 0.1,
+        scaling: Literal["identity", "diagonal"] = "identity",
+    ):
+        require(lr > 0, "lr", lr, "positive")
+        require(damping > 0, "damping", damping, "positive")
+        require(up > 1, "up", up, "above 1")
+        require(0 < down <= 1, "down", down, "in (0, 1]")
+        require(scaling in ("identity", "diagonal"), "scaling", scaling, "'identity' or 'diagonal'")
+        size = sum(p.numel() for p in trainable_parameters(model).values())
+        require(size <= MAX_DENSE, "the number of parameters", size, f"at most {MAX_DENSE}: the matrix is formed")
+        super().__init__(model, {"lr": lr, "up": up, "down": down, "scaling": scaling}, loss)
+        self.damping = float(damping)
+        self.accepted = False
+
+    def log(self) -> dict[str, float]:
+        return {"damping": self.damping, "accepted": float(self.accepted)}
+
+    def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
+        group = self.param_groups[0]
+        objective = Objective(self.model, [(inputs, targets)], self.loss, microbatch=None)
+        before, start = objective.loss(), parameter_vector(self.model)
+        direction = self._direction(objective, group["scaling"])
+        add_to_parameters(self.model, direction, group["lr"])
+        after = objective.loss()
+        self.accepted = after < before
+        if not self.accepted:  # NaN and inf included
+            assign_parameters(self.model, start)
+        self.damping *= group["down"] if self.accepted else group["up"]
+        self._update_running_statistics(inputs)
+        self.costs.forward += 3
+        return torch.tensor(before)
+
+    def _direction(self, objective: Objective, scaling: str) -> Tensor:
+        """The proposal (P,), solved in float64."""
+        gradient = objective.gradient()
+        matrix = dense_matrix(objective.gauss_newton())
+        size = matrix.shape[0]
+        self.costs.backward += 1 + size
+        self.costs.jvp += size
+        self.costs.products += size
+        weights = matrix.diagonal() if scaling == "diagonal" else torch.ones(size, dtype=matrix.dtype)
+        damped = matrix + self.damping * torch.diag(weights)
+        solution = torch.linalg.lstsq(damped, -gradient.double().cpu()[:, None]).solution[:, 0]
+        return solution.to(gradient)
+
+    def _update_running_statistics(self, inputs: Inputs) -> None:
+        """An objective never moves them; a training step should, once."""
+        if any(m.training and isinstance(m, nn.modules.batchnorm._NormBase) for m in self.model.modules()):
+            with torch.no_grad():
+                call(self.model, inputs)
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {"damping": self.damping, "accepted": self.accepted}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        self.damping, self.accepted = state["damping"], state["accepted"]
