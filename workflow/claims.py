@@ -107,7 +107,7 @@ def _rates(lrs: set[float]) -> str:
 
 def _own_training(sources: Iterable[Source], config: Mapping[str, Any]) -> list[str]:
     """Measures that train networks themselves (the tournament): which, on what, and for how long."""
-    found = {}
+    found: dict[str, None] = {}
     for source in sources:
         if isinstance(source, Measure) and {"model", "task"} <= set(source.spec):
             model, epochs = source.spec["model"]["name"], source.spec["task"]["epochs"]

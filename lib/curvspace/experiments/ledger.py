@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 
 from curvspace.errors import UserError
-from curvspace.experiments import claims, claims_a, claims_b, claims_d, claims_x
+from curvspace.experiments import claims, claims_a, claims_b, claims_c, claims_d, claims_x
 from curvspace.experiments.claims import UNTESTED, VERDICTS, Outcome, Untested
 
-MODULES = (claims, claims_a, claims_b, claims_d, claims_x)
+MODULES = (claims, claims_a, claims_b, claims_c, claims_d, claims_x)
 """Where a rule is looked up by its bare name."""
 
 COLUMNS = (

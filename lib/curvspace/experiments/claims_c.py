@@ -1,0 +1,140 @@
+"""Verdict rules of paper C's claims, where the general ones of :mod:`curvspace.experiments.claims` do not do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+from scipy import stats
+
+from curvspace.experiments.claims import (
+    Case,
+    Estimate,
+    Outcome,
+    Tables,
+    Untested,
+    Where,
+    cases_of,
+    estimate,
+    estimate_ratio,
+    judge,
+    number,
+    pick,
+)
+
+
+def cell(
+    tables: Tables,
+    *,
+    reference: float,
+    reference_sd: float,
+    where: Where,
+    mean: str,
+    sd: str,
+    count: str,
+    least: int,
+    table: str | None = None,
+) -> Outcome:
+    """C1 to C20: a mean over many runs lies within one of the paper's standard deviations of the paper's mean.
+
+    The interval of our mean is Student's t from its standard deviation and number of runs, of which at least
+    ``least`` must have got there: a mean over the rest would flatter.
+    """
+    row = pick(tables, table, where).iloc[0]
+    n = int(row[count])
+    if n < 2 or math.isnan(float(row[mean])):
+        raise Untested(f"only {n} runs got to the solution")
+    value, spread = float(row[mean]), float(row[sd])
+    half = float(stats.t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
+    measured = Estimate(value, value - half, value + half, n)
+    verdict = judge(measured, reference - reference_sd, reference + reference_sd)
+    if n < least and verdict == "holds":
+        verdict = "inconclusive"
+    return Outcome((Case("", measured, verdict, f"s.d. {number(spread)}, {n} runs"),))
+
+
+def at_every_epoch(
+    tables: Tables,
+    *,
+    first: str,
+    second: Sequence[str],
+    column: str,
+    where: Where | None = None,
+    table: str | None = None,
+) -> Outcome:
+    """C21: ``first`` has the lower training error after every epoch, each optimiser at its best learning rate.
+
+    Measured is the share of epochs (after the first evaluation) at which it is lower, by seed.
+    """
+    found = []
+    for name, part in cases_of(pick(tables, table, where), apart=["optimizer", "lr"]):
+        curves = _best_curves(part, column, "epoch")
+        for other in second:
+            if first not in curves or other not in curves:
+                continue
+            shares = []
+            for seed in curves[first].columns.intersection(curves[other].columns):
+                both = pd.concat([curves[first][seed], curves[other][seed]], axis=1, keys=["own", "other"]).dropna()
+                both = both[both.index > 0]
+                if len(both):
+                    shares.append(float((both["own"] < both["other"]).mean()))
+            measured = estimate(shares)
+            found.append(Case(f"{name} {first} below {other}".strip(), measured, judge(measured, at_least=1.0)))
+    return Outcome(tuple(found))
+
+
+def at_equal_seconds(
+    tables: Tables,
+    *,
+    first: str,
+    second: Sequence[str],
+    column: str,
+    at_most: float,
+    margin: float = 0.0,
+    where: Where | None = None,
+    table: str | None = None,
+) -> Outcome:
+    """C23: training error of ``first`` over the best first-order one's, when the quickest optimiser has finished.
+
+    Each optimiser is at its best learning rate; errors are linear in wall-clock between evaluations.
+    """
+    found = []
+    for name, part in cases_of(pick(tables, table, where), apart=["optimizer", "lr"]):
+        curves = _best_curves(part, column, "wall_s")
+        if first not in curves or not any(other in curves for other in second):
+            continue
+        names = [first, *(other for other in second if other in curves)]
+        budget = min(float(curves[n][s].dropna().index.max()) for n in names for s in curves[n])
+        errors = pd.DataFrame({n: {s: _at(curves[n][s].dropna(), budget) for s in curves[n]} for n in names})
+        best = errors[names[1:]].mean().idxmin()
+        measured = estimate_ratio((errors[first] / errors[best]).dropna().tolist(), margin)
+        note = f"after {number(budget)} s"
+        found.append(Case(f"{name} {first} / {best}".strip(), measured, judge(measured, at_most=at_most), note))
+    return Outcome(tuple(found))
+
+
+def _best_curves(runs: pd.DataFrame, column: str, against: str) -> dict[str, pd.DataFrame]:
+    """For each optimiser, at its learning rate of lowest final mean: the error (1 − accuracy) by seed.
+
+    ``column`` is an accuracy. Rows are values of ``against``, columns seeds.
+    """
+    rows = runs[runs[column].notna()].assign(error=1 - runs[column]).sort_values("step")
+    if rows.empty:
+        raise Untested(f"column {column} is empty")
+    found = {}
+    for optimizer, part in rows.groupby("optimizer"):
+        last = part.groupby(["lr", "seed"])["error"].last().groupby("lr").mean()
+        best = part[part["lr"] == last.idxmin()]
+        found[str(optimizer)] = best.pivot_table(index=against, columns="seed", values="error", aggfunc="last")
+    return found
+
+
+def _at(curve: pd.Series, x: float) -> float:
+    """The curve at x, linear between its points, constant beyond them."""
+    below, above = curve[curve.index <= x], curve[curve.index >= x]
+    if below.empty or above.empty:
+        return float((above if below.empty else below).iloc[0 if below.empty else -1])
+    x0, x1 = float(below.index[-1]), float(above.index[0])
+    share = 0.0 if x1 == x0 else (x - x0) / (x1 - x0)
+    return float((1 - share) * below.iloc[-1] + share * above.iloc[0])

@@ -1,0 +1,97 @@
+"""Paper C's verdict rules on made-up tables that must give each verdict."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+from curvspace.experiments import claims_c
+from curvspace.experiments.claims import FAILS, HOLDS, INCONCLUSIVE, Untested
+
+CELL = {"where": {"solver": "SGD"}, "mean": "mean", "sd": "sd", "count": "solved", "least": 90}
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "solved", "verdict"),
+    [
+        (380.0, 40.0, 100, HOLDS),
+        (500.0, 40.0, 100, FAILS),
+        (408.0, 40.0, 100, INCONCLUSIVE),
+        (380.0, 40.0, 50, INCONCLUSIVE),  # half of the runs never got there
+    ],
+)
+def test_cell(mean: float, sd: float, solved: int, verdict: str) -> None:
+    table = pd.DataFrame({"solver": ["SGD"], "mean": [mean], "sd": [sd], "solved": [solved]})
+    outcome = claims_c.cell({"t": table}, reference=370, reference_sd=40, **CELL)
+    assert outcome.verdict == verdict
+    assert outcome.seeds == solved
+
+
+def test_cell_without_a_solution_is_untested() -> None:
+    table = pd.DataFrame({"solver": ["SGD"], "mean": [math.nan], "sd": [math.nan], "solved": [0]})
+    with pytest.raises(Untested, match="0 runs"):
+        claims_c.cell({"t": table}, reference=370, reference_sd=40, **CELL)
+
+
+def curves(**errors: list[list[float]]) -> pd.DataFrame:
+    """Accuracy by epoch for each optimiser and seed; an epoch takes 1 s, one of curveball's 2 s."""
+    rows = [
+        {"dataset": "d", "optimizer": name, "lr": 0.1, "seed": seed, "step": 10 * epoch, "epoch": epoch}
+        | {"wall_s": epoch * (2.0 if name == "curveball" else 1.0), "accuracy": 1 - error}
+        for name, seeds in errors.items()
+        for seed, curve in enumerate(seeds)
+        for epoch, error in enumerate(curve)
+    ]
+    return pd.DataFrame(rows)
+
+
+SGD = [[0.9, 0.6, 0.5, 0.4], [0.9, 0.61, 0.51, 0.41]]
+
+
+@pytest.mark.parametrize(
+    ("own", "verdict"),
+    [
+        ([[0.9, 0.5, 0.4, 0.3]] * 2, HOLDS),
+        ([[0.9, 0.7, 0.6, 0.5]] * 2, FAILS),
+        ([[0.9, 0.5, 0.4, 0.3], [0.9, 0.5, 0.6, 0.3]], INCONCLUSIVE),
+    ],
+)
+def test_at_every_epoch(own: list[list[float]], verdict: str) -> None:
+    table = curves(curveball=own, sgd=SGD)
+    assert (
+        claims_c.at_every_epoch({"t": table}, first="curveball", second=["sgd"], column="accuracy").verdict == verdict
+    )
+
+
+def test_at_every_epoch_takes_the_rivals_best_rate() -> None:
+    weak = curves(sgd=[[0.9, 0.9, 0.9, 0.9]] * 2).assign(lr=10.0)
+    table = pd.concat([curves(curveball=[[0.9, 0.7, 0.6, 0.5]] * 2, sgd=SGD), weak])
+    assert claims_c.at_every_epoch({"t": table}, first="curveball", second=["sgd"], column="accuracy").verdict == FAILS
+
+
+def test_at_every_epoch_without_a_rival_is_untested() -> None:
+    with pytest.raises(Untested):
+        claims_c.at_every_epoch({"t": curves(curveball=SGD)}, first="curveball", second=["sgd"], column="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("own", "verdict", "value"),
+    [
+        ([[0.9, 0.3, 0.2, 0.1]] * 2, HOLDS, 0.25 / 0.405),  # after 3 s curveball stands between epochs 1 and 2
+        ([[0.9, 0.8, 0.7, 0.6]] * 2, FAILS, 0.75 / 0.405),
+    ],
+)
+def test_at_equal_seconds(own: list[list[float]], verdict: str, value: float) -> None:
+    table = curves(curveball=own, sgd=SGD)
+    options = {"first": "curveball", "second": ["sgd", "adam"], "column": "accuracy", "at_most": 1.1}
+    outcome = claims_c.at_equal_seconds({"t": table}, **options)
+    assert outcome.verdict == verdict
+    assert outcome.cases[0].estimate.value == pytest.approx(value, rel=1e-3)
+
+
+def test_at_equal_seconds_with_spread_over_seeds() -> None:
+    table = curves(curveball=[[0.9, 0.3, 0.2, 0.1], [0.9, 0.8, 0.7, 0.6]], sgd=SGD)
+    options = {"first": "curveball", "second": ["sgd"], "column": "accuracy", "at_most": 1.1}
+    assert claims_c.at_equal_seconds({"t": table}, **options).verdict == INCONCLUSIVE
