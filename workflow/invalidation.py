@@ -62,7 +62,7 @@ class Module:
         for node in ast.walk(self.tree):
             if isinstance(node, ast.JoinedStr | ast.Constant) and (node.end_lineno or 0) > node.lineno:
                 verbatim.update(range(node.lineno, node.end_lineno or 0))  # blanks inside a string are its content
-        lines = [line if row in verbatim else line.rstrip() for row, line in enumerate(lines, 1)]
+        lines = [f"{line}\0" if row in verbatim else line.rstrip() for row, line in enumerate(lines, 1)]
         for node in self._unread():
             if not lines[node.lineno - 1][: node.col_offset].strip():
                 for row in range(node.lineno, (node.end_lineno or node.lineno) + 1):

@@ -39,7 +39,7 @@ def claim(names: Sequence[str], folder: Path) -> Iterator[int]:
     with its process, however that ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for slot, (index, name) in itertools.product(itertools.count(), enumerate(names)):
+    for slot, (index, name) in ((slot, pair) for slot in itertools.count() for pair in enumerate(names)):
         lock = FileLock(folder / f"gpu-{re.sub('[^A-Za-z0-9-]', '_', name)}-{slot}.lock")
         try:
             lock.acquire(timeout=0)

@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with common.one_line_errors("verify"):
         root = options.root.resolve()
+        if not (root / "workflow" / "specs.py").is_file():
+            raise UserError(f"{root} is not the repository (it has no workflow/specs.py); name it with --root")
         plan = load_plan(root, options.config or merged([root / "config.yaml", *options.configfile]))
         found = list(compare(plan.jobs(), root))
     for state, name, why in found:
@@ -45,8 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def load_plan(root: Path, config: Mapping[str, Any]) -> Any:
     """The jobs of the repository's pipeline under a config, without Snakemake."""
-    if not (root / "workflow" / "specs.py").is_file():
-        raise UserError(f"{root.resolve()} is not the repository (it has no workflow/specs.py); name it with --root")
     sys.path.insert(0, str(root))
     from workflow.specs import load
 

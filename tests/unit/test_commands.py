@@ -1,0 +1,216 @@
+"""The commands of figures, tables, measures and verification, run on small made-up tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from curvspace.cli import figure, measure, table, tables, verify
+from curvspace.cli.common import json_object, load_function, provenance
+from curvspace.errors import UserError
+from curvspace.figures.style import Style
+
+HERE = "test_commands"
+
+
+def draw(tables, style, log=False):
+    picture, axes = style.panels(1, 2, sharex=True)
+    drawn = style.band(axes[0, 0], tables["a"], "step", "loss", label="a")
+    axes[0, 1].plot(drawn["step"], drawn["median"], color=style.colours(["a"])["a"])
+    if log:
+        axes[0, 0].set_yscale("log")
+    return picture, drawn
+
+
+def not_a_figure(tables, style):
+    return tables["a"]
+
+
+def best(tables):
+    return tables["a"].rename(columns={"loss": "a_b & c"}).assign(name="x|y", missing=np.nan)
+
+
+def count(context, scale):
+    return pd.DataFrame({"runs": [len(context.runs) * scale]})
+
+
+def with_arrays(context):
+    return pd.DataFrame({"x": [1]}), {"v": np.arange(3)}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    rows = {"step": [0, 1, 0, 1], "loss": [2.0, 1.0, 3.0, 1.23456789], "seed": [0, 0, 1, 1]}
+    for name in ("one", "two"):
+        (tmp_path / "measures").mkdir(exist_ok=True)
+        pd.DataFrame(rows).to_csv(tmp_path / "measures" / f"{name}.csv", index=False)
+    return tmp_path
+
+
+def spec(**values: Any) -> str:
+    return json.dumps({"inputs": {"a": ["measures/one.csv"]}, **values})
+
+
+def test_a_figure_is_the_same_bytes_when_drawn_again(results):
+    for name in ("first", "second"):
+        arguments = ["--spec", spec(function=f"{HERE}:draw", options={"log": True}), "--code", "c0de"]
+        figure.main([*arguments, "--results", str(results), "--out", str(results / "figures" / f"{name}.csv")])
+    for suffix in (".png", ".pdf", ".csv"):
+        first, second = ((results / "figures" / f"{n}{suffix}").read_bytes() for n in ("first", "second"))
+        assert first == second
+        assert first
+    record = json.loads((results / "figures" / "first.run.json").read_text())
+    assert record["code"] == "c0de"
+    assert record["job"]["options"] == {"log": True}
+    assert {"python", "torch", "matplotlib"} <= set(record["versions"])
+    drawn = pd.read_csv(results / "figures" / "first.csv")
+    assert drawn["median"].tolist() == [2.5, (1.0 + 1.23456789) / 2]
+
+
+def test_a_table_in_four_forms(results):
+    out = results / "tables" / "T.csv"
+    table.main(
+        ["--spec", spec(function=f"{HERE}:best", title="Best & last"), "--results", str(results), "--out", str(out)]
+    )
+    assert pd.read_csv(out)["a_b & c"].tolist() == [2.0, 1.0, 3.0, 1.23456789]
+    markdown = out.with_suffix(".md").read_text()
+    assert "| 1 | 1.235 | 1 | x\\|y |  |" in markdown
+    latex = out.with_suffix(".tex").read_text()
+    assert r"step & a\_b \& c & seed & name & missing \\" in latex
+    assert latex.count(r"\\") == 5
+    page = out.with_suffix(".html").read_text()
+    assert "<h2>Best &amp; last</h2>" in page
+    assert '<td class="n">1.235</td>' in page
+
+
+def test_tables_of_one_label_are_concatenated_and_arrays_come_along(results):
+    np.savez(results / "measures" / "one.npz", v=np.arange(3))
+    read = tables.read(results, {"a": ["measures/one.csv", "measures/two.csv"], "b": ["measures/two.csv"]})
+    assert len(read["a"]) == 8
+    assert read["a"].copy().attrs["arrays"]["v"].tolist() == [0, 1, 2]
+    assert "arrays" not in read["b"].attrs
+    np.savez(results / "measures" / "two.npz", v=np.arange(2))
+    with pytest.raises(UserError, match="two measures have the array 'v'"):
+        tables.read(results, {"a": ["measures/one.csv", "measures/two.csv"]})
+
+
+def test_a_measure_writes_its_table_and_the_arrays_that_it_declares(tmp_path):
+    out = tmp_path / "m" / "fc0.1-x.csv"
+    text = json.dumps({"function": f"{HERE}:count", "options": {"scale": 2}, "runs": []})
+    measure.main(["--spec", text, "--results", str(tmp_path), "--out", str(out), "--threads", "1"])
+    assert pd.read_csv(out)["runs"].tolist() == [0]
+    assert json.loads((tmp_path / "m" / "fc0.1-x.run.json").read_text())["device"].startswith("cpu")
+    text = json.dumps({"function": f"{HERE}:with_arrays", "arrays": True})
+    measure.main(["--spec", text, "--results", str(tmp_path), "--out", str(out)])
+    assert np.load(out.with_suffix(".npz"))["v"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("command", "values", "said"),
+    [
+        (figure, {"function": f"{HERE}:absent"}, "has no function absent"),
+        (figure, {"function": "nowhere.at_all:f"}, "there is no module nowhere.at_all"),
+        (figure, {"function": "draw"}, "write module:function"),
+        (figure, {"function": f"{HERE}:not_a_figure"}, "must return (Figure, DataFrame drawn)"),
+        (table, {"function": f"{HERE}:best", "inputs": {"a": ["measures/none.csv"]}}, "measures/none.csv"),
+        (measure, {"function": f"{HERE}:with_arrays"}, "declared to return a DataFrame alone"),
+        (measure, {"function": f"{HERE}:count", "runs": ["runs/x"]}, "holds no finished run"),
+        (measure, {"function": f"{HERE}:count", "device": "tpu"}, "device = 'tpu' is not allowed"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(results, capsys, command, values, said):
+    text = json.dumps({"inputs": {"a": ["measures/one.csv"]}, "options": {}, **values})
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--spec", text, "--results", str(results), "--out", str(results / "x.csv")])
+    assert stop.value.code == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_a_spec_is_a_json_object_or_a_file_of_one(tmp_path):
+    (tmp_path / "spec.json").write_text('{"a": 1}')
+    assert json_object(f"@{tmp_path}/spec.json") == json_object('{"a": 1}') == {"a": 1}
+    for text in ("[1]", "{", "@/nowhere"):
+        with pytest.raises(Exception, match="JSON"):
+            json_object(text)
+
+
+def test_a_module_that_fails_to_import_is_not_taken_for_an_absent_one(tmp_path, monkeypatch):
+    (tmp_path / "half_module.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
+        load_function("half_module:f")
+
+
+def test_figures_and_tables_are_made_without_torch():
+    code = "import sys, curvspace.cli.{0}; sys.exit('torch' in sys.modules or 'seaborn' in sys.modules)"
+    for stage in ("figure", "table", "claims"):
+        done = subprocess.run([sys.executable, "-c", code.format(stage)], check=False)
+        assert done.returncode == 0, stage
+
+
+def test_colours_are_distinct_however_many():
+    for names in (range(4), range(25)):
+        assert len(set(Style().colours(names).values())) == len(names)
+    assert len(set(Style().sequence(12))) == 12
+
+
+@dataclass
+class Job:
+    name: str
+    record: str
+    spec: dict[str, Any]
+    code: str = "new"
+    stage: str = "train"
+
+    @property
+    def params(self) -> dict[str, str]:
+        return {"spec": json.dumps(self.spec), "code": self.code}
+
+
+def test_verify_tells_current_stale_and_missing_results(tmp_path):
+    def record(name: str, **values: Any) -> None:
+        (tmp_path / name).write_text(json.dumps({**provenance({"lr": 0.1, "task": {"epochs": 2}}, "new"), **values}))
+
+    record("good.json")
+    record("good2.json")
+    record("settings.json", job={"lr": 0.2, "task": {"epochs": 2}})
+    record("code.json", code="old")
+    record("torch.json", versions={"torch": "1.0"})
+    (tmp_path / "broken.json").write_text("{")
+    names = ("good", "good2", "settings", "code", "torch", "broken", "absent")
+    jobs = [Job(name, f"{name}.json", {"task": {"epochs": 2}, "lr": 0.1}) for name in names]
+    found = {name.split()[1]: (state, why) for state, name, why in verify.compare(iter(jobs), tmp_path)}
+    assert found["good"] == ("current", "")
+    assert found["settings"] == ("stale", "settings differ in lr")
+    assert found["code"] == ("stale", "the code has changed")
+    assert found["torch"][0] == "stale"
+    assert "torch 1.0" in found["torch"][1]
+    assert found["broken"][0] == "stale"
+    assert found["absent"] == ("missing", "absent.json is not there")
+
+
+def test_presets_are_laid_over_as_snakemake_does(tmp_path):
+    (tmp_path / "a.yaml").write_text("x: {y: 1, z: [1, 2]}\nw: 1\n")
+    (tmp_path / "b.yaml").write_text("x: {z: [3]}\n")
+    ours = verify.merged([tmp_path / "a.yaml", tmp_path / "b.yaml"])
+    assert ours == {"x": {"y": 1, "z": [3]}, "w": 1}
+    snakemake = pytest.importorskip("snakemake.utils")
+    theirs = {"x": {"y": 1, "z": [1, 2]}, "w": 1}
+    snakemake.update_config(theirs, {"x": {"z": [3]}})
+    assert ours == theirs
+
+
+def test_verify_outside_of_the_repository_says_so(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        verify.main(["--root", str(tmp_path), "--config", "{}"])
+    assert "is not the repository" in capsys.readouterr().err
