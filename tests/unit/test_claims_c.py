@@ -95,3 +95,33 @@ def test_at_equal_seconds_with_spread_over_seeds() -> None:
     table = curves(curveball=[[0.9, 0.3, 0.2, 0.1], [0.9, 0.8, 0.7, 0.6]], sgd=SGD)
     options = {"first": "curveball", "second": ["sgd"], "column": "accuracy", "at_most": 1.1}
     assert claims_c.at_equal_seconds({"t": table}, **options).verdict == INCONCLUSIVE
+
+
+def settings(*finals: list[float]) -> pd.DataFrame:
+    """Final losses by seed for each initial damping."""
+    rows = [
+        {"optimizer": f"curveball-{i}", "damping": 10.0**i, "seed": seed, "step": step, "loss": loss if step else 2.3}
+        for i, losses in enumerate(finals)
+        for seed, loss in enumerate(losses)
+        for step in (0, 100)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("table", "verdict"),
+    [
+        (settings([1.0, 1.0], [1.1, 1.1]), HOLDS),
+        (settings([1.0, 1.0], [2.0, 2.0]), FAILS),
+        (settings([1.0, 1.0, 1.0], [1.0, 1.5, 1.2]), INCONCLUSIVE),
+        (settings([1.0, 1.0], [math.inf, math.inf]), FAILS),
+    ],
+)
+def test_insensitive(table: pd.DataFrame, verdict: str) -> None:
+    outcome = claims_c.insensitive({"t": table}, column="loss", key="damping", at_most=1.25)
+    assert outcome.verdict == verdict
+
+
+def test_insensitive_needs_two_settings() -> None:
+    with pytest.raises(Untested, match="two values"):
+        claims_c.insensitive({"t": settings([1.0])}, column="loss", key="damping", at_most=1.25)

@@ -114,6 +114,32 @@ def at_equal_seconds(
     return Outcome(tuple(found))
 
 
+def insensitive(
+    tables: Tables,
+    *,
+    column: str,
+    key: str,
+    at_most: float,
+    where: Where | None = None,
+    table: str | None = None,
+    margin: float = 0.0,
+) -> Outcome:
+    """C25: the largest final value of ``column`` over the settings ``key``, as a multiple of the smallest, by seed.
+
+    A setting that diverged makes the multiple infinite.
+    """
+    rows = pick(tables, table, where)
+    found = []
+    for name, part in cases_of(rows, apart=[key, "optimizer"]):
+        last = part[part[column].notna()].sort_values("step").groupby([key, "seed"])[column].last().unstack(key)
+        if last.shape[1] < 2:
+            raise Untested(f"two values of {key} or more are needed")
+        complete = last.fillna(math.inf)
+        measured = estimate_ratio((complete.max(axis=1) / complete.min(axis=1)).tolist(), margin)
+        found.append(Case(name, measured, judge(measured, at_most=at_most), f"over {last.shape[1]} settings"))
+    return Outcome(tuple(found))
+
+
 def _best_curves(runs: pd.DataFrame, column: str, against: str) -> dict[str, pd.DataFrame]:
     """For each optimiser, at its learning rate of lowest final mean: the error (1 − accuracy) by seed.
 
