@@ -64,7 +64,7 @@ def _listed(values: Iterable[Any]) -> Iterator[str]:
 
 
 def _resolve(source: str, study: Study, artefacts: Mapping[str, Artefact]) -> list[tuple[str, list[Source]]]:
-    """(table, runs and measures behind it) for ``ID``, ``ID:label`` or ``measure:pattern``; empty if not there."""
+    """(table, runs and measures behind it) for ``ID``, ``ID:label`` (``*``: all) or ``measure:pattern``; else empty."""
     kind, _, rest = source.partition(":")
     if kind == "measure":
         return [(m.table, [m]) for m in study.measures if fnmatchcase(m.name, rest)]
@@ -73,7 +73,7 @@ def _resolve(source: str, study: Study, artefacts: Mapping[str, Artefact]) -> li
         return []
     if not rest:
         return [(f"{artefact.path}.csv", list(artefact.sources))]
-    return [(s.table, [s]) for s in artefact.inputs.get(rest, ())]
+    return [(s.table, [s]) for s in (artefact.sources if rest == "*" else artefact.inputs.get(rest, ()))]
 
 
 def _behind(sources: Iterable[Source]) -> tuple[list[Run], list[str]]:

@@ -70,6 +70,16 @@ def test_against_reference() -> None:
     assert claims_b.against_reference({"t": seeds}, **options).verdict == INCONCLUSIVE
 
 
+def test_against_several_references() -> None:
+    table = pd.DataFrame({"network": ["a", "b"], "train": [14.0, 7.0], "val": [20.0, 16.0]})
+    table = table.assign(paper_train=[14.1, 7.6], paper_val=[19.9, np.nan])
+    options = {"column": ["train", "val"], "reference": ["paper_train", "paper_val"], "by": ["network"]}
+    outcome = claims_b.against_reference({"t": table}, tolerance=1.5, **options)
+    assert [case.name for case in outcome.cases] == ["a train", "b train", "a val"]
+    assert outcome.verdict == HOLDS
+    assert claims_b.against_reference({"t": table}, tolerance=0.2, **options).verdict == FAILS
+
+
 def edge(dip: float, seeds: int = 4, noise: float = 0.001) -> pd.DataFrame:
     """Log eigenvalues that fall by 0.02 each, and by ``dip`` times as much after number 20."""
     generator = np.random.default_rng(0)

@@ -103,6 +103,8 @@ def test_binding_of_each_kind_of_source() -> None:
     sources = {"Z-F1": "figures/Z-F1.csv", "Z-F1:runs": "runs/small/fc/sgd/bs64-lr0.1-seed0/metrics.csv"}
     for source, table in sources.items():
         assert binding.bind([ENTRY | {"reads": {"x": source}}], study(), CONFIG)["sources"] == {source: [table]}
+    everything = ["runs/small/fc/sgd/bs64-lr0.1-seed0/metrics.csv", "measures/z/value.csv"]
+    assert binding.bind([ENTRY | {"reads": {"x": "Z-F1:*"}}], study(), CONFIG)["sources"] == {"Z-F1:*": everything}
     for absent in ("Z-F2", "Z-F1:other", "measure:y/*"):
         assert binding.bind([ENTRY | {"reads": {"x": absent}}], study(), CONFIG)["sources"] == {}
 

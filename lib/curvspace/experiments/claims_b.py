@@ -85,21 +85,27 @@ def break_point(x: np.ndarray, y: np.ndarray) -> float:
 def against_reference(
     tables: Tables,
     *,
-    column: str,
-    reference: str,
+    column: str | Sequence[str],
+    reference: str | Sequence[str],
     tolerance: float,
     by: Sequence[str],
     table: str | None = None,
 ) -> Outcome:
-    """B13, B15: each row's value within ``tolerance`` of the paper's, which stands in the column ``reference``."""
+    """B13, B15, C22: each row's value within ``tolerance`` of the paper's, which stands in the column ``reference``.
+
+    Several columns have as many references.
+    """
     rows = pick(tables, table)
-    rows = rows[rows[reference].notna() & rows[column].notna()]
+    pairs = [(column, reference)] if isinstance(column, str) else list(zip(column, reference, strict=True))
     found = []
-    for name, part in cases_of(rows, by):
-        expected = float(part[reference].iloc[0])
-        measured = estimate(part[column].tolist())
-        verdict = judge(measured, expected - tolerance, expected + tolerance)
-        found.append(Case(name, measured, verdict, f"paper {expected:g}"))
+    for own, other in pairs:
+        known = rows[rows[other].notna() & rows[own].notna()]
+        for name, part in cases_of(known, by):
+            expected = float(part[other].iloc[0])
+            measured = estimate(part[own].tolist())
+            verdict = judge(measured, expected - tolerance, expected + tolerance)
+            label = name if len(pairs) == 1 else f"{name} {own}"
+            found.append(Case(label, measured, verdict, f"paper {expected:g}"))
     return Outcome(tuple(found))
 
 

@@ -34,8 +34,8 @@ class Claim:
     """One statement that a measurement can confirm or refute.
 
     where: section, figure or table of the paper. reference: the paper's own number, as text. reads: label -> sources
-    of tables (an artefact's id, ``ID:label`` for what feeds it, ``measure:pattern``). rule and options: how the
-    verdict is reached. requires: the least scale at which the verdict means something. needs: that, in words.
+    of tables (an artefact's id, ``ID:label`` or ``ID:*`` for what feeds it, ``measure:pattern``). rule and options:
+    how the verdict is reached. requires: the least scale at which it means something. needs: that, in words.
     """
 
     id: str
