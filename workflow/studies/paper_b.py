@@ -17,6 +17,7 @@ TOY = "curvspace.experiments.toy_measure"
 
 Inputs = Mapping[str, Source | tuple[Source, ...]]
 
+NETWORKS = ("fc", "convnet", "resnet18")
 CASES = {
     "softmax": "softmax regression",
     "softplus": "FC, softplus",
@@ -78,14 +79,20 @@ def _trajectory(b: Mapping[str, Any], name: str, block: Mapping[str, Any], count
 
 def _networks(b: Mapping[str, Any]) -> list[Artefact]:
     """What is read from the top eigenpairs along the training of the three networks."""
-    measures = {name: _trajectory(b, name, block, b["eigenpairs"]) for name, block in b["networks"].items()}
+    measures = {name: _trajectory(b, name, b["networks"][name], b["eigenpairs"]) for name in NETWORKS}
     fc = {"fc": measures["fc"]}
     two = {name: measures[name] for name in ("fc", "resnet18")}
     dimensions = [d for d in PANEL_DIMENSIONS if d in b["dimensions"]]
-    sums = {"steps": b["gradient_steps"]}
+    sums, order = {"steps": b["gradient_steps"]}, {"order": list(NETWORKS)}
     return [
-        _figure("B-F1", f"{FIGURES}:f_top_with_training", measures, "Gradient in the top subspace, early in training"),
-        _figure("B-F2", f"{FIGURES}:subspace_overlaps", measures, "Overlap of top subspaces at two steps"),
+        _figure(
+            "B-F1",
+            f"{FIGURES}:f_top_with_training",
+            measures,
+            "Gradient in the top subspace, early in training",
+            spec=order,
+        ),
+        _figure("B-F2", f"{FIGURES}:subspace_overlaps", measures, "Overlap of top subspaces at two steps", spec=order),
         _figure("B-F3", f"{FIGURES}:overlap_by_dimension", two, "Mean overlap against the subspace's dimension"),
         _table("B-T4", "kink", two, "Dimension at which the mean overlap is largest"),
         _figure("B-F8", f"{FIGURES}:largest_eigenvalue", two, "Largest eigenvalue through training"),
@@ -103,7 +110,9 @@ def _networks(b: Mapping[str, Any]) -> list[Artefact]:
         _table(
             "B-T3", "gradient_sums", fc, "Gradient in the first 2k eigenvectors", spec={**sums, "paper": PAPER_SUMS}
         ),
-        _figure("B-X1", f"{FIGURES}:nulls", measures, "Overlaps, chance, and the span of the class gradients"),
+        _figure(
+            "B-X1", f"{FIGURES}:nulls", measures, "Overlaps, chance, and the span of the class gradients", spec=order
+        ),
     ]
 
 
@@ -133,9 +142,15 @@ def _cases(b: Mapping[str, Any]) -> list[Artefact]:
             "mean_overlaps",
             late,
             "Mean overlap of gradient and Hessian-gradient product",
-            spec={"paper": PAPER_OVERLAPS},
+            spec={"paper": PAPER_OVERLAPS, "order": list(CASES.values())},
         ),
-        _figure("B-F12", f"{FIGURES}:f_top_under_changes", early, "Gradient in the top subspace under six changes"),
+        _figure(
+            "B-F12",
+            f"{FIGURES}:f_top_under_changes",
+            early,
+            "Gradient in the top subspace under six changes",
+            spec={"order": [CASES[name] for name in CHANGES]},
+        ),
     ]
 
 
@@ -152,9 +167,10 @@ def _spectra(b: Mapping[str, Any]) -> list[Artefact]:
             "tol": b["tol"],
         }
         measures[label] = Measure(f"b/spectrum/{name}", f"{SPECTRA}:spectrum", (_run(b, run),), spec=spec)
+    order = {"order": list(LABELS.values())}
     return [
-        _figure("B-F4", f"{SPECTRA_FIGURES}:spectra", measures, "Hessian spectrum for three labellings"),
-        _table("B-T2", "outliers", measures, "Eigenvalues that stand out", spec={"paper": PAPER_OUTLIERS}),
+        _figure("B-F4", f"{SPECTRA_FIGURES}:spectra", measures, "Hessian spectrum for three labellings", spec=order),
+        _table("B-T2", "outliers", measures, "Eigenvalues that stand out", spec={**order, "paper": PAPER_OUTLIERS}),
     ]
 
 

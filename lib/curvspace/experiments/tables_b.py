@@ -12,14 +12,19 @@ Tables = Mapping[str, pd.DataFrame]
 RUN = ["dataset", "model", "optimizer", "batch_size", "lr"]
 
 
-def mean_overlaps(tables: Tables, paper: Mapping[str, float]) -> pd.DataFrame:
+def in_order(tables: Mapping[str, pd.DataFrame], order: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
+    """The tables with the labels of ``order`` first; a job's spec does not keep the order of its inputs."""
+    return {label: tables[label] for label in [*order, *(label for label in tables if label not in order)]}
+
+
+def mean_overlaps(tables: Tables, paper: Mapping[str, float], order: Sequence[str] = ()) -> pd.DataFrame:
     """B-T1: the mean of overlap(g, Hg), eq. 3, over the last steps of training, one row an input.
 
     ``paper`` has the paper's value by the inputs' labels. ``overlap_sd`` is the standard deviation over checkpoints
     (and seeds), ``random`` the mean for random vectors, ``test_overlap`` that of gradient and Hessian of test examples.
     """
     rows = []
-    for label, table in tables.items():
+    for label, table in in_order(tables, order).items():
         parts = dict(iter(table.groupby("split")))
         train = parts["train"]
         rows.append(
@@ -54,14 +59,14 @@ def outlier_count(eigenvalues: Sequence[float] | pd.Series, most: int = 30) -> i
     return int(np.argmax(values[:-1] / values[1:])) + 1
 
 
-def outliers(tables: Tables, paper: Mapping[str, int]) -> pd.DataFrame:
+def outliers(tables: Tables, paper: Mapping[str, int], order: Sequence[str] = ()) -> pd.DataFrame:
     """B-T2: how many Hessian eigenvalues stand out (:func:`outlier_count`) for true and for changed labels.
 
     ``gap`` is the ratio behind the count; ``gap_at_k`` and ``gap_at_k_less_1`` are the ratios at k and k - 1, k the
     number of distinct labels.
     """
     rows = []
-    for label, table in tables.items():
+    for label, table in in_order(tables, order).items():
         values = table[table["quantity"] == "eigenvalue"].sort_values("index")["eigenvalue"].to_numpy()
         ratios = values[:-1] / values[1:]
         row = table.iloc[0]

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from curvspace.experiments.tables_b import in_order
 from curvspace.figures.style import Style
 
 Tables = dict[str, pd.DataFrame]
@@ -35,8 +36,9 @@ def classes(table: pd.DataFrame) -> int:
     return int(quantity(table, "f_top")["index"].iloc[0])
 
 
-def f_top_with_training(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
+def f_top_with_training(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:
     """B-F1: f_top early in training, above the loss and the accuracy; one column a network."""
+    tables = in_order(tables, order)
     figure, axes = style.panels(2, len(tables), sharex="col")
     drawn = []
     for column, table in zip(axes.T, tables.values(), strict=True):
@@ -81,8 +83,9 @@ def _training(axis: Axes, table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(drawn)
 
 
-def subspace_overlaps(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
+def subspace_overlaps(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:
     """B-F2: overlap (eq. 5) of the top k subspace at t1 with that at t2, and of the next k; one column a network."""
+    tables = in_order(tables, order)
     figure, axes = style.panels(2, len(tables), sharex="col", sharey=True)
     drawn = []
     for column, table in zip(axes.T, tables.values(), strict=True):
@@ -93,7 +96,7 @@ def subspace_overlaps(tables: Tables, style: Style) -> tuple[Figure, pd.DataFram
         column[1].set_xlabel("step t₂")
     axes[0, 0].set_ylabel("overlap, top k")
     axes[1, 0].set_ylabel("overlap, next k")
-    axes[0, -1].legend(title="step t₁")
+    axes[0, -1].legend(title="step t₁", loc="upper left", bbox_to_anchor=(1, 1))
     return figure, pd.concat(drawn, ignore_index=True)
 
 
@@ -108,8 +111,9 @@ def _overlap_lines(axis: Axes, part: pd.DataFrame, style: Style) -> pd.DataFrame
     return part
 
 
-def overlap_by_dimension(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
+def overlap_by_dimension(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:
     """B-F3: the overlap averaged over t2, against the dimension of the subspace; k - 1 is marked."""
+    tables = in_order(tables, order)
     figure, axes = style.panels(1, len(tables), sharey=True)
     drawn = []
     for axis, table in zip(axes[0], tables.values(), strict=True):
@@ -124,7 +128,7 @@ def overlap_by_dimension(tables: Tables, style: Style) -> tuple[Figure, pd.DataF
         axis.set_title(scale(table), fontsize="small")
         drawn.append(means)
     axes[0, 0].set_ylabel("mean overlap over t₂")
-    axes[0, -1].legend(title="step t₁")
+    axes[0, -1].legend(title="step t₁", loc="upper left", bbox_to_anchor=(1, 1))
     return figure, pd.concat(drawn, ignore_index=True)
 
 
@@ -147,7 +151,7 @@ def overlaps_of_dimensions(tables: Tables, style: Style, dimensions: Sequence[in
         axis.set_xlabel("step t₂")
     for axis in axes[:, 0]:
         axis.set_ylabel("overlap")
-    axes[0, -1].legend(title="step t₁")
+    axes[0, -1].legend(title="step t₁", loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(scale(table), fontsize="small")
     return figure, pd.concat(drawn, ignore_index=True)
 
@@ -186,8 +190,9 @@ def gradient_by_eigenvector(tables: Tables, style: Style, steps: Sequence[int]) 
     return figure, pd.concat(drawn, ignore_index=True)
 
 
-def f_top_under_changes(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
+def f_top_under_changes(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:
     """B-F12: f_top with one thing changed at a time; the label of each input is the panel's title."""
+    tables = in_order(tables, order)
     figure, axes = style.panels(2, -(-len(tables) // 2), sharey=True)
     drawn = []
     for axis, (label, table) in zip(axes.flat, tables.items(), strict=False):
@@ -200,8 +205,9 @@ def f_top_under_changes(tables: Tables, style: Style) -> tuple[Figure, pd.DataFr
     return figure, pd.concat(drawn, ignore_index=True)
 
 
-def nulls(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
+def nulls(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:
     """B-X1: every overlap beside what a random subspace or vector gives; the class-gradient span beside the rest."""
+    tables = in_order(tables, order)
     figure, axes = style.panels(3, len(tables), sharex="col")
     drawn = []
     rows = (("f_top", "f_next", "f_class"), ("class_overlap",), ("hg_overlap", "vertex_overlap"))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from curvspace.experiments.tables_b import outlier_count
+from curvspace.experiments.tables_b import in_order, outlier_count
 from curvspace.figures.style import Style
 
 Tables = dict[str, pd.DataFrame]
 
 
-def spectra(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
+def spectra(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:
     """B-F4: the Hessian's spectrum at the end of training; eigenvalues that stand out are numbered."""
+    tables = in_order(tables, order)
     figure, axes = style.panels(1, len(tables))
     drawn = []
     for axis, (label, table) in zip(axes[0], tables.items(), strict=True):
@@ -53,13 +56,13 @@ def _numbered(axis: Axes, values: np.ndarray) -> None:
         axis.annotate(str(i), (value, 4 * low), ha="center", fontsize="x-small", color="C3")
 
 
-def right_edge(tables: Tables, style: Style, bins: int = 60) -> tuple[Figure, pd.DataFrame]:
+def right_edge(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     """B-F5: density of the logarithm of the top eigenvalues, averaged over initialisations; the k-th is marked."""
     table = tables["edge"]
     positive = table[table["eigenvalue"] > 0]
     seeds = table["seed"].nunique()
     logs = np.log10(positive["eigenvalue"])
-    density, edges = np.histogram(logs, bins=bins, density=True)
+    density, edges = np.histogram(logs, bins=min(60, round(len(logs) ** 0.5) + 1), density=True)
     figure, axes = style.panels()
     axis = axes[0, 0]
     axis.stairs(density, edges, fill=True, alpha=0.7)
