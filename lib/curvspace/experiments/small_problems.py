@@ -62,7 +62,7 @@ class Rosenbrock:
 class TwoLayerLinear:
     r"""Rahimi and Recht's problem: fit :math:`W_1 W_2 x` to :math:`y = A x` with an ill-conditioned A.
 
-    .. math:: f = \frac1N\sum_n |(W_1 W_2 - A) x_n|^2 = |(W_1 W_2 - A) S^{1/2}|_F^2, \qquad S = \frac1N\sum x_n x_n^\top:
+    .. math:: f = \frac1N\sum_n |(W_1 W_2 - A) x_n|^2 = |(W_1 W_2 - A) S^{1/2}|_F^2, \quad S = \frac1N\sum x_n x_n^\top:
 
     the sample enters through S alone, so the O·D entries of that matrix are the residuals. Each run has its own A,
     sample and start. ``targets`` (B, O, D) are :math:`A S^{1/2}`, ``roots`` (B, D, D) :math:`S^{1/2}`. w holds

@@ -121,13 +121,14 @@ class CurveBall(ModelOptimizer):
         outputs = point.outputs.detach()
         loss = self.loss(outputs, targets).detach()
         slope = self.loss.gradient(outputs, targets)
-        delta = self._direction(point, velocity, slope, self.loss.hessian_product(outputs, targets, point.first))
+        curved_z = self.loss.hessian_product(outputs, targets, point.first)
+        delta = self._direction(point, velocity, slope, curved_z)
 
         quadratic = None
         if check or "auto" in (group["rho"], group["beta"]):
             along = (point.push(delta), point.first)
             self.costs.jvp += 1
-            curved = tuple(self.loss.hessian_product(outputs, targets, u) for u in along)
+            curved = (self.loss.hessian_product(outputs, targets, along[0]), curved_z)
             quadratic = _restrict(delta, velocity, parameters, along, curved, slope, damping, decay)
         rho, beta = self._rates(quadratic, torch.finfo(outputs.dtype).eps)
 

@@ -148,7 +148,7 @@ class _SharedPrimal(TorchFunctionMode):
         if dx is None and dw is None and db is None:
             return y
         with torch.no_grad():
-            if not training:
+            if not training and running_mean is not None and running_var is not None:
                 mean, scale = running_mean, (running_var + eps).rsqrt()
             dy = torch.zeros_like(x)
             if dx is not None:
