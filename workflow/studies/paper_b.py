@@ -135,7 +135,8 @@ def _cases(b: Mapping[str, Any]) -> list[Artefact]:
         late[label] = Measure(f"b/overlap/{name}", f"{MEASURES}:overlaps", (_run(b, block),), spec=spec)
     for name in CHANGES:
         block = b["cases"][name]
-        early[CASES[name]] = _trajectory(b, name, block, block["eigenpairs"])
+        followed = {**block, "examples": block.get("early_examples", block["examples"])}
+        early[CASES[name]] = _trajectory(b, name, followed, block["eigenpairs"])
     return [
         _table(
             "B-T1",

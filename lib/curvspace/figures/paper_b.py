@@ -94,9 +94,9 @@ def subspace_overlaps(tables: Tables, style: Style, order: Sequence[str] = ()) -
             drawn.append(_overlap_lines(axis, quantity(table, name, k), style))
         column[0].set_title(scale(table), fontsize="small")
         column[1].set_xlabel("step t₂")
+        column[1].legend(title="step t₁", fontsize="x-small", ncols=2, loc="upper right")
     axes[0, 0].set_ylabel("overlap, top k")
     axes[1, 0].set_ylabel("overlap, next k")
-    axes[0, -1].legend(title="step t₁", loc="upper left", bbox_to_anchor=(1, 1))
     return figure, pd.concat(drawn, ignore_index=True)
 
 
@@ -126,9 +126,9 @@ def overlap_by_dimension(tables: Tables, style: Style, order: Sequence[str] = ()
         axis.axvline(classes(table) - 1, color="0.3", linestyle="--", linewidth=0.8, zorder=0)
         axis.set(xlabel="dimension of the subspace (dashed: k − 1)", ylim=(-0.03, 1.03))
         axis.set_title(scale(table), fontsize="small")
+        axis.legend(title="step t₁", fontsize="x-small", ncols=2, loc="upper right")
         drawn.append(means)
     axes[0, 0].set_ylabel("mean overlap over t₂")
-    axes[0, -1].legend(title="step t₁", loc="upper left", bbox_to_anchor=(1, 1))
     return figure, pd.concat(drawn, ignore_index=True)
 
 
