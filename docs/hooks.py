@@ -1,7 +1,8 @@
 """Build hook of the documentation: the gallery shows the figures that were really made, and no others.
 
 Figures come from ``results/reference/*/figures/*.png`` (tracked results of full-scale runs) and ``docs/figures/*.png``
-(copies of the default study's); each is shown with the caption that the pipeline's report uses.
+(copies of the default study's) or, where there are none, ``results/figures`` (the last run here); each has the
+caption that the pipeline's report uses.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ PLACE = "<!-- figures -->"
 def pictures(root: Path = ROOT) -> dict[str, Path]:
     """Place in the site -> picture: reference runs first, then the default study's, by name."""
     reference = sorted((root / "results" / "reference").glob("**/figures/*.png"))
-    own = sorted((root / "docs" / "figures").glob("*.png"))
+    kept, last = (sorted((root / folder).glob("*.png")) for folder in ("docs/figures", "results/figures"))
     found = {}
     for path in reference:
         inner = path.relative_to(root / "results" / "reference").as_posix()
         found[f"gallery/{inner.replace('/figures/', '/')}"] = path
-    return found | {f"gallery/default/{path.name}": path for path in own}
+    return found | {f"gallery/default/{path.name}": path for path in kept or last}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
