@@ -85,6 +85,16 @@ def test_both_ends_of_an_indefinite_hessian():
         torch.testing.assert_close(pairs.values, _expected(values, 4, which), rtol=0, atol=1e-10)
 
 
+def test_tolerance_relative_to_the_wanted_pairs():
+    spectrum = torch.cat([torch.tensor([100.0]), torch.linspace(-0.1, 1, 150)]).double()
+    q, _ = torch.linalg.qr(_symmetric(len(spectrum)))
+    A = q * spectrum @ q.T
+    assert (eigsh(A, 2, "SA").residuals <= 1e-3 * 100).all()
+    pairs = eigsh(A, 2, "SA", relative_to="wanted")
+    assert (pairs.residuals <= 1.001e-3 * 0.1).all()
+    torch.testing.assert_close(pairs.values[0], torch.tensor(-0.1).double(), rtol=1e-4, atol=0)
+
+
 def test_single_precision():
     A = _symmetric(150)
     pairs = eigsh(A.float(), 5, tol=1e-4)
@@ -114,6 +124,7 @@ def test_is_reproducible_and_reports_progress(capsys):
         ({"k": 0}, "k must be between 1 and P = 6, got 0"),
         ({"k": 7}, "k must be between 1 and P = 6, got 7"),
         ({"k": 2, "which": "XX"}, "which must be"),
+        ({"k": 2, "relative_to": "k"}, "relative_to must be"),
         ({"k": 2, "tol": -1.0}, "tol must not be negative"),
         ({"k": 2, "v0": torch.ones(5)}, r"v0 must be \(P,\) or \(P, m\) with P = 6"),
     ],

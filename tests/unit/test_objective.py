@@ -111,7 +111,7 @@ def test_microbatches_change_nothing(microbatch):
 
 
 def test_auto_cuts_large_batches_for_the_cache_but_never_batch_statistics():
-    network = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 32 * 32, 3))
+    network = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 32 * 32, 3))
     x, y = torch.randn(512, 1, 32, 32), torch.randint(3, (512,))
     sizes = [b.size for b in Objective(network, [(x, y)]).batches]
     assert max(sizes) < 512

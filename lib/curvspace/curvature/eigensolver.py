@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 Which = Literal["LA", "SA", "LM", "BE"]
+RelativeTo = Literal["spectrum", "wanted"]
 
 PROBE = 3
 """Products spent on a fresh random direction before a result is believed: see :func:`_probe`."""
@@ -66,6 +67,8 @@ def eigsh(
     max_basis: int | None = None,
     seed: int = 0,
     progress: bool = False,
+    *,
+    relative_to: RelativeTo = "spectrum",
 ) -> EigenPairs:
     r"""k extreme eigenpairs of a symmetric operator, each with :math:`|Au - \lambda u| \le tol\,|\lambda|_{max}`.
 
@@ -77,7 +80,7 @@ def eigsh(
         ``"LA"`` largest, ``"SA"`` smallest (most negative first), ``"LM"`` largest magnitude, ``"BE"`` half from
         each end (largest first; of an odd number one more from the top).
     tol
-        Relative to the largest magnitude among the Ritz values; not taken below rounding (20 units).
+        Relative to the largest magnitude among the Ritz values; not taken below rounding (20 units of it).
     v0
         Start vector (P,) or start subspace (P, m), for example the eigenvectors at an earlier checkpoint.
     max_products
@@ -88,6 +91,10 @@ def eigsh(
         Of the random start vector, drawn on the CPU: the same on every device.
     progress
         Show a progress bar of products.
+    relative_to
+        ``"wanted"``: the tolerance is relative to the largest magnitude among the k pairs themselves. For the weakly
+        negative end of a spectrum with large positive outliers: there ``"spectrum"`` accepts a residual that is
+        small next to the outliers, but not next to the eigenvalue.
 
     Raises
     ------
@@ -97,6 +104,8 @@ def eigsh(
         If A is not deterministic or returns values that are not finite.
     """
     n = _checked_size(A, k, which, tol)
+    if relative_to not in ("spectrum", "wanted"):
+        raise ValueError(f'relative_to must be "spectrum" or "wanted", got {relative_to!r}')
     max_products = max(300, 20 * k) if max_products is None else max_products
     max_basis = min(n, _default_basis(A, k) if max_basis is None else max(max_basis, k + 2))
     basis = RitzBasis(A, max_basis, torch.Generator().manual_seed(seed), tqdm(disable=not progress, unit="product"))
@@ -107,7 +116,9 @@ def eigsh(
         wanted = _select(theta, min(k, len(theta)), which)
         residuals = basis.residuals(theta, s, wanted)
         lengths = residuals.norm(dim=1).tolist()
-        bound = max(tol, 20 * torch.finfo(basis.V.dtype).eps) * float(theta.abs().max())
+        largest = float(theta.abs().max())
+        scale = largest if relative_to == "spectrum" else float(theta[wanted].abs().max())
+        bound = max(tol * scale, 20 * torch.finfo(basis.V.dtype).eps * largest)
         open_pairs = [i for i, r in enumerate(lengths) if r > bound]
         found = len(wanted) == k and not open_pairs
         if basis.size == n or (found and _unchanged(before_probe, theta[wanted], bound)):
@@ -126,7 +137,7 @@ def eigsh(
     if not found:
         warnings.warn(
             f"eigsh: not converged after {basis.products} products: worst residual {max(lengths):.1e}, "
-            f"asked for {bound:.1e} (tol {tol:.1e} of |lambda|_max)",
+            f"asked for {bound:.1e} (tol {tol:.1e} of |lambda|_max {scale:.1e})",
             RuntimeWarning,
             stacklevel=2,
         )

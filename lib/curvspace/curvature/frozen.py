@@ -105,10 +105,10 @@ class FrozenModel:
     @contextmanager
     def policy_in_force(self) -> Iterator[None]:
         """Train/eval flags by the policy, attention by kernels that have all derivatives; restored on exit."""
-        changed = [(m, m.training) for m, mode in self._modes if m.training != mode]
+        changed = [(m, mode) for m, mode in self._modes if m.training != mode]
         fast_path = torch.backends.mha.get_fastpath_enabled()
         try:
-            for module, mode in self._modes:
+            for module, mode in changed:
                 module.training = mode
             torch.backends.mha.set_fastpath_enabled(False)
             with sdpa_kernel(SDPBackend.MATH):
@@ -116,7 +116,7 @@ class FrozenModel:
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             for module, mode in changed:
-                module.training = mode
+                module.training = not mode
 
 
 def _normalises_by_batch(module: nn.Module, training: bool) -> bool:

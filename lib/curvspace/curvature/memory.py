@@ -18,7 +18,8 @@ class KeptBytes:
 
     def add(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        self._sizes[storage.data_ptr()] = storage.nbytes()
+        size = min(storage.nbytes(), tensor.nbytes)  # a batch is often a view of the whole data set
+        self._sizes[storage.data_ptr()] = max(size, self._sizes.get(storage.data_ptr(), 0))
         return tensor
 
     def total(self, excluding: Iterable[Tensor] = ()) -> int:

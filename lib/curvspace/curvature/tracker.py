@@ -3,8 +3,9 @@ r"""Eigenpairs along a trajectory of operators, each solve started from the last
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
-from curvspace.curvature.eigensolver import EigenPairs, SymmetricOperator, Which, eigsh
+from curvspace.curvature.eigensolver import EigenPairs, RelativeTo, SymmetricOperator, Which, eigsh
 
 
 class SubspaceTracker:
@@ -25,6 +26,7 @@ class SubspaceTracker:
         max_products: int | None = None,
         max_basis: int | None = None,
         seed: int = 0,
+        relative_to: RelativeTo = "spectrum",
     ):
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -34,21 +36,32 @@ class SubspaceTracker:
         self.max_products = max_products
         self.max_basis = max_basis
         self.seed = seed
+        self.relative_to: RelativeTo = relative_to
         self.pairs: EigenPairs | None = None
         self.products = 0
 
     def update(self, operator: SymmetricOperator) -> EigenPairs:
         """The eigenpairs of this operator."""
         v0 = None if self.pairs is None else self.pairs.vectors
-        self.pairs = eigsh(operator, self.k, self.which, self.tol, v0, self.max_products, self.max_basis, self.seed)
+        self.pairs = eigsh(
+            operator,
+            self.k,
+            self.which,
+            self.tol,
+            v0,
+            self.max_products,
+            self.max_basis,
+            self.seed,
+            relative_to=self.relative_to,
+        )
         self.products += self.pairs.products
         return self.pairs
 
 
 def track(
-    operators: Iterable[SymmetricOperator], k: int, which: Which = "LA", tol: float = 1e-3, **options: int | None
+    operators: Iterable[SymmetricOperator], k: int, which: Which = "LA", tol: float = 1e-3, **options: Any
 ) -> Iterator[EigenPairs]:
     """Eigenpairs of each operator in turn; options as for :class:`SubspaceTracker`."""
-    tracker = SubspaceTracker(k, which, tol, **options)  # type: ignore[arg-type]
+    tracker = SubspaceTracker(k, which, tol, **options)
     for operator in operators:
         yield tracker.update(operator)

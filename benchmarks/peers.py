@@ -1,0 +1,107 @@
+"""Extreme eigenpairs of the Hessian by each library's own recommended call. Missing libraries are left out."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvspace import Objective, eigsh
+
+
+@dataclass(frozen=True)
+class Found:
+    """Eigenvalues (k,), eigenvectors (P, k), products spent, and the setting that was needed."""
+
+    values: Tensor
+    vectors: Tensor
+    products: int
+    note: str = ""
+
+
+Solver = Callable[[nn.Module, Tensor, Tensor, int, str, float], Found]
+
+
+def ours(model: nn.Module, x: Tensor, y: Tensor, k: int, which: str, tol: float) -> Found:
+    H = Objective(model, [(x, y)]).hessian()
+    pairs = eigsh(H, k, which, tol, relative_to="wanted")  # type: ignore[arg-type]
+    return Found(pairs.values, pairs.vectors, pairs.products)
+
+
+def curvlinops(model: nn.Module, x: Tensor, y: Tensor, k: int, which: str, tol: float) -> Found:
+    """curvlinops' Hessian in SciPy's ARPACK, as its documentation shows."""
+    from curvlinops import HessianLinearOperator
+    from scipy.sparse.linalg import LinearOperator
+    from scipy.sparse.linalg import eigsh as arpack
+
+    operator = HessianLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), [(x, y)]).to_scipy()
+    products = 0
+
+    def count(v: object) -> object:
+        nonlocal products
+        products += 1
+        return operator @ v
+
+    counting = LinearOperator(operator.shape, matvec=count, dtype=operator.dtype)
+    values, vectors = arpack(counting, k=k, which=which, tol=tol)
+    return Found(torch.from_numpy(values).to(x), torch.from_numpy(vectors).to(x), products)
+
+
+def hessian_eigenthings(model: nn.Module, x: Tensor, y: Tensor, k: int, which: str, tol: float) -> Found:
+    """Lanczos with the number of steps that its user must choose: the fewest, in tens, for which its pairs converge.
+
+    Only the run that converges is timed: see :func:`steps_to_converge`.
+    """
+    from hessian_eigenthings import HessianOperator, lanczos, supervised_loss
+
+    operator = HessianOperator(model, [(x, y)], supervised_loss(F.cross_entropy))
+    steps = _steps[id(model), k, which]
+    found = lanczos(operator, k=k, which=which, tol=tol, max_iter=steps, reorthogonalize=True, seed=0)
+    return Found(found.eigenvalues, found.eigenvectors.T, steps, f"{steps} steps")
+
+
+_steps: dict[tuple[int, int, str], int] = {}
+
+
+def steps_to_converge(model: nn.Module, x: Tensor, y: Tensor, k: int, which: str, tol: float) -> None:
+    """Find the number of steps for :func:`hessian_eigenthings`, with our Hessian in place of its own for speed."""
+    from hessian_eigenthings import LambdaOperator, lanczos
+
+    H = Objective(model, [(x, y)]).hessian()
+    operator = LambdaOperator(lambda v: H @ v, size=H.shape[0], dtype=H.dtype, device=H.device)
+    for steps in range(10 * math.ceil(2 * k / 10), 200, 10):
+        found = lanczos(operator, k=k, which=which, tol=tol, max_iter=steps, reorthogonalize=True, seed=0)
+        if bool(found.converged.all()):
+            break
+    _steps[id(model), k, which] = steps
+
+
+def pyhessian(model: nn.Module, x: Tensor, y: Tensor, k: int, which: str, tol: float) -> Found:
+    """Power iteration with deflation: eigenvalues of largest magnitude."""
+    from pyhessian import hessian
+
+    module = sys.modules["pyhessian.hessian"]
+    with mock.patch.object(module, "hessian_vector_product", wraps=module.hessian_vector_product) as product:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # backward(create_graph=True)
+            values, vectors = hessian(model, nn.CrossEntropyLoss(), data=(x, y), cuda=x.is_cuda).eigenvalues(
+                maxIter=100, tol=tol, top_n=k
+            )
+        count = product.call_count
+    model.zero_grad(set_to_none=True)
+    flat = torch.stack([torch.cat([p.reshape(-1) for p in v]) for v in vectors], dim=1).detach()
+    return Found(torch.tensor(values).to(x), flat, count)
+
+
+def available() -> dict[str, Solver]:
+    """Ours first, then the libraries that are installed."""
+    peers = {"curvlinops": curvlinops, "hessian_eigenthings": hessian_eigenthings, "pyhessian": pyhessian}
+    return {"curvspace": ours, **{name: f for name, f in peers.items() if importlib.util.find_spec(name)}}
