@@ -31,6 +31,13 @@ def pictures(root: Path = ROOT) -> dict[str, Path]:
     return found | {f"gallery/default/{path.name}": path for path in kept or last}
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the page on paper A's open question into the navigation where it has been written."""
+    if config.nav and (ROOT / "docs" / "answer.md").is_file():
+        config.nav.insert(1, {"The answer": "answer.md"})
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Put the pictures where the gallery looks for them; leave out what is no page."""
     for place, path in pictures().items():
