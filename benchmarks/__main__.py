@@ -17,10 +17,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks import draw, rows, scaling
+from benchmarks import draw, exactness, rows, scaling
 from benchmarks.problem import trained_problem
 
-SECTIONS = ("products", "class_gradients", "eigenpairs", "tracking", "steps", "scaling")
+SECTIONS = ("exactness", "products", "class_gradients", "eigenpairs", "tracking", "steps", "scaling")
 PEERS = ("curvlinops-for-pytorch", "hessian-eigenthings", "PyHessian", "scipy")
 
 
@@ -45,6 +45,7 @@ def main() -> None:
     count = arguments.images
     counts = [n for n in (1_000, 2_000, 5_000, 10_000, 20_000, 50_000) if n <= arguments.largest]
     speed = {
+        "exactness": exactness.errors,
         "products": lambda: rows.products(problem, count, device),
         "class_gradients": lambda: rows.class_gradient_pass(problem, count, device),
         "eigenpairs": lambda: rows.eigenpairs(problem, count, device),

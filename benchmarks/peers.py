@@ -1,4 +1,7 @@
-"""Extreme eigenpairs of the Hessian by each library's own recommended call. Missing libraries are left out."""
+"""Extreme eigenpairs of the Hessian by each library's own recommended call. Missing libraries are left out.
+
+ViViT 1.0.0 installs but does not run on torch 2.11 and later: it calls ``torch.symeig``, which was removed.
+"""
 
 from __future__ import annotations
 
