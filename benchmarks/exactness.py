@@ -22,7 +22,7 @@ def _networks() -> dict[str, nn.Module]:
     return {
         "none": network(nn.Identity()),
         "LayerNorm": network(nn.LayerNorm((4, 4, 4))),
-        "BatchNorm (batch statistics)": network(nn.BatchNorm2d(4)),
+        "BatchNorm (batch statistics)": network(nn.BatchNorm2d(4, track_running_stats=False)),
         "GroupNorm": network(nn.GroupNorm(2, 4)),
     }
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from curvspace.curvature.frozen import FrozenModel, State
 from curvspace.curvature.linearisation import Batch, Point
 from curvspace.curvature.operators import Engine, GaussNewtonOperator, HessianOperator
-from curvspace.curvature.split import cache_friendly_size, split
+from curvspace.curvature.split import cache_friendly_size, split, within_memory
 from curvspace.functional import Inputs, batch_size, flatten
 from curvspace.losses import Loss, get_loss
 
@@ -111,19 +111,27 @@ class Objective:
     def loss(self) -> float:
         """The mean loss L at the model's present parameters."""
         point = self._point()
-        with torch.no_grad():
-            parts = [b.weight * point.loss_of(point.outputs(b), b).double() for b in self.batches]
-        return float(self._summed(torch.stack(parts).sum()))
+
+        def total(batches: list[Batch]) -> Tensor:
+            with torch.no_grad():
+                parts = [b.weight * point.loss_of(point.outputs(b), b).double() for b in batches]
+            return torch.stack(parts).sum()
+
+        return float(self._summed(self._within_memory(total)))
 
     def gradient(self) -> Tensor:
         """The gradient of L at the model's present parameters, (P,)."""
         point = self._point()
-        total = torch.zeros(self.num_parameters, dtype=self.function.dtype, device=self.function.device)
-        for b in self.batches:
-            with torch.enable_grad():
-                value = b.weight * point.finite_loss_of(point.outputs(b), b)
-            total += flatten(torch.autograd.grad(value, point.parameters, materialize_grads=True))
-        return self._summed(total)
+
+        def total(batches: list[Batch]) -> Tensor:
+            result = torch.zeros(self.num_parameters, dtype=self.function.dtype, device=self.function.device)
+            for b in batches:
+                with torch.enable_grad():
+                    value = b.weight * point.finite_loss_of(point.outputs(b), b)
+                result += flatten(torch.autograd.grad(value, point.parameters, materialize_grads=True))
+            return result
+
+        return self._summed(self._within_memory(total))
 
     def hessian(self) -> HessianOperator:
         """The Hessian of L at the present parameters (copies: later changes of the model do not matter)."""
@@ -137,6 +145,11 @@ class Objective:
 
     def _point(self) -> Point:
         return Point.here(self.function, self.loss_function)
+
+    def _within_memory(self, compute: Callable[[list[Batch]], Tensor]) -> Tensor:
+        divisible = not self.function.examples_interact
+        result, self.batches = within_memory(compute, self.batches, divisible=divisible)
+        return result
 
     def _summed(self, value: Tensor) -> Tensor:
         if self.group is not None:

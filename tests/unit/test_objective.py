@@ -151,6 +151,18 @@ class Greedy(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.parametrize("quantity", ["loss", "gradient"])
+def test_out_of_memory_in_the_loss_and_the_gradient(quantity):
+    inner, batch = _mlp(), _batch(12)
+    objective = Objective(Greedy(inner), [batch])
+    with pytest.warns(RuntimeWarning, match="out of memory with 12 examples"):
+        found = getattr(objective, quantity)()
+    expected = getattr(Objective(inner, [batch]), quantity)()
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), rtol=0, atol=1e-14)
+    with pytest.raises(torch.OutOfMemoryError):  # masks would change with the batches
+        Objective(Greedy(inner), [batch], dropout_seed=0).loss()
+
+
 def test_out_of_memory_shrinks_the_batches_and_says_so():
     inner, batch = _mlp(), _batch(12)
     H = Objective(Greedy(inner), [batch]).hessian()

@@ -7,6 +7,7 @@ import oracles
 import pandas as pd
 import pytest
 import torch
+
 from curvspace.experiments import paper_b, spectra_b, tables_b
 from curvspace.experiments.context import Context
 from curvspace.functional import flatten

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from curvspace.datasets.generated import gaussian_mixture
 from curvspace.experiments import toy
 from curvspace.experiments.context import Context

@@ -8,8 +8,7 @@ Only products are ever formed: ``H @ v`` for v (P,), ``H @ V`` for V (P, m).
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from curvspace.curvature.linearisation import (
     Point,
 )
 from curvspace.curvature.memory import default_budget, is_out_of_memory, kept_bytes
-from curvspace.curvature.split import split
+from curvspace.curvature.split import within_memory
 from curvspace.functional import unflatten
 
 Engine = Literal["auto", "linearize", "recompute"]
@@ -78,22 +77,24 @@ class CurvatureOperator:
         self._budget = default_budget(self.device) if memory_budget is None else memory_budget
         self._bytes_per_example: float | None = None
         self._kept: dict[int, Linearisation] = {}
-        self._warned = False
 
     def __matmul__(self, v: Tensor) -> Tensor:
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(f"{self.name} of shape {self.shape} cannot multiply a tensor of shape {tuple(v.shape)}")
         rows = v.detach().to(self.device, self.dtype).reshape(self.shape[1], -1).T.contiguous()
-        result = self._shrinking_batches(lambda: self._multiply(rows))
+        divisible = not self.point.function.examples_interact
+        result, self.batches = within_memory(
+            lambda batches: self._multiply(rows, batches), self.batches, self._release, divisible=divisible
+        )
         if self.group is not None:
             torch.distributed.all_reduce(result, group=self.group)
         self.products += len(rows)
         return result[0] if v.ndim == 1 else result.T
 
-    def _multiply(self, rows: Tensor) -> Tensor:
+    def _multiply(self, rows: Tensor, batches: list[Batch]) -> Tensor:
         result = torch.zeros_like(rows)
-        for i in range(len(self.batches)):
-            linearisation = self._linearised(i)
+        for i, batch in enumerate(batches):
+            linearisation = self._linearised(i, batch)
             for start in range(0, len(rows), self.vectors_at_once):
                 chunk = slice(start, start + self.vectors_at_once)
                 self._add_products(linearisation, rows[chunk], result[chunk])
@@ -119,10 +120,9 @@ class CurvatureOperator:
         parts = rows.split([p.numel() for p in parameters], dim=1)
         return [part.unflatten(1, p.shape) if p.ndim else part[:, 0] for part, p in zip(parts, parameters, strict=True)]
 
-    def _linearised(self, i: int) -> Linearisation:
+    def _linearised(self, i: int, batch: Batch) -> Linearisation:
         if i in self._kept:
             return self._kept[i]
-        batch = self.batches[i]
         if self.engine == "auto" and self._bytes_per_example is None:
             with kept_bytes() as kept:
                 linearisation = self.linearisation(self.point, batch)
@@ -138,29 +138,9 @@ class CurvatureOperator:
         held = sum(self.batches[i].size for i in self._kept)
         return (held + batch.size) * self._bytes_per_example <= self._budget
 
-    def _shrinking_batches(self, compute: Callable[[], Tensor]) -> Tensor:
-        """The result; when memory runs out, try again with batches half as large, and say so once."""
-        while True:
-            try:
-                return compute()
-            except RuntimeError as error:
-                largest = max(b.size for b in self.batches)
-                if not is_out_of_memory(error) or largest == 1 or self.point.function.examples_interact:
-                    raise
-                message = str(error).splitlines()[0]
-            self._kept.clear()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.engine = "recompute"
-            self.batches = split(self.batches, (largest + 1) // 2)
-            if not self._warned:
-                warnings.warn(
-                    f"{self.name}: out of memory with {largest} examples at a time ({message}); going on with "
-                    f"{(largest + 1) // 2} and fewer if need be, recomputing each product",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-            self._warned = True
+    def _release(self) -> None:
+        self._kept.clear()
+        self.engine = "recompute"
 
     def to_scipy(self) -> Any:
         """This operator as a ``scipy.sparse.linalg.LinearOperator`` on NumPy arrays."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from curvspace.curvature.linearisation import Batch, Point
-from curvspace.curvature.memory import kept_bytes
+from curvspace.curvature.memory import is_out_of_memory, kept_bytes
 from curvspace.functional import select
+
+Result = TypeVar("Result")
 
 PILOT = 16
 """Examples that the pilot pass evaluates."""
@@ -46,3 +50,37 @@ def cache_friendly_size(point: Point, batch: Batch) -> int:
         point.loss_of(point.outputs(pilot), pilot)
     per_example = max(1, kept.total(excluding=point.parameters) // pilot.size)
     return max(32, 1 << (CACHE_BYTES // per_example).bit_length() - 1)
+
+
+def within_memory(
+    compute: Callable[[list[Batch]], Result],
+    batches: list[Batch],
+    release: Callable[[], None] = lambda: None,
+    *,
+    divisible: bool = True,
+) -> tuple[Result, list[Batch]]:
+    """What ``compute`` makes of the batches, and the batches that fitted: halved whenever memory runs out.
+
+    ``release`` gives up whatever is held, before each new attempt. The first time, a warning says what happened.
+    """
+    first = True
+    while True:
+        try:
+            return compute(batches), batches
+        except RuntimeError as error:
+            largest = max(b.size for b in batches)
+            if not is_out_of_memory(error) or largest == 1 or not divisible:
+                raise
+            message = str(error).splitlines()[0]
+        release()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        batches = split(batches, (largest + 1) // 2)
+        if first:
+            warnings.warn(
+                f"out of memory with {largest} examples at a time ({message}); going on with {(largest + 1) // 2}, "
+                "or fewer if need be",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        first = False
