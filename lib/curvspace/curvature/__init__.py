@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from curvspace.curvature.class_gradients import class_gradients as class_gradients
     from curvspace.curvature.class_gradients import cross_class_gradients as cross_class_gradients
+    from curvspace.curvature.dense import dense_eigh as dense_eigh
     from curvspace.curvature.dense import dense_matrix as dense_matrix
     from curvspace.curvature.dense import gram_eigh as gram_eigh
     from curvspace.curvature.density import SpectralDensity as SpectralDensity
@@ -32,6 +33,7 @@ _EXPORTS = {
     "SubspaceTracker": "tracker",
     "class_gradients": "class_gradients",
     "cross_class_gradients": "class_gradients",
+    "dense_eigh": "dense",
     "dense_matrix": "dense",
     "eigsh": "eigensolver",
     "gram_eigh": "dense",
@@ -48,6 +50,7 @@ __all__ = [
     "SubspaceTracker",
     "class_gradients",
     "cross_class_gradients",
+    "dense_eigh",
     "dense_matrix",
     "eigsh",
     "gram_eigh",
