@@ -61,8 +61,8 @@ def _table(id: str, function: str, inputs: Inputs, title: str, **rest: Any) -> A
 
 
 def _run(b: Mapping[str, Any], block: Mapping[str, Any], seed: int | None = None) -> Run:
-    keys = ("dataset", "model", "optimizer", "batch_size", "lr")
-    return Run(*(block[key] for key in keys), b["seed"] if seed is None else seed)
+    chosen = b["seed"] if seed is None else seed
+    return Run(block["dataset"], block["model"], block["optimizer"], block["batch_size"], block["lr"], chosen)
 
 
 def _measured(b: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:

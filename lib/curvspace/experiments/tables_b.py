@@ -92,7 +92,7 @@ def gradient_sums(tables: Tables, steps: Sequence[int], paper: Sequence[Mapping[
 
     ``paper`` lists ``{step, sum, value}`` with ``sum`` one of "1..k", "k+1..2k", "1..2k".
     """
-    known = {(entry["step"], entry["sum"]): entry["value"] for entry in paper}
+    known: dict[tuple[int, str], float] = {(int(e["step"]), str(e["sum"])): float(e["value"]) for e in paper}
     rows = []
     for table in tables.values():
         k = int(table.loc[table["quantity"] == "f_top", "index"].iloc[0])
