@@ -10,7 +10,12 @@ import pytest
 from curvspace.experiments import claims_c
 from curvspace.experiments.claims import FAILS, HOLDS, INCONCLUSIVE, Untested
 
-CELL = {"where": {"solver": "SGD"}, "mean": "mean", "sd": "sd", "count": "solved", "least": 90}
+CELL = {"where": {"solver": "SGD"}, "mean": "mean", "sd": "sd", "count": "solved", "runs": "runs", "least": 90}
+
+
+def cell(mean: float, sd: float, solved: int, runs: int = 100) -> claims_c.Outcome:
+    table = pd.DataFrame({"solver": ["SGD"], "mean": [mean], "sd": [sd], "solved": [solved], "runs": [runs]})
+    return claims_c.cell({"t": table}, reference=370, reference_sd=40, **CELL)
 
 
 @pytest.mark.parametrize(
@@ -20,19 +25,17 @@ CELL = {"where": {"solver": "SGD"}, "mean": "mean", "sd": "sd", "count": "solved
         (500.0, 40.0, 100, FAILS),
         (408.0, 40.0, 100, INCONCLUSIVE),
         (380.0, 40.0, 50, INCONCLUSIVE),  # half of the runs never got there
+        (math.nan, math.nan, 0, INCONCLUSIVE),
     ],
 )
 def test_cell(mean: float, sd: float, solved: int, verdict: str) -> None:
-    table = pd.DataFrame({"solver": ["SGD"], "mean": [mean], "sd": [sd], "solved": [solved]})
-    outcome = claims_c.cell({"t": table}, reference=370, reference_sd=40, **CELL)
-    assert outcome.verdict == verdict
-    assert outcome.seeds == solved
+    outcome = cell(mean, sd, solved)
+    assert (outcome.verdict, outcome.seeds) == (verdict, solved)
 
 
-def test_cell_without_a_solution_is_untested() -> None:
-    table = pd.DataFrame({"solver": ["SGD"], "mean": [math.nan], "sd": [math.nan], "solved": [0]})
-    with pytest.raises(Untested, match="0 runs"):
-        claims_c.cell({"t": table}, reference=370, reference_sd=40, **CELL)
+def test_cell_of_few_runs_is_no_test() -> None:
+    with pytest.raises(Untested, match="20 of 20 runs"):
+        cell(380.0, 40.0, 20, runs=20)
 
 
 def curves(**errors: list[list[float]]) -> pd.DataFrame:

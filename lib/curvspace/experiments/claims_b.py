@@ -11,6 +11,7 @@ import pandas as pd
 from curvspace.experiments.claims import (
     FAILS,
     HOLDS,
+    IDENTITY,
     Case,
     Estimate,
     Outcome,
@@ -100,7 +101,7 @@ def against_reference(
     found = []
     for own, other in pairs:
         known = rows[rows[other].notna() & rows[own].notna()]
-        for name, part in cases_of(known, by):
+        for name, part in cases_of(known, by, apart=IDENTITY):
             expected = float(part[other].iloc[0])
             measured = estimate(part[own].tolist())
             verdict = judge(measured, expected - tolerance, expected + tolerance)

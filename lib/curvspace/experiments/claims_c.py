@@ -9,6 +9,8 @@ import pandas as pd
 from scipy import stats
 
 from curvspace.experiments.claims import (
+    HOLDS,
+    INCONCLUSIVE,
     Case,
     Estimate,
     Outcome,
@@ -33,25 +35,26 @@ def cell(
     mean: str,
     sd: str,
     count: str,
+    runs: str,
     least: int,
     table: str | None = None,
 ) -> Outcome:
     """C1 to C20: a mean over many runs lies within one of the paper's standard deviations of the paper's mean.
 
-    The interval of our mean is Student's t from its standard deviation and number of runs, of which at least
-    ``least`` must have got there: a mean over the rest would flatter.
+    The interval of our mean is Student's t from its standard deviation and the number of runs that got there. Fewer
+    than ``least`` runs in all are no test; where fewer than ``least`` got there, the claim does not hold, since a mean
+    over the others alone would flatter.
     """
     row = pick(tables, table, where).iloc[0]
-    n = int(row[count])
-    if n < 2 or math.isnan(float(row[mean])):
-        raise Untested(f"only {n} runs got to the solution")
-    value, spread = float(row[mean]), float(row[sd])
-    half = float(stats.t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
-    measured = Estimate(value, value - half, value + half, n)
+    n, tried, value, spread = int(row[count]), int(row[runs]), float(row[mean]), float(row[sd])
+    if tried < least:
+        raise Untested(f"{number(value)}, s.d. {number(spread)}, {n} of {tried} runs" if n else f"0 of {tried} runs")
+    half = float(stats.t.ppf(0.975, n - 1)) * spread / math.sqrt(n) if n > 1 else math.nan
+    measured = Estimate(value if n > 1 else math.nan, value - half, value + half, n)
     verdict = judge(measured, reference - reference_sd, reference + reference_sd)
-    if n < least and verdict == "holds":
-        verdict = "inconclusive"
-    return Outcome((Case("", measured, verdict, f"s.d. {number(spread)}, {n} runs"),))
+    if n < least and verdict == HOLDS:
+        verdict = INCONCLUSIVE
+    return Outcome((Case("", measured, verdict, f"s.d. {number(spread)}, {n} of {tried} runs"),))
 
 
 def at_every_epoch(
