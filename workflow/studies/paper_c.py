@@ -101,6 +101,7 @@ def _costs(config: Block, c: Block) -> Artefact:
     spec = {
         **{key: block[key] for key in ("dataset", "batch_size", "rounds", "lr")},
         "model": {"name": block["model"], **config["models"][block["model"]]},
+        "reference": block["optimizers"][0],
         "optimizers": {name: config["optimizers"][name] for name in block["optimizers"]},
     }
     measure = Measure("c/costs", f"{MEASURES}:step_costs", datasets=(block["dataset"],), spec=spec)

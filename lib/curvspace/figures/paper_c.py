@@ -41,8 +41,9 @@ def trajectories(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
         row[0].plot(1, 1, marker="*", color="black", markersize=9)
         row[0].set(xlim=(-2, 2), ylim=(-1, 3), xlabel="u", ylabel="v", title=f"Rosenbrock, {problem}")
         row[1].axhline(part["tolerance"].iloc[0], color="0.4", linestyle=":", linewidth=1)
-        row[1].set(xscale="log", yscale="log", ylim=(1e-6, 1e4), xlabel="iteration + 1", ylabel="objective at ε = 1")
-    axes[0, 1].legend()
+        row[1].set(xscale="log", yscale="log", ylim=(1e-6, 1e3), xlabel="iteration + 1", ylabel="objective at ε = 1")
+    handles, labels = axes[0, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure, drawn.dropna(axis=1, how="all").drop(columns=["stage"])
 
 
