@@ -54,7 +54,7 @@ def test_claims_have_verdicts(done):
 
 def test_nothing_is_left_to_do_and_nothing_is_stale(done):
     assert done.planned(*PRESET) == {}
-    verified = done.snakemake("--quiet", "all", *PRESET, "verify")
+    verified = done.snakemake("verify", "--quiet", "all", *PRESET)
     assert verified.returncode == 0, verified.stdout[-3000:]
     assert re.search(r"\d+ current, 0 stale, 0 missing", verified.stdout)
 
@@ -66,7 +66,7 @@ def test_verify_sees_what_snakemake_forgot(done, tmp_path):
     content = json.loads(record.read_text())
     content["job"]["lr"] *= 2
     record.write_text(json.dumps(content))
-    verified = copy.snakemake("--quiet", "all", *PRESET, "verify")
+    verified = copy.snakemake("verify", "--quiet", "all", *PRESET)
     assert verified.returncode != 0
     assert "settings differ in lr" in verified.stdout
     assert "1 stale, 0 missing" in verified.stdout
