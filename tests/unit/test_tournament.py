@@ -188,3 +188,12 @@ def test_figures_draw_what_the_tables_say() -> None:
         figure, table = ablation_bars({"races": races}, style, "sgd", "ours")
         widths = {round(float(bar.get_width()), 9) for bar in figure.axes[0].patches if np.isfinite(bar.get_width())}
         assert widths == set(table["val_loss"].dropna().round(9))
+
+
+def test_figures_survive_a_tournament_in_which_everything_diverged() -> None:
+    broken = [made_up_race(name, 0.0, 0, "tuning").assign(status="diverged") for name in ("sgd", "ours")]
+    tables, style = {"races": pd.concat(broken, ignore_index=True)}, Style()
+    with style.applied():
+        assert curves(tables, style, "sgd")[1].empty
+        assert speed_up_bars(tables, style, "sgd", ["sgd"])[1].empty
+        assert ablation_bars(tables, style, "sgd", "ours")[1]["best_lr"].isna().all()

@@ -42,7 +42,7 @@ def arrivals(races: pd.DataFrame, reference: str, column: str = "val_loss") -> p
         for unit, spent in UNITS.items():
             row[unit] = _spent(run[spent].to_numpy(float), losses, target, below)
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*NETWORK, "optimizer", "lr", "seed", "target", "reached", *UNITS])
 
 
 def _spent(spent: np.ndarray, losses: np.ndarray, target: float, below: np.ndarray) -> float:
@@ -127,7 +127,8 @@ def speed_ups(tables: Tables, reference: str, against: list[str], column: str = 
                     row |= {"low": low, "high": high, "seeds": int(log.notna().sum())}
                     row |= {"reached": int(own["reached"].sum()), "bound": not own["reached"].all()}
                     rows.append(row)
-    return pd.DataFrame(rows)
+    measured = ["optimizer", "against", "unit", "speed_up", "low", "high", "seeds", "reached", "bound"]
+    return pd.DataFrame(rows, columns=[*NETWORK, *measured])
 
 
 def stable_rates(tables: Tables, reference: str) -> pd.DataFrame:

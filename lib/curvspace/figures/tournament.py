@@ -44,10 +44,13 @@ def curves(tables: Tables, style: Style, reference: str, column: str = "val_loss
                 axis.axhline(goal[network], color="0.3", linestyle=":", linewidth=1)
             axis.set(xlabel=UNIT_LABELS.get(x, "step"), ylabel=column.replace("val_", "validation "), xlim=(0, None))
         most = part.loc[part["optimizer"] == reference, "gradient_evaluations"].max()
-        axes[1, place].set_xlim(0, 2.0 * most)
+        if np.isfinite(most):  # the reference itself may have diverged everywhere
+            axes[1, place].set_xlim(0, 2.0 * most)
         axes[0, place].set_title(_title(network))
-        axes[1, place].legend(title="optimiser (its η)", fontsize="x-small", ncols=1)
-    return figure, pd.concat(drawn, ignore_index=True)
+        if not part.empty:
+            axes[1, place].legend(title="optimiser (its η)", fontsize="x-small", ncols=1)
+    columns = ["x", "median", "low", "high", "n", "optimizer", "against", *NETWORK]
+    return figure, pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame(columns=columns)
 
 
 def speed_up_bars(
@@ -59,7 +62,7 @@ def speed_up_bars(
     """
     table = speed_ups(tables, reference, against, column)
     networks = list(table.groupby(NETWORK, sort=False).groups)
-    figure, axes = style.panels(len(against), len(networks), height=0.55 + 0.36 * table["optimizer"].nunique())
+    figure, axes = style.panels(len(against), max(1, len(networks)), height=0.55 + 0.36 * table["optimizer"].nunique())
     for place, network in enumerate(networks):
         for row, rival in enumerate(against):
             chosen = (table[NETWORK] == list(network)).all(axis=1) & (table["against"] == rival)
@@ -67,7 +70,8 @@ def speed_up_bars(
             order = part[part["unit"] == "steps"].sort_values("speed_up")["optimizer"].tolist()
             _bars(axes[row, place], part, order, style)
             axes[row, place].set(title=f"{_title(network)}: against {rival}", xlabel="speed-up (×), logarithmic")
-    axes[0, 0].legend(fontsize="x-small", loc="lower right")
+    if networks:
+        axes[0, 0].legend(fontsize="x-small", loc="lower right")
     return figure, table
 
 
@@ -148,7 +152,8 @@ def ablation_bars(
             note = f"η = {lr:g}" if np.isfinite(lr) else "diverged at every η"
             axis.annotate(note, (0.01 * start, y), va="center", fontsize="x-small", color="0.1")
         axis.axvline(start, color="0.6", linewidth=1)
-        axis.axvline(rows.loc[full, column], color="C0", linestyle="--", linewidth=1)
+        if full in rows.index:
+            axis.axvline(rows.loc[full, column], color="C0", linestyle="--", linewidth=1)
         axis.set_yticks(range(len(order)), order)
         axis.set(xlabel=f"final {column.replace('val_', 'validation ')}", title=_title(network), xlim=(0, 1.08 * start))
     return figure, table
