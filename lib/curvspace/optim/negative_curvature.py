@@ -25,8 +25,9 @@ from curvspace.losses import Loss
 from curvspace.optim.base import require
 from curvspace.optim.first_order import FirstOrder
 
-# Without a given learning rate for v, the scale |Hv| that it is divided by is forgotten at this rate per product.
-_SCALE_DECAY = 0.99
+# Without a given learning rate for v: how fast the scale |Hv| that it is divided by is forgotten, per product. Faster
+# forgetting (0.99) lets sharp minibatches push v towards positive curvature again and again.
+_SCALE_DECAY = 0.999
 
 
 class NegativeCurvature(FirstOrder):
@@ -38,6 +39,9 @@ class NegativeCurvature(FirstOrder):
       product shares its forward pass, and the second update costs no pass of its own.
     - The second update is made only while the running :math:`\tilde\lambda` is negative: before the estimate
       has found negative curvature, :math:`\tilde v` is any direction.
+
+    On minibatches the estimate is poor (D-X1 measures it): the top curvature, which bounds the rate, is a hundred
+    times the bottom one, and the bottom direction turns faster than so small a rate can follow.
 
     Parameters
     ----------
