@@ -27,7 +27,8 @@ paper: $(READY)  ## the papers' own scale, for a GPU
 	$(SNAKEMAKE) --configfile workflow/presets/paper.yaml
 
 test: $(READY)  ## the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 -m "not network and not smoke"
+	$(BIN)/python -m pytest -m smoke
 
 test-quick: $(READY)  ## the unit tests only
 	$(BIN)/python -m pytest -n 2 tests/unit
