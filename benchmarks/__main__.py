@@ -1,6 +1,6 @@
 """Run all rows in one process, print them, and write CSV tables and a figure to results/benchmarks.
 
-python -m benchmarks [--images 2048] [--threads 2] [--device cpu] [--only products,eigenpairs]
+python -m benchmarks [--images 2048] [--threads 2] [--clock wall] [--device cpu] [--only products,eigenpairs]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from benchmarks import draw, exactness, rows, scaling
-from benchmarks.problem import trained_problem
+from benchmarks.problem import CLOCKS, trained_problem, use_clock
 
 SECTIONS = ("exactness", "products", "class_gradients", "eigenpairs", "tracking", "steps", "scaling")
 PEERS = ("curvlinops-for-pytorch", "hessian-eigenthings", "PyHessian", "scipy")
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor seconds (1 thread)")
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
@@ -38,9 +39,10 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
+    use_clock(arguments.clock)
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(arguments.device)
-    record_machine(arguments.out, device, arguments.threads)
+    record_machine(arguments.out, device, arguments.threads, arguments.clock)
     problem = trained_problem(arguments.data, arguments.images, device)
     count = arguments.images
     counts = [n for n in (1_000, 2_000, 5_000, 10_000, 20_000, 50_000) if n <= arguments.largest]
@@ -71,7 +73,7 @@ def write(table: Iterable[dict[str, Any]], path: Path) -> None:
         pd.DataFrame(held).to_csv(path, index=False)
 
 
-def record_machine(folder: Path, device: torch.device, threads: int) -> None:
+def record_machine(folder: Path, device: torch.device, threads: int, clock: str) -> None:
     """What the times were measured on."""
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     for name in PEERS:
@@ -83,6 +85,7 @@ def record_machine(folder: Path, device: torch.device, threads: int) -> None:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": threads,
+        "clock": clock,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "load_at_start": os.getloadavg()[0],
         "versions": versions,

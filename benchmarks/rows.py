@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -54,17 +53,14 @@ def products(problem: Problem, count: int, device: torch.device) -> Iterator[Row
 
 
 def eigenpairs(problem: Problem, count: int, device: torch.device, tol: float = 1e-3) -> Iterator[Row]:
-    """Top-10 and bottom-3 pairs, whole calls with set-up, true residuals measured on the Hessian in float64.
-
-    ``cpu_seconds`` adds up the threads and does not count waiting: the fairer figure on a machine with other load.
-    """
+    """Top-10 and bottom-3 pairs, whole calls with set-up, true residuals measured on the Hessian in float64."""
     x, y = problem.take(count)
     exact = Objective(problem.model, [(x, y)], dtype=torch.float64, engine="recompute").hessian()
     for k, which, bars in (
         (10, "LA", {"curvlinops": 3.0, "hessian_eigenthings": 2.5, "pyhessian": 8.0}),
         (3, "SA", {"curvlinops": 4.0}),
     ):
-        ours, ours_busy = None, 0.0
+        ours: float | None = None
         for name, solver in peers.available().items():
             if name == "pyhessian" and which == "SA":
                 continue  # finds magnitudes only
@@ -75,19 +71,14 @@ def eigenpairs(problem: Problem, count: int, device: torch.device, tol: float = 
                 warnings.simplefilter("ignore")
                 if ours is None:
                     call()  # the first call in a process warms it up
-                busy = time.process_time()
                 seconds, found = timed(call, device)
-                busy = time.process_time() - busy
-                if ours is None:
-                    ours, ours_busy = seconds, busy
+                ours = seconds if ours is None else ours
             yield {
                 "work": f"{'top' if which == 'LA' else 'bottom'}-{k} eigenpairs",
                 "tool": name,
                 "seconds": seconds,
                 "ratio": seconds / ours,
                 "to": "curvspace",
-                "cpu_seconds": busy,
-                "cpu_ratio": busy / ours_busy,
                 "bar": bars.get(name),
                 "products": found.products,
                 **_accuracy(exact, found, which),
