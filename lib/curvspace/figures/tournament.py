@@ -37,9 +37,11 @@ def curves(tables: Tables, style: Style, reference: str, column: str = "val_loss
             axis = axes[row, place]
             for name, own in part.groupby("optimizer", sort=False):
                 label = f"{name} ({own['lr'].iloc[0]:g})"
-                shown = own[own[column] <= CLIP * start]
-                band = style.band(axis, shown, x, column, label=label, colour=colours[name])
-                drawn.append(band.rename(columns={x: "x"}).assign(optimizer=name, against=x, **_named(network)))
+                # Seeds may pay differently for the same step: their evaluations meet at the mean of what it cost.
+                shown = own.assign(x=own.groupby("step")[x].transform("mean"))
+                shown = shown[shown[column] <= CLIP * start]
+                band = style.band(axis, shown, "x", column, label=label, colour=colours[name])
+                drawn.append(band.assign(optimizer=name, against=x, **_named(network)))
             if network in goal.index:
                 axis.axhline(goal[network], color="0.3", linestyle=":", linewidth=1)
             axis.set(xlabel=UNIT_LABELS.get(x, "step"), ylabel=column.replace("val_", "validation "), xlim=(0, None))
