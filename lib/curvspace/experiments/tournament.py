@@ -17,6 +17,7 @@ import torch
 
 from curvspace.datasets import DataSet
 from curvspace.experiments.context import Context
+from curvspace.experiments.tables_tournament import closing_loss
 from curvspace.optim import registry
 from curvspace.training.loop import FitState, fit
 from curvspace.training.record import initial_model
@@ -79,29 +80,24 @@ def race(
 ) -> pd.DataFrame:
     """A-X2 for one optimiser on one network: one row per evaluation of each run, ``phase`` tuning or final.
 
-    The learning rate of the final runs is the one with the lowest final validation loss, averaged over the tuning
-    seeds (a run that diverges counts as infinite). Where none gets through there are no final runs.
+    The learning rate of the final runs is the one with the lowest
+    :func:`~curvspace.experiments.tables_tournament.closing_loss`, averaged over the tuning seeds. Where none gets
+    through there are no final runs.
     """
     entrant = _entrant(context, dataset, model, optimizer, task, batch_size)
     tables, score = [], {}
     for lr in context.progress(lrs, f"tuning {optimizer['name']} on {model['name']}"):
         losses = []
         for seed in tuning_seeds:
-            state, rows = entrant.train(lr, seed)
+            rows = entrant.train(lr, seed)[1]
             tables.append(rows.assign(phase="tuning"))
-            losses.append(final_loss(state))
+            losses.append(closing_loss(rows))
         score[lr] = sum(losses) / len(losses)
     best = min(score, key=lambda lr: score[lr])
     if math.isfinite(score[best]):
         for seed in context.progress(seeds, f"{optimizer['name']} at lr={best:g}"):
             tables.append(entrant.train(best, seed)[1].assign(phase="final"))
     return pd.concat(tables, ignore_index=True).reindex(columns=list(COLUMNS))
-
-
-def final_loss(state: FitState) -> float:
-    """The validation loss at the end of the budget; infinite for a run that diverged."""
-    loss = state.rows[-1].get("val_loss", math.nan)
-    return loss if state.status == "finished" and math.isfinite(loss) else math.inf
 
 
 def largest_stable_lr(
