@@ -110,7 +110,11 @@ class _SharedPrimal(TorchFunctionMode):
         if dx is None:
             return y
         with torch.no_grad():
-            dy = dx.flatten(-spatial).gather(-1, index.flatten(-spatial)).view(y.shape)
+            flat, positions = dx.flatten(-spatial), index.flatten(-spatial)
+            if spatial == 2 and not y.is_contiguous():  # channels last: keep the layout, gather rows of channels
+                dy = flat.transpose(1, 2).gather(1, positions.transpose(1, 2)).transpose(1, 2).view(y.shape)
+            else:
+                dy = flat.gather(-1, positions).view(y.shape)
         return forward_ad.make_dual(y, dy)
 
     def _relu(self, inputs: Tensor) -> Tensor:
@@ -150,15 +154,17 @@ class _SharedPrimal(TorchFunctionMode):
         with torch.no_grad():
             if not training and running_mean is not None and running_var is not None:
                 mean, scale = running_mean, (running_var + eps).rsqrt()
-            dy = torch.zeros_like(x)
-            if dx is not None:
+            if dx is None:
+                dy = torch.zeros_like(x)
+            else:
                 saved = (mean, scale, training, eps, (True, False, False))
                 dy = torch.ops.aten.native_batch_norm_backward(dx, x, w, *moments, *saved)[0]
             per_channel = (1, -1) + (1,) * (x.ndim - 2)
-            if dw is not None:
-                dy.addcmul_(x - mean.view(per_channel), (dw * scale).view(per_channel))
-            if db is not None:
-                dy.add_(db.view(per_channel))
+            shift = torch.zeros_like(mean) if db is None else db
+            if dw is not None:  # dw x̂ = (dw s) x - dw s m, without a tensor of x's size
+                dy.addcmul_(x, (dw * scale).view(per_channel))
+                shift = shift - dw * scale * mean
+            dy.add_(shift.view(per_channel))
         return forward_ad.make_dual(y, dy)
 
 
