@@ -56,22 +56,20 @@ def split_pass(
     loss = get_loss(loss)
     parameters = list(trainable_parameters(model).values())
     counts = _class_counts(x, y, num_classes)
-    n = batch_size(x)
-    size = sum(p.numel() for p in parameters)
-    c = parameters[0].new_zeros(num_classes, size)
-    gradient = parameters[0].new_zeros(size)
-    value = parameters[0].new_zeros(())
-    own = parameters[0].new_zeros(n)
-    for k, members in _classes(y, counts):
+    c = parameters[0].new_zeros(num_classes, sum(p.numel() for p in parameters))
+    own = parameters[0].new_zeros(len(y))
+    parts = []
+    for k, members, xk in _by_class(x, y, counts):
         with torch.enable_grad():
-            z = _checked_outputs(call(model, select(x, members)), num_classes)
+            z = _checked_outputs(call(model, xk), num_classes)
             logit = z[:, k].mean()
-            part = loss(z, y[members]) * (len(members) / n)
+            parts.append(loss(z, y[members]) * (len(members) / len(y)))
         c[k] = flatten(torch.autograd.grad(logit, parameters, retain_graph=True, materialize_grads=True))
-        gradient += flatten(torch.autograd.grad(part, parameters, materialize_grads=True))
-        value += part.detach()
         own[members] = z.detach().softmax(1)[:, k].to(own.dtype)
-    return ClassPass(value, gradient, c, counts, own)
+    with torch.enable_grad():
+        value = torch.stack(parts).sum()
+    gradient = flatten(torch.autograd.grad(value, parameters, materialize_grads=True))
+    return ClassPass(value.detach(), gradient, c, counts, own)
 
 
 def vjp_pass(
@@ -90,7 +88,7 @@ def vjp_pass(
         value = loss(z, y)
     gradient = flatten(torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True))
     c = gradient.new_zeros(num_classes, gradient.numel())
-    for k, members in _classes(y, counts):
+    for k, members, _ in _by_class(x, y, counts):
         with torch.enable_grad():
             logit = z[members, k].mean()
         c[k] = flatten(torch.autograd.grad(logit, parameters, retain_graph=True, materialize_grads=True))
@@ -133,14 +131,11 @@ def class_gradients(
     counts = _class_counts(x, y, num_classes)
     c = torch.zeros(num_classes, sum(p.numel() for p in theta), dtype=function.dtype, device=function.device)
     shared = function.uses_batch_statistics or method == "vjp"
-    with torch.enable_grad():
-        z = _checked_outputs(function(theta, constants, x), num_classes) if shared else None
-        for k, members in _classes(y, counts):
-            if z is None:
-                zk = _checked_outputs(function(theta, constants, select(x, members)), num_classes)[:, k]
-            else:
-                zk = z[members, k]
-            c[k] = flatten(torch.autograd.grad(zk.mean(), theta, retain_graph=shared, materialize_grads=True))
+    with torch.enable_grad(), function.policy_in_force():
+        z = _checked_outputs(function.evaluate(theta, constants, x), num_classes) if shared else None
+        for k, members, xk in _by_class(x, y, counts):
+            zk = _checked_outputs(function.evaluate(theta, constants, xk), num_classes) if z is None else z[members]
+            c[k] = flatten(torch.autograd.grad(zk[:, k].mean(), theta, retain_graph=shared, materialize_grads=True))
     return c, counts
 
 
@@ -161,8 +156,8 @@ def cross_class_gradients(
     c = torch.zeros(num_classes, num_classes, size, dtype=function.dtype, device=function.device)
     with torch.enable_grad():
         z = _checked_outputs(function(theta, constants, x), num_classes) if function.uses_batch_statistics else None
-        for j, members in _classes(y, counts):
-            zj = function(theta, constants, select(x, members)) if z is None else z[members]
+        for j, members, xj in _by_class(x, y, counts):
+            zj = function(theta, constants, xj) if z is None else z[members]
             for k, mean in enumerate(_checked_outputs(zj, num_classes).mean(0)):
                 c[j, k] = flatten(torch.autograd.grad(mean, theta, retain_graph=True, materialize_grads=True))
     return c, counts
@@ -179,12 +174,16 @@ def _class_counts(x: Inputs, y: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(y, minlength=num_classes)
 
 
-def _classes(y: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each class present, with the positions of its examples."""
+def _by_class(x: Inputs, y: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor, Inputs]]:
+    """Each class present, with the positions of its examples and their inputs (sorted once, then views)."""
     order = torch.argsort(y, stable=True)
-    for k, members in enumerate(order.split(counts.tolist())):
-        if len(members):
-            yield k, members
+    ordered = select(x, order)
+    start = 0
+    for k, count in enumerate(counts.tolist()):
+        if count:
+            part = slice(start, start + count)
+            yield k, order[part], select(ordered, part)
+        start += count
 
 
 def _checked_outputs(z: Tensor, num_classes: int) -> Tensor:

@@ -94,12 +94,19 @@ class FrozenModel:
         self, parameters: Sequence[Tensor], constants: Mapping[str, Tensor], inputs: Inputs, index: int = 0
     ) -> Tensor:
         """The outputs at these parameters; ``index`` numbers the batch, so that each has its own dropout masks."""
+        with self.policy_in_force():
+            return self.evaluate(parameters, constants, inputs, index)
+
+    def evaluate(
+        self, parameters: Sequence[Tensor], constants: Mapping[str, Tensor], inputs: Inputs, index: int = 0
+    ) -> Tensor:
+        """The same inside :meth:`policy_in_force`, for many small calls in a row."""
         if self.uses_batch_statistics:  # the layers write their running statistics: into copies
             constants = {n: t.clone() for n, t in constants.items()}
         tensors = {**constants, **dict(zip(self.names, parameters, strict=True))}
         seed = self.dropout_seed
         draws = nullcontext() if seed is None else replayed_randomness(self.device, seed + index)
-        with self.policy_in_force(), draws:
+        with draws:
             return call_with(self.model, tensors, inputs)
 
     @contextmanager
