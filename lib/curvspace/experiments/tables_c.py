@@ -168,7 +168,7 @@ def damping_sensitivity(tables: Tables) -> pd.DataFrame:
                 "dataset": last["dataset"],
                 "model": last["model"],
                 "optimizer": optimizer,
-                "first_damping": part.sort_values("step")["damping"].dropna().iloc[0],
+                "damping_after_step_1": part.sort_values("step")["damping"].dropna().iloc[0],
                 "last_damping": last["damping"],
                 "epochs": last["epoch"],
                 "seeds": len(best),
@@ -177,4 +177,4 @@ def damping_sensitivity(tables: Tables) -> pd.DataFrame:
                 "final_train_loss": evaluated.sort_values("step").groupby("seed").tail(1)["eval_train_loss"].mean(),
             }
         )
-    return pd.DataFrame(rows).sort_values("first_damping")
+    return pd.DataFrame(rows).sort_values("damping_after_step_1")
