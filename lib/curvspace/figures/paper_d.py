@@ -103,7 +103,7 @@ def large_scale_curvature(tables: Tables, style: Style, radii: Sequence[float]) 
         for axis, radius in zip(row, radii, strict=True):
             name = f"fit_{column}_{radius:g}"
             scatter(axis, style, table, "curvature", name)
-            diagonal(axis, table["curvature"])
+            same_scale(axis, table["curvature"], table[name])
             seen = table.dropna(subset=[name])
             above = (seen[name] > seen["curvature"]).groupby(seen["sign"]).mean()
             words = ", ".join(f"{sign} {share:.0%}" for sign, share in above.items())
@@ -118,22 +118,23 @@ def large_scale_curvature(tables: Tables, style: Style, radii: Sequence[float]) 
 def inverse_step(tables: Tables, style: Style, narrow: float = 1.0) -> Drawn:
     """D-F5: 1/α* of the line search against the eigenvalue; the lines are y = x and y = |x|."""
     table = by_sign(tables["directions"])
+    narrow = close_to_zero(table["curvature"], narrow)
     figure, axes = style.panels(1, 2)
     for axis in axes[0]:
         scatter(axis, style, table[~table["at_edge"]], "curvature", "inverse_alpha")
         scatter(axis, style, table[table["at_edge"]], "curvature", "inverse_alpha", hollow=True)
-        diagonal(axis, table["curvature"])
         axis.axhline(0.0, color="0.5", linewidth=0.8)
         axis.set_xlabel("eigenvalue λ")
-    axes[0, 0].set_xscale("linear")
-    axes[0, 0].set_yscale("linear")
-    axes[0, 0].set(xlim=(-narrow, narrow), ylim=(-2 * narrow, 2 * narrow), ylabel="1/α*")
+    same_scale(axes[0, 1], table["curvature"], table["inverse_alpha"])
+    axes[0, 0].plot([-narrow, narrow], [-narrow, narrow], color="0.6", linewidth=0.8, zorder=0)
+    axes[0, 0].plot([-narrow, 0], [narrow, 0], color="0.6", linestyle=":", linewidth=0.8, zorder=0)
+    axes[0, 0].set(xlim=(-narrow, narrow), ylim=(-1.5 * narrow, 1.5 * narrow), ylabel="1/α*")
     words = [
         f"{sign} λ: rank correlation {rank_correlation(part['inverse_alpha'], part['curvature']):.2f} (n = {len(part)})"
         for sign, part in table.groupby("sign")
     ]
     axes[0, 1].set_title("\n".join(words), fontsize="small")
-    axes[0, 0].set_title(f"|λ| ≤ {narrow:g}\nhollow: best at an end of the range", fontsize="small")
+    axes[0, 0].set_title(f"|λ| ≤ {narrow:.2g}\nhollow: best at an end of the range", fontsize="small")
     axes[0, 1].legend(title="step", fontsize="x-small")
     return figure, table
 
@@ -141,13 +142,15 @@ def inverse_step(tables: Tables, style: Style, narrow: float = 1.0) -> Drawn:
 def improvement(tables: Tables, style: Style, narrow: float = 0.5) -> Drawn:
     """D-F6: best improvement along each eigenvector against its eigenvalue, and the totals on each sign by step."""
     table = by_sign(tables["directions"])
+    narrow = close_to_zero(table["curvature"], narrow)
     figure, axes = style.panels(1, 3)
     for axis in axes[0, :2]:
-        scatter(axis, style, table, "curvature", "improvement", log_y=False)
+        scatter(axis, style, table, "curvature", "improvement")
+        symmetric_log(axis, table["improvement"], "y")
         axis.axvline(0.0, color="0.5", linewidth=0.8)
         axis.set_xlabel("eigenvalue λ")
-    axes[0, 0].set_xscale("linear")
-    axes[0, 0].set(xlim=(-narrow, narrow), ylabel="largest decrease of the loss", title=f"|λ| ≤ {narrow:g}")
+    symmetric_log(axes[0, 1], table["curvature"], "x")
+    axes[0, 0].set(xlim=(-narrow, narrow), ylabel="largest decrease of the loss", title=f"|λ| ≤ {narrow:.2g}")
     axes[0, 1].set_title("all")
     axes[0, 1].legend(title="step", fontsize="x-small")
     totals = table.groupby(["step", "sign"])["improvement"].agg(["sum", "max", "size"]).reset_index()
@@ -173,13 +176,10 @@ def kinds_of_direction(tables: Tables, style: Style, radius: float) -> Drawn:
         axes[0, 0].plot(part["curvature"], part[fit], "o", color=colours[kind], label=kind, alpha=0.8)
         mean = part.groupby("step")["improvement"].mean()
         axes[0, 1].plot(mean.index, mean, "o-", color=colours[kind], label=f"{kind} (mean of {part['index'].max()})")
-    symmetric_log(axes[0, 0], table["curvature"], "x")
-    symmetric_log(axes[0, 0], table[fit], "y")
-    diagonal(axes[0, 0], table["curvature"])
+    same_scale(axes[0, 0], table["curvature"], table[fit])
     axes[0, 0].set(xlabel="curvature vᵀHv", ylabel=f"curvature of the fit, |t| ≤ {radius:g}")
-    axes[0, 1].set(xlabel="step", ylabel="largest decrease of the loss", yscale="symlog")
-    positive = table.loc[table["improvement"] > 0, "improvement"]
-    axes[0, 1].set_yscale("symlog", linthresh=float(positive.min()) if len(positive) else 1e-6)
+    axes[0, 1].set(xlabel="step", ylabel="largest decrease of the loss")
+    symmetric_log(axes[0, 1], table.groupby(["kind", "step"])["improvement"].mean(), "y")
     for axis in axes[0]:
         axis.legend(fontsize="x-small")
     return figure, table
@@ -234,32 +234,41 @@ def _race(axis: Axes, style: Style, metrics: pd.DataFrame, best: pd.DataFrame, b
     return pd.concat(parts, ignore_index=True)
 
 
-def scatter(
-    axis: Axes, style: Style, table: pd.DataFrame, x: str, y: str, *, hollow: bool = False, log_y: bool = True
-) -> None:
-    """Points coloured by step, on axes that are logarithmic on either side of zero."""
+def scatter(axis: Axes, style: Style, table: pd.DataFrame, x: str, y: str, *, hollow: bool = False) -> None:
+    """Points coloured by step, filled unless ``hollow``."""
     steps = sorted(table["step"].unique())
     for colour, step in zip(style.sequence(len(steps)), steps, strict=True):
         part = table[table["step"] == step]
         face = "none" if hollow else colour
         label = None if hollow else f"{step}"
         axis.plot(part[x], part[y], "o", color=colour, markerfacecolor=face, label=label, alpha=0.8)
-    if len(table):
-        symmetric_log(axis, table[x], "x")
-        if log_y:
-            symmetric_log(axis, table[y], "y")
 
 
 def symmetric_log(axis: Axes, values: pd.Series, which: str) -> None:
-    """A logarithmic scale on both sides of zero, linear below the smallest magnitudes shown."""
+    """A scale that is logarithmic on both sides of zero, linear below the smallest magnitudes of the values."""
     sizes = values.abs()[values.abs() > 0].dropna()
-    threshold = float(sizes.quantile(0.05)) if len(sizes) else 1.0
-    getattr(axis, f"set_{which}scale")("symlog", linthresh=max(threshold, 1e-12))
+    low = float(sizes.quantile(0.05)) if len(sizes) else 1.0
+    first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(sizes.max() if len(sizes) else 1.0)))
+    getattr(axis, f"set_{which}scale")("symlog", linthresh=10.0**first, linscale=0.5)
+    decades = 10.0 ** np.arange(first, last + 1, max(1, -(-(last - first) // 3)))
+    negative = list(-decades[::-1]) if (values < 0).any() else []
+    getattr(axis, f"set_{which}ticks")([*negative, 0.0, *decades])
 
 
-def diagonal(axis: Axes, values: pd.Series) -> None:
-    """y = x over the range of the values, and y = |x| dotted where they are negative."""
-    side = np.geomspace(max(values.abs().min(), 1e-12), values.abs().max(), 60)
-    x = np.concatenate([-side[::-1], side])
-    axis.plot(x, x, color="0.6", linewidth=0.8, zorder=0)
-    axis.plot(x[x < 0], -x[x < 0], color="0.6", linestyle=":", linewidth=0.8, zorder=0)
+def same_scale(axis: Axes, x: pd.Series, y: pd.Series) -> None:
+    """Both axes on one such scale, so that y = x is straight, with y = x drawn, and y = |x| dotted for x < 0."""
+    both = pd.concat([x, y]).dropna()
+    symmetric_log(axis, both, "x")
+    symmetric_log(axis, both, "y")
+    low, high = float(x.min()), float(x.max())
+    side = np.geomspace(1e-6, max(abs(low), abs(high), 1e-5), 200)
+    line = np.concatenate([-side[::-1], [0.0], side])
+    line = line[(line >= min(low, 0.0)) & (line <= max(high, 0.0))]
+    axis.plot(line, line, color="0.6", linewidth=0.8, zorder=0)
+    axis.plot(line[line < 0], -line[line < 0], color="0.6", linestyle=":", linewidth=0.8, zorder=0)
+
+
+def close_to_zero(values: pd.Series, wanted: float) -> float:
+    """Half the width of a close-up: ``wanted``, or what it takes to show the three negative values nearest to zero."""
+    sizes = values[values < 0].abs().sort_values().to_numpy()
+    return float(max(wanted, 1.2 * sizes[min(2, len(sizes) - 1)])) if len(sizes) else wanted
