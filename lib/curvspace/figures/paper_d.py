@@ -98,7 +98,7 @@ def profiles(tables: Tables, style: Style) -> Drawn:
 def large_scale_curvature(tables: Tables, style: Style, radii: Sequence[float]) -> Drawn:
     """D-F4: curvature of quadratic fits over a range of α against the eigenvalue, coloured by step."""
     table = by_sign(tables["directions"])
-    figure, axes = style.panels(2, len(radii), sharex=True)
+    figure, axes = style.panels(2, len(radii))
     for row, (column, direction) in zip(axes, (("scaled", "(gᵀv) v"), ("unit", "v")), strict=True):
         for axis, radius in zip(row, radii, strict=True):
             name = f"fit_{column}_{radius:g}"
@@ -248,11 +248,11 @@ def symmetric_log(axis: Axes, values: pd.Series, which: str) -> None:
     """A scale that is logarithmic on both sides of zero, linear below the smallest magnitudes of the values."""
     sizes = values.abs()[values.abs() > 0].dropna()
     low = float(sizes.quantile(0.05)) if len(sizes) else 1.0
-    first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(sizes.max() if len(sizes) else 1.0)))
-    getattr(axis, f"set_{which}scale")("symlog", linthresh=10.0**first, linscale=0.5)
+    first, last = int(np.floor(np.log10(low))), int(np.floor(np.log10(sizes.max() if len(sizes) else 1.0)))
+    getattr(axis, f"set_{which}scale")("symlog", linthresh=10.0**first)
     decades = 10.0 ** np.arange(first, last + 1, max(1, -(-(last - first) // 3)))
-    negative = list(-decades[::-1]) if (values < 0).any() else []
-    getattr(axis, f"set_{which}ticks")([*negative, 0.0, *decades])
+    negative = -decades[decades <= -values.min()] if (values < 0).any() else decades[:0]
+    getattr(axis, f"set_{which}ticks")([*negative[::-1], 0.0, *decades])
 
 
 def same_scale(axis: Axes, x: pd.Series, y: pd.Series) -> None:
