@@ -89,7 +89,7 @@ def ranking(tables: Tables, reference: str, column: str = "val_loss") -> pd.Data
     spent = arrivals(races, reference, column)
     rows = []
     for key, race in races.groupby([*NETWORK, "optimizer"], sort=False):
-        row = dict(zip([*NETWORK, "optimizer"], key, strict=True)) | _tuning(race[race["phase"] == "tuning"])
+        row = dict(zip([*NETWORK, "optimizer"], key, strict=True)) | _rate(race)
         final = race[race["phase"] == "final"]
         last = final.sort_values("step").groupby("seed").tail(1)
         row |= {"seeds": final["seed"].nunique(), "diverged": int((last["status"] == "diverged").sum())}
@@ -104,16 +104,14 @@ def ranking(tables: Tables, reference: str, column: str = "val_loss") -> pd.Data
     return pd.DataFrame(rows).sort_values([*NETWORK, "val_loss"], na_position="last").reset_index(drop=True)
 
 
-def _tuning(tuning: pd.DataFrame) -> dict[str, object]:
-    """The learning rate with the lowest closing loss, as the race chose it, and how the grid fared."""
+def _rate(race: pd.DataFrame) -> dict[str, object]:
+    """The learning rate of the final runs (NaN where there are none), and how the grid fared."""
+    tuning, final = race[race["phase"] == "tuning"], race[race["phase"] == "final"]
     last = tuning.sort_values("step").groupby(["lr", "seed"]).tail(1)
-    runs = pd.Series({key: closing_loss(run) for key, run in tuning.groupby(["lr", "seed"])})
-    score = runs.groupby(level=0).mean()
-    best = float(score.idxmin())
-    through = bool(np.isfinite(score.min()))
+    best = float(final["lr"].iloc[0]) if len(final) else np.nan
     return {
-        "best_lr": best if through else np.nan,
-        "edge": through and best in (score.index.min(), score.index.max()),
+        "best_lr": best,
+        "edge": best in (tuning["lr"].min(), tuning["lr"].max()),
         "tuning_diverged": float((last["status"] == "diverged").mean()),
     }
 

@@ -71,9 +71,9 @@ def speed_up_bars(
             part = table[chosen & (table["optimizer"] != rival)]
             order = part[part["unit"] == "steps"].sort_values("speed_up")["optimizer"].tolist()
             _bars(axes[row, place], part, order, style)
-            axes[row, place].set(title=f"{_title(network)}: against {rival}", xlabel="speed-up (×), logarithmic")
+            axes[row, place].set(title=f"{network[0]}, {network[1]}\nagainst {rival}", xlabel="speed-up (×), logarithmic")
     if networks:
-        axes[0, 0].legend(fontsize="x-small", loc="lower right")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure, table
 
 
@@ -82,6 +82,8 @@ def _bars(axis: Axes, part: pd.DataFrame, order: Sequence[str], style: Style) ->
     colours = style.colours(UNIT_LABELS)
     for offset, (unit, label) in zip((0.26, 0.0, -0.26), UNIT_LABELS.items(), strict=True):
         rows = part[part["unit"] == unit].set_index("optimizer").reindex(order)
+        if rows["speed_up"].isna().all():  # not measured (wall-clock of a shared machine, say)
+            continue
         y = np.arange(len(order)) + offset
         value = rows["speed_up"].to_numpy(float)
         axis.barh(y, value - 1, left=1, height=0.24, color=colours[unit], label=label)
