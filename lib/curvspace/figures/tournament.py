@@ -71,7 +71,9 @@ def speed_up_bars(
             part = table[chosen & (table["optimizer"] != rival)]
             order = part[part["unit"] == "steps"].sort_values("speed_up")["optimizer"].tolist()
             _bars(axes[row, place], part, order, style)
-            axes[row, place].set(title=f"{network[0]}, {network[1]}\nagainst {rival}", xlabel="speed-up (×), logarithmic")
+            axes[row, place].set(
+                title=f"{network[0]}, {network[1]}\nagainst {rival}", xlabel="speed-up (×), logarithmic"
+            )
     if networks:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure, table
