@@ -131,9 +131,14 @@ def cosines(context: Context, examples: int, tol: float = 1e-3) -> pd.DataFrame:
 
 
 def diagnosis(
-    context: Context, examples: int, trace_products: int = 30, tol: float = 1e-2, state: State = "running"
+    context: Context,
+    examples: int,
+    trace_products: int = 30,
+    tol: float = 1e-2,
+    state: State = "running",
+    steps: Sequence[int] | None = None,
 ) -> pd.DataFrame:
-    r"""A-X1: what eq. 12 claims about the class-gradient span, and what holds, along training.
+    r"""A-X1: what eq. 12 claims about the class-gradient span, and what holds, at these of the run's checkpoints (all).
 
     One row a (step, quantity, class or pair):
 
@@ -147,7 +152,8 @@ def diagnosis(
     data = context.dataset(run)
     trackers = {name: SubspaceTracker(data.num_classes, which="LA", tol=tol) for name in ("H", "G")}
     rows: list[Row] = []
-    for step in context.progress(run.steps, "diagnosis"):
+    wanted = [step for step in run.steps if steps is None or step in steps]
+    for step in context.progress(wanted, "diagnosis"):
         model = context.model(run, step)
         if state == "batch":
             model.train()

@@ -100,7 +100,8 @@ def _mark_crossover(axis: Axes, part: pd.DataFrame, overtaking: str, overtaken: 
     if not np.isfinite(found["crossover_step"]):
         return ""
     axis.axvline(found["crossover_step"], color=colour, linestyle=":")
-    return f"crossover at epoch {found['crossover_epoch']:.2g}"
+    epoch = found["crossover_epoch"]
+    return f"crossover at epoch {epoch:.0f}" if epoch >= 10 else f"crossover at epoch {epoch:.2g}"
 
 
 def top_eigenvalues(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from curvspace.experiments.tables_b import in_order
 from curvspace.figures.style import Style
@@ -125,6 +126,7 @@ def overlap_by_dimension(tables: Tables, style: Style, order: Sequence[str] = ()
         axis.plot(line["dimension"], line["null"], **NULL)
         axis.axvline(classes(table) - 1, color="0.3", linestyle="--", linewidth=0.8, zorder=0)
         axis.set(xlabel="dimension of the subspace (dashed: k − 1)", ylim=(-0.03, 1.03))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(scale(table), fontsize="small")
         axis.legend(title="step t₁", fontsize="x-small", ncols=2, loc="upper right")
         drawn.append(means)

@@ -36,16 +36,16 @@ def spectrum(tables: Tables, style: Style) -> Drawn:
         indices = sorted(top["index"].unique())
         for colour, index in zip(style.sequence(len(indices)), indices, strict=True):
             line = top[top["index"] == index]
-            label = f"λ_{index}" if index in (1, indices[-1]) else None
+            label = rf"$\lambda_{{{index}}}$" if index in (1, indices[-1]) else None
             axis.plot(line["step"], line["eigenvalue"].abs(), color=colour, label=label)
         bottom = part[(part["end"] == "SA") & (part["index"] == 1)]
-        axis.plot(bottom["step"], bottom["eigenvalue"].abs(), color=NEGATIVE, label="|λ_d|, the most negative")
+        axis.plot(bottom["step"], bottom["eigenvalue"].abs(), color=NEGATIVE, label=r"$|\lambda_d|$, the most negative")
         loss = part.drop_duplicates("step")
         axis.plot(loss["step"], loss["subset_loss"], color="black", linestyle=":", label="training loss")
         axis.set(yscale="log", xlabel="step")
         axis.set_title(f"{dataset}, {model}, {part['examples'].iloc[0]} examples")
     axes[0, 0].set_ylabel("|eigenvalue|, loss")
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure, table
 
 
@@ -59,14 +59,15 @@ def fixed_directions(tables: Tables, style: Style) -> Drawn:
         name = "v_1" if end == "LA" else "v_d"
         axis.axhline(0.0, color="0.5", linewidth=0.8)
         axis.axvline(origin, color="C1", linestyle="--", linewidth=1.0)
-        for which, colour, label in (("LA", "C2", "λ_1(t)"), ("SA", NEGATIVE, "λ_d(t)")):
+        for which, colour, label in (("LA", "C2", r"$\lambda_1(t)$"), ("SA", NEGATIVE, r"$\lambda_d(t)$")):
             if end == "SA" and which == "LA":
                 continue  # λ_1 is so much larger that nothing else would be seen
             own = extremes[extremes["end"] == which]
             axis.plot(own["step"], own["eigenvalue"], color=colour, linewidth=1.0, label=label)
-        axis.plot(line["step"], line["curvature"], color="C0", marker="o", label=f"{name}(t₀)ᵀ H(t) {name}(t₀)")
+        label = rf"${name}(t_0)^\top H(t)\, {name}(t_0)$"
+        axis.plot(line["step"], line["curvature"], color="C0", marker="o", label=label)
         axis.set_title(f"{'top' if end == 'LA' else 'bottom'} direction of step {origin}")
-        axis.legend()
+        axis.legend(framealpha=0.8, frameon=True, edgecolor="none")
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
     for axis in axes[-1]:
@@ -89,7 +90,8 @@ def profiles(tables: Tables, style: Style) -> Drawn:
             direction = "(gᵀv) v" if reading == "eq. 1" else "v"
             axis.set_xlabel(f"α, in units of {direction}")
             value = part["eigenvalue"].iloc[0]
-            axis.set_title(f"{'v_1, λ_1' if end == 'LA' else 'v_d, λ_d'} = {value:.3g}", fontsize="small")
+            names = r"$v_1$, $\lambda_1$" if end == "LA" else r"$v_d$, $\lambda_d$"
+            axis.set_title(f"{names} = {value:.3g}", fontsize="small")
         row[0].set_ylabel(f"loss, step {table['step'].iloc[0]}")
     axes[0, 0].legend()
     return figure, table
