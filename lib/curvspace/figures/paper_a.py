@@ -211,7 +211,7 @@ def _ratio_panel(axis: Axes, part: pd.DataFrame, style: Style) -> None:
     axis.plot(ratios["step"], ratios["value"], ".", color="0.6", markersize=3)
     style.band(axis, ratios, "step", "value", label="median over classes", low=0.25, high=0.75)
     axis.axhline(1, color="0.3", linestyle=":")
-    axis.set(ylabel="λ_k / v_kᵀGv_k", yscale="log")
+    axis.set(ylabel=r"$\lambda_k\,/\,v_k^\top G v_k$", yscale="log")
     axis.legend()
 
 
@@ -220,7 +220,7 @@ def _cosine_panel(axis: Axes, part: pd.DataFrame) -> None:
     axis.plot(cosines["step"], cosines["value"], ".", color="0.6", markersize=3)
     axis.plot(cosines.groupby("step")["value"].median(), label="median over pairs")
     axis.axhline(0, color="0.3", linestyle=":")
-    axis.set(ylabel="v_jᵀv_k", ylim=(-1, 1))
+    axis.set(ylabel=r"$v_j^\top v_k$", ylim=(-1, 1))
     axis.legend()
 
 

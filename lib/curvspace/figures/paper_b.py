@@ -47,7 +47,7 @@ def f_top_with_training(tables: Tables, style: Style, order: Sequence[str] = ())
         column[0].set_title(scale(table), fontsize="small")
         drawn += [_training(column[1], table)]
     axes[0, 0].set_ylabel("share of squared gradient")
-    axes[0, 0].legend(loc="center right")
+    axes[0, 0].legend(loc="center right", bbox_to_anchor=(1.0, 0.4))
     axes[1, 0].set_ylabel("loss, accuracy")
     axes[1, 0].legend(loc="center right")
     return figure, pd.concat(drawn, ignore_index=True)

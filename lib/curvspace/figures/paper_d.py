@@ -67,7 +67,7 @@ def fixed_directions(tables: Tables, style: Style) -> Drawn:
         label = rf"${name}(t_0)^\top H(t)\, {name}(t_0)$"
         axis.plot(line["step"], line["curvature"], color="C0", marker="o", label=label)
         axis.set_title(f"{'top' if end == 'LA' else 'bottom'} direction of step {origin}")
-        axis.legend(framealpha=0.8, frameon=True, edgecolor="none")
+        axis.legend()
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
     for axis in axes[-1]:

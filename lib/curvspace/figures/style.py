@@ -34,7 +34,9 @@ GRID = {
     "axes.spines.top": False,
     "grid.color": "0.8",
     "grid.linewidth": 0.5,
-    "legend.frameon": False,
+    "legend.frameon": True,
+    "legend.framealpha": 0.75,
+    "legend.edgecolor": "none",
 }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from curvspace.experiments.tables_tournament import NETWORK, ranking, speed_ups, stable_rates, targets
 from curvspace.figures.style import Style
@@ -50,7 +51,10 @@ def curves(tables: Tables, style: Style, reference: str, column: str = "val_loss
             axes[1, place].set_xlim(0, 2.0 * most)
         axes[0, place].set_title(_title(network))
         if not part.empty:
-            axes[1, place].legend(title="optimiser (its η)", fontsize="x-small", ncols=1)
+            below = (0.5, -0.22)
+            axes[1, place].legend(
+                title="optimiser (its η)", fontsize="x-small", ncols=2, loc="upper center", bbox_to_anchor=below
+            )
     columns = ["x", "median", "low", "high", "n", "optimizer", "against", *NETWORK]
     return figure, pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame(columns=columns)
 
@@ -98,7 +102,8 @@ def _bars(axis: Axes, part: pd.DataFrame, order: Sequence[str], style: Style) ->
     values = pd.concat([part["speed_up"], part["low"], part["high"]]).replace([0, np.inf], np.nan).dropna()
     limit = float(np.exp(np.abs(np.log(values.clip(1 / 30, 30))).max())) if len(values) else 2.0
     axis.set_xlim(1 / (1.15 * limit), 1.15 * limit)
-    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if 1 / (1.15 * limit) <= t <= 1.15 * limit]
+    marks = (0.2, 0.5, 1, 2, 5) if limit < 8 else (0.05, 0.2, 1, 5, 20)
+    ticks = [t for t in marks if 1 / (1.15 * limit) <= t <= 1.15 * limit]
     axis.set_xticks(ticks, [f"{t:g}×" for t in ticks])
     axis.minorticks_off()
     axis.set_yticks(range(len(order)), order)
@@ -127,6 +132,9 @@ def stability_ladder(tables: Tables, style: Style, reference: str) -> tuple[Figu
         if len(base):
             axis.axvline(base.iloc[0], color="0.3", linestyle="--", linewidth=1)
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        found = part["stable_lr"].dropna()
+        axis.set_xlim(min([0.01, *found / 2]), max([1.0, *found * 2]))
         axis.set_yticks(range(len(part)), part["optimizer"])
         axis.set_ylim(-0.6, len(part) - 0.4)
         axis.set(xlabel="largest stable η", title=_title(network))
