@@ -56,7 +56,7 @@ def preserved(
 def kink(
     tables: Tables, *, at: int, within: int = 1, x: str = "dimension", y: str = "value", table: str | None = None
 ) -> Outcome:
-    """B12: the mean overlap against the dimension bends at ``at`` ± ``within``: the break of the best two-piece line.
+    """B12: the mean overlap against the dimension bends at ``at`` ± ``within``: where its slope falls most.
 
     Curves of several starting steps are averaged first.
     """
@@ -74,13 +74,8 @@ def kink(
 
 
 def break_point(x: np.ndarray, y: np.ndarray) -> float:
-    """The inner x at which a continuous line of two pieces fits y best, in least squares."""
-
-    def misfit(at: float) -> float:
-        design = np.stack([np.ones_like(x), x, np.maximum(x - at, 0)], axis=1)
-        return float(np.square(y - design @ np.linalg.lstsq(design, y, rcond=None)[0]).sum())
-
-    return min(x[1:-1], key=misfit)
+    """The inner x at which the slope of the broken line through all points falls most."""
+    return float(x[1:-1][np.argmin(np.diff(np.diff(y) / np.diff(x)))])
 
 
 def against_reference(
