@@ -164,7 +164,7 @@ def ablation_bars(
         for y, name in enumerate(order):
             lr = rows.loc[name, "best_lr"]
             note = f"η = {lr:g}" if np.isfinite(lr) else "diverged at every η"
-            axis.annotate(note, (0.01 * start, y), va="center", fontsize="x-small", color="0.1")
+            axis.annotate(note, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize="x-small")
         axis.axvline(start, color="0.6", linewidth=1)
         if full in rows.index:
             axis.axvline(rows.loc[full, column], color="C0", linestyle="--", linewidth=1)
