@@ -36,7 +36,7 @@ def _times(axis: plt.Axes, path: Path) -> None:
     for i, (seconds, residual) in enumerate(zip(table["seconds"], table["residual"], strict=True)):
         axis.text(seconds, i, f" {seconds:.1f} s, residual {residual:.0e}", va="center", fontsize=6)
     axis.invert_yaxis()
-    axis.set_xlim(right=1.5 * table["seconds"].max())
+    axis.set_xlim(right=1.7 * table["seconds"].max())
     axis.tick_params(labelsize=6)
     axis.set_xlabel("seconds")
 
