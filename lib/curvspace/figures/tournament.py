@@ -179,4 +179,4 @@ def _named(network: tuple) -> dict[str, object]:
 
 def _title(network: tuple) -> str:
     dataset, model, batch = network
-    return f"{dataset}, {model}, batch {batch}"
+    return f"{dataset}, {model}\nbatch {batch}"
