@@ -197,7 +197,7 @@ def test_bad_hyperparameters_name_the_value(options):
 
 def test_a_base_by_name():
     optimizer = NegativeCurvature(network(), "Adam", lr=0.1)
-    assert type(optimizer.inner) is torch.optim.Adam
+    assert isinstance(optimizer.inner, torch.optim.Adam)
     with pytest.raises(ValueError, match="Adamant"):
         NegativeCurvature(network(), "Adamant", lr=0.1)
 

@@ -55,3 +55,45 @@ def test_own_optimizer_by_module_and_function() -> None:
 def test_the_package_imports_no_optimiser_before_it_is_asked_for() -> None:
     code = "import sys, curvspace.optim; sys.exit('torch' in sys.modules or 'curvspace.optim.bases' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_torchs_optimisers_step_without_its_compiler() -> None:
+    code = (
+        "import sys, torch; from curvspace.optim import FirstOrder\n"
+        "opt = FirstOrder(torch.nn.Linear(3, 3), torch.optim.{}, lr=0.1)\n"
+        "opt.step(torch.ones(2, 3), torch.tensor([0, 1])); opt.load_state_dict(opt.state_dict())\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    for kind in ("SGD", "Adam", "RMSprop"):
+        assert subprocess.run([sys.executable, "-c", code.format(kind)], check=False).returncode == 0
+
+
+def test_an_optimiser_from_elsewhere_is_wrapped_as_it_is() -> None:
+    class Halving(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.5)
+
+    model = _fresh()
+    optimizer = FirstOrder(model, Halving, defaults={})
+    before = model.weight.detach().clone()
+    optimizer.step(X, Y)
+    assert type(optimizer.inner) is Halving
+    assert torch.equal(model.weight, before / 2)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_wrapped_optimisers_do_what_torchs_do_with_their_hooks(kind: type[torch.optim.Optimizer]) -> None:
+    ours, plain = _fresh(), _fresh()
+    wrapped, reference = FirstOrder(ours, kind, lr=0.1), kind(plain.parameters(), lr=0.1)  # type: ignore[call-arg]
+    calls = []
+    wrapped.inner.register_step_post_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        wrapped.step(X, Y)
+        reference.zero_grad()
+        nn.functional.cross_entropy(plain(X), Y).backward()
+        reference.step()
+    assert torch.equal(ours.weight, plain.weight)
+    assert torch.equal(ours.bias, plain.bias)
+    assert len(calls) == 3

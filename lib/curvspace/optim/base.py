@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,26 @@ class Costs:
         return {**counted, "gradient_evaluations": self.gradient_evaluations}
 
 
-class ModelOptimizer(torch.optim.Optimizer):
+def eager(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A class of ``torch.optim`` without the guards for ``torch.compile`` around its methods; any other as it is.
+
+    The first call of a guarded method imports the compiler: over a second, more than many a run takes, and nothing
+    here is compiled. What the methods do is torch's own code, unchanged.
+    """
+    if not kind.__module__.startswith("torch.optim."):
+        return kind
+    guarded = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
+    plain = {name: torch.no_grad()(inspect.unwrap(getattr(kind, name))) for name in guarded}
+    return type(kind.__name__, (kind,), plain)
+
+
+if TYPE_CHECKING:
+    TorchOptimizer = torch.optim.Optimizer
+else:
+    TorchOptimizer = eager(torch.optim.Optimizer)
+
+
+class ModelOptimizer(TorchOptimizer):
     """An optimiser that evaluates the model itself: ``loss = opt.step(inputs, targets)``.
 
     Subclasses implement ``_step(inputs, targets) -> loss before the step`` and, if they keep state outside
