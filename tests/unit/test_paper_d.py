@@ -57,6 +57,16 @@ def test_spectrum_is_that_of_the_dense_hessian(context):
     assert (table["examples"] == 100).all()
 
 
+@pytest.mark.parametrize("smallest", [-20.0, -0.5, 0.0])
+def test_the_negative_end_is_found_below_large_outliers(smallest):
+    values = torch.cat([torch.tensor([smallest, 60.0, 100.0]), torch.linspace(0, 0.3, 297)])
+    found = paper_d.TwoEnds(top=2, bottom=1, tol=0.02).update(torch.diag(values))
+    torch.testing.assert_close(found["LA"].values, torch.tensor([100.0, 60.0]), rtol=1e-3, atol=0)
+    accuracy = 0.02 * max(abs(smallest), 1.0)  # or a hundredth of the largest
+    assert float(found["SA"].residuals.max()) <= accuracy
+    torch.testing.assert_close(found["SA"].values, torch.tensor([smallest]), rtol=0, atol=accuracy)
+
+
 def test_the_subset_is_the_same_at_every_call(context):
     (run,) = context.runs
     (x, y), (again, _) = (paper_d.fixed_subset(context, run, FRACTION)[0] for _ in range(2))

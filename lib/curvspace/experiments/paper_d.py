@@ -53,8 +53,8 @@ def objective_at(context: Context, run: RunRecord, step: int, fraction: float) -
 class TwoEnds:
     """LA(top) and SA(bottom) of one Hessian after another, each solve started from the last one's vectors.
 
-    Residuals are at most ``tol`` times the extreme eigenvalue *of that end*: with one tolerance relative to the
-    largest eigenvalue, a small negative end would count as converged before it is found.
+    Residuals are at most ``tol`` times the extreme eigenvalue *of that end* (or a hundredth of λ_1): with one
+    tolerance relative to the largest eigenvalue, a small negative end would count as converged before it is found.
     """
 
     def __init__(self, top: int, bottom: int, tol: float):
@@ -75,17 +75,20 @@ class TwoEnds:
         return pairs
 
     def _smallest(self, hessian: HessianOperator, largest: float) -> EigenPairs:
-        """Converged relative to |λ_d|, whose size is known only after a first, loose solve."""
-        pairs, products, loose = None, 0, 0.02
-        for _ in range(3):
-            pairs = self._solve(hessian, "SA", self.bottom, loose)
+        """Residuals relative to |λ_d|, or to a hundredth of λ_1 where that is larger.
+
+        A loose solve may take a nearly flat direction for the end of the spectrum, so that |λ_d| shows only as the
+        tolerance tightens: tenfold at most at a time, each solve started from the last one's vectors.
+        """
+        products, relative = 0, 0.02
+        while True:
+            pairs = self._solve(hessian, "SA", self.bottom, relative)
             products += pairs.products
-            wanted = self.tol * float(pairs.values[0].abs())
-            if float(pairs.residuals.max()) <= wanted or not pairs.converged:
-                break
-            loose = max(0.9 * wanted / largest, 1e-5)  # below that, float32 products are the limit
-        assert pairs is not None
-        return replace(pairs, products=products)
+            wanted = self.tol * max(float(pairs.values[0].abs()), largest / 100)
+            tighter = max(0.9 * wanted / largest, relative / 10)
+            if float(pairs.residuals.max()) <= wanted or not pairs.converged or tighter >= relative:
+                return replace(pairs, products=products)
+            relative = tighter
 
 
 def spectrum(context: Context, top: int, bottom: int, fraction: float, tol: float = 1e-2) -> pd.DataFrame:
