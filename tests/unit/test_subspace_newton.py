@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvspace import Objective
+from curvspace import Objective, class_gradients
 from curvspace.functional import flatten, parameter_vector, trainable_parameters
 from curvspace.optim import (
     Adam,
@@ -288,6 +288,19 @@ def test_dominant_and_bulk_steps_add_up_to_sgd() -> None:
     assert abs(float(moves[0] @ moves[1])) < 1e-8
 
 
+def test_bulk_outside_the_class_gradients() -> None:
+    x, y = batches(1)[0]
+    model = small_network()
+    start = parameter_vector(model)
+    rows, _ = class_gradients(model, x, y, num_classes=C)
+    g = flatten(torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters())))
+    bulk_sgd(model, k=C, lr=0.3, span="class-gradients").step(x, y)
+    q, _ = torch.linalg.qr(rows.T)
+    torch.testing.assert_close(start - parameter_vector(model), 0.3 * (g - q @ (q.T @ g)), rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="span must be"):
+        bulk_sgd(model, k=C, span="classes")
+
+
 def test_trust_radius_bounds_the_step() -> None:
     model, (x, y) = linear_softmax(), batches(1)[0]
     start = parameter_vector(model)
@@ -331,6 +344,8 @@ CONFIGURATIONS = {
     "paper A": lambda m: class_gradient_newton(m, C, damping=0.1),
     "ours": lambda m: rayleigh_ritz_newton(m, C, refresh_every=2, curvature_gamma=0.5),
     "adaptive": lambda m: rayleigh_ritz_newton(m, C, damping="adaptive", past_updates=2, cospace="adam", lr=0.01),
+    "past updates, every step": lambda m: rayleigh_ritz_newton(m, C, past_updates=2, refresh_every=1),
+    "class gradients dropped": lambda m: bulk_sgd(m, C, momentum=0.9, span="class-gradients", refresh_every=3),
     "low rank": lambda m: low_rank_newton(m, C, refresh_every=2, damping=0.1),
     "dominant": lambda m: dominant_sgd(m, C, momentum=0.5, refresh_every=3),
     "random": lambda m: SubspaceNewton(m, RandomDirections(3, redraw=True), Scale(0.1), GradientDescent(0.1, 0.5)),

@@ -151,12 +151,13 @@ class PastUpdates(Basis):
         self.state["recorded"] += 1
 
     def _refresh(self, batch: Minibatch, gradient: Tensor) -> None:
-        self.restore()
+        if self.state:
+            self.state["spanning"] = self.state["updates"].clone()  # the ring is written again before the next refresh
+            self.restore()
 
     def restore(self) -> None:
-        if self.state:
-            # A copy: the ring is written again before the next refresh.
-            self.span = orthonormal_span([self.state["updates"].clone()])
+        if "spanning" in self.state:
+            self.span = orthonormal_span([self.state["spanning"]])
 
 
 class RandomDirections(Basis):

@@ -14,11 +14,17 @@ from curvspace.optim.damping import AdaptiveDamping
 from curvspace.optim.drop import Drop
 from curvspace.optim.eigenbases import TopEigenvectors
 from curvspace.optim.inside import DiagonalNewton, RayleighRitzNewton, Scale
-from curvspace.optim.outside import Adam, GradientDescent
+from curvspace.optim.outside import Adam, GradientDescent, Outside
 from curvspace.optim.subspace_newton import SubspaceNewton
 
 LossLike = str | Loss | Callable[[Tensor, Tensor], Tensor]
 MomentumOn = Literal["step", "cospace"]
+Cospace = Literal["sgd", "adam"]
+
+
+def _outside(cospace: Cospace, lr: float, momentum: float) -> Outside:
+    require(cospace in ("sgd", "adam"), "cospace", cospace, '"sgd" or "adam"')
+    return Adam(lr, (momentum, 0.999)) if cospace == "adam" else GradientDescent(lr, momentum)
 
 
 def class_gradient_newton(
@@ -67,18 +73,18 @@ def rayleigh_ritz_newton(
     num_classes: int,
     lr: float = 0.1,
     momentum: float = 0.9,
-    damping: float | Literal["adaptive"] = 0.1,
+    damping: float | Literal["adaptive"] = 10.0,
     *,
     scale: float = 0.3,
     gamma: float = 0.9,
     curvature: Literal["gauss-newton", "hessian"] = "gauss-newton",
     curvature_gamma: float = 0.0,
     fraction: float = 0.25,
-    refresh_every: int = 1,
+    refresh_every: int = 10,
     past_updates: int = 0,
-    cospace: Literal["sgd", "adam"] = "sgd",
+    cospace: Cospace = "sgd",
     momentum_on: MomentumOn = "cospace",
-    batch_norm: Literal["auto", "frozen", "vjp"] = "auto",
+    batch_norm: Literal["auto", "frozen", "vjp"] = "frozen",
     trust_radius: float | None = None,
     loss: LossLike = "cross_entropy",
 ) -> SubspaceNewton:
@@ -88,9 +94,9 @@ def rayleigh_ritz_newton(
 
     ``scale`` is :math:`\alpha`; ``fraction`` the share of the minibatch on which G is measured;
     ``past_updates`` adds so many past steps to the span; ``cospace="adam"`` puts Adam in the co-space
-    (``momentum`` is then its :math:`\beta_1`); ``damping="adaptive"`` follows the Levenberg-Marquardt rule.
+    (``momentum`` is then its :math:`\beta_1`); ``damping="adaptive"`` follows the Levenberg-Marquardt rule. The
+    defaults are those of the tournament (A-X2): less damping lets through the noise of small minibatches.
     """
-    require(cospace in ("sgd", "adam"), "cospace", cospace, '"sgd" or "adam"')
     require(past_updates >= 0, "past_updates", past_updates, "at least 0")
     require(not isinstance(damping, str) or damping == "adaptive", "damping", damping, 'a number or "adaptive"')
     basis: Basis = ClassGradients(gamma, True, num_classes, batch_norm)
@@ -101,7 +107,7 @@ def rayleigh_ritz_newton(
         model,
         basis=basis,
         inside=RayleighRitzNewton(rule, scale, curvature, fraction, curvature_gamma, trust_radius),
-        outside=Adam(lr, (momentum, 0.999)) if cospace == "adam" else GradientDescent(lr, momentum),
+        outside=_outside(cospace, lr, momentum),
         loss=loss,
         momentum_on=momentum_on,
         refresh_every=refresh_every,
@@ -164,12 +170,21 @@ def bulk_sgd(
     momentum: float = 0.0,
     refresh_every: int = 20,
     *,
+    span: Literal["eigenvectors", "class-gradients"] = "eigenvectors",
+    cospace: Cospace = "sgd",
     loss: LossLike = "cross_entropy",
     **options: Any,
 ) -> SubspaceNewton:
-    r"""Gradient descent outside the top-k eigenspace: :math:`\theta \leftarrow \theta - \eta\,(I - QQ^\top)\,g`.
+    r"""Gradient descent outside a sharp subspace: :math:`\theta \leftarrow \theta - \eta\,(I - QQ^\top)\,g`.
 
-    ``options`` go to :class:`~curvspace.optim.eigenbases.TopEigenvectors`.
+    Q spans the top-k eigenvectors of the Hessian or, for k classes and much cheaper, the class gradients; ``options``
+    go to :class:`~curvspace.optim.eigenbases.TopEigenvectors` or :class:`~curvspace.optim.bases.ClassGradients`.
+    ``cospace="adam"`` puts Adam in the place of gradient descent.
     """
-    basis = TopEigenvectors(k, refresh_every=refresh_every, **options)
-    return SubspaceNewton(model, basis, Drop(), GradientDescent(lr, momentum), loss)
+    require(span in ("eigenvectors", "class-gradients"), "span", span, '"eigenvectors" or "class-gradients"')
+    basis: Basis
+    if span == "class-gradients":
+        basis = ClassGradients(orthonormal=True, num_classes=k, **options)
+    else:
+        basis = TopEigenvectors(k, refresh_every=refresh_every, **options)
+    return SubspaceNewton(model, basis, Drop(), _outside(cospace, lr, momentum), loss, refresh_every=refresh_every)
