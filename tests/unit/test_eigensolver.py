@@ -28,6 +28,17 @@ class Counting:
         return self.matrix @ v + self.noise * torch.randn_like(v)
 
 
+class Diagonal:
+    """diag(values) as an operator."""
+
+    def __init__(self, values):
+        self.values, self.shape = values, (len(values), len(values))
+        self.dtype, self.device = values.dtype, values.device
+
+    def __matmul__(self, v):
+        return self.values * v
+
+
 def _expected(values: torch.Tensor, k: int, which: str) -> torch.Tensor:
     down = values.flip(0)
     if which == "LA":
@@ -83,6 +94,14 @@ def test_both_ends_of_an_indefinite_hessian():
     for which in ("LA", "SA", "BE", "LM"):
         pairs = eigsh(H, 4, which, tol=1e-9)
         torch.testing.assert_close(pairs.values, _expected(values, 4, which), rtol=0, atol=1e-10)
+
+
+def test_a_random_vector_of_a_large_flat_operator_is_not_taken_for_its_negative_end():
+    values = torch.zeros(200_000)
+    values[:5] = torch.tensor([3.0, 2.0, 1.0, 0.5, -0.4])
+    pairs = eigsh(Diagonal(values), 1, "SA", tol=0.02)
+    torch.testing.assert_close(pairs.values, torch.tensor([-0.4]), rtol=0.01, atol=0)
+    assert pairs.vectors[4, 0].abs() > 0.99
 
 
 def test_tolerance_relative_to_the_wanted_pairs():

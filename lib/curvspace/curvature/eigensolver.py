@@ -23,6 +23,10 @@ RelativeTo = Literal["spectrum", "wanted"]
 PROBE = 3
 """Products spent on a fresh random direction before a result is believed: see :func:`_probe`."""
 
+DISCOVERY = 30
+"""Products before a pair is believed whose eigenvalue the tolerance cannot tell from zero: of a large operator with few
+outliers any random vector is such a pair, and the end of the spectrum shows only in a Krylov sequence."""
+
 BASIS_BYTES = 256 * 2**20
 """Memory that V and W may take before restarts set in, unless ``max_basis`` says otherwise."""
 
@@ -120,7 +124,8 @@ def eigsh(
         scale = largest if relative_to == "spectrum" else float(theta[wanted].abs().max())
         bound = max(tol * scale, 20 * torch.finfo(basis.V.dtype).eps * largest)
         open_pairs = [i for i, r in enumerate(lengths) if r > bound]
-        found = len(wanted) == k and not open_pairs
+        telling = basis.products >= min(DISCOVERY, max_products) or float(theta[wanted].abs().min()) > bound
+        found = len(wanted) == k and not open_pairs and telling
         if basis.size == n or (found and _unchanged(before_probe, theta[wanted], bound)):
             break
         if basis.products >= max_products:
@@ -131,7 +136,8 @@ def eigsh(
             before_probe = theta[wanted]
             _probe(basis)
         else:
-            basis.append(residuals[open_pairs[0]] if open_pairs else basis.random())
+            more = open_pairs or ([] if telling else [0])
+            basis.append(residuals[more[0]] if more else basis.random())
             basis.bar.set_postfix_str(f"{k - len(open_pairs)}/{k} pairs, worst residual {max(lengths):.1e}")
     basis.bar.close()
     if not found:
