@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +29,7 @@ def curves(tables: Tables, style: Style, reference: str, column: str = "val_loss
     final = races[races["phase"] == "final"]
     networks = list(races.groupby(NETWORK, sort=False).groups)
     colours = style.colours(races["optimizer"])
+    lines = dict(zip(colours, itertools.cycle(("-", "--")), strict=False))  # neighbouring colours are alike
     goal = targets(races, reference, column)
     figure, axes = style.panels(2, len(networks), height=3.2, sharey="col")
     drawn = []
@@ -41,7 +43,8 @@ def curves(tables: Tables, style: Style, reference: str, column: str = "val_loss
                 # Seeds may pay differently for the same step: their evaluations meet at the mean of what it cost.
                 shown = own.assign(x=own.groupby("step")[x].transform("mean"))
                 shown = shown[shown[column] <= CLIP * start]
-                band = style.band(axis, shown, "x", column, label=label, colour=colours[name])
+                look = {"colour": colours[name], "linestyle": lines[name]}
+                band = style.band(axis, shown, "x", column, label=label, **look)
                 drawn.append(band.assign(optimizer=name, against=x, **_named(network)))
             if network in goal.index:
                 axis.axhline(goal[network], color="0.3", linestyle=":", linewidth=1)
