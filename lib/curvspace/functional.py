@@ -94,6 +94,27 @@ def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -
     return functional_call(model, dict(tensors), tuple(inputs))
 
 
+def pull_back(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    batched: bool = False,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    r""":math:`J^\top u = \nabla_x \sum_i \langle y_i(x), u_i \rangle` for outputs y that have a graph to the inputs x.
+
+    ``batched``: m cotangents at once, stacked in front of each u. The options are those of ``torch.autograd.grad``.
+    That takes cotangents as ``grad_outputs`` too, but imports sympy to compare shapes at its first use: half a second
+    of every process that multiplies with a Hessian. The result is the same, bit for bit.
+    """
+    if batched:
+        return torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
+    with torch.enable_grad():
+        inner = flatten(outputs) @ flatten(cotangents)
+    return torch.autograd.grad(inner, inputs, **options)
+
+
 def batch_size(inputs: Inputs) -> int:
     """Number of examples: the first dimension of the first tensor among the inputs."""
     if isinstance(inputs, Tensor):

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvspace.functional import pull_back
+
 
 class Loss:
     """Any callable(outputs, targets) -> mean loss; its derivatives by autograd on detached outputs."""
@@ -37,8 +39,7 @@ class Loss:
             (g,) = torch.autograd.grad(self(z, targets), z, create_graph=True)
             if not g.requires_grad:  # linear in z
                 return torch.zeros_like(u)
-            (hu,) = torch.autograd.grad(g, z, u.detach(), allow_unused=True)
-            return torch.zeros_like(u) if hu is None else hu
+            return pull_back([g], [z], [u.detach()], materialize_grads=True)[0]
 
 
 class CrossEntropy(Loss):

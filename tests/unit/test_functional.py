@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from curvspace.functional import (
     flatten,
     parameter_vector,
     preserved_buffers,
+    pull_back,
     replayed_randomness,
     select,
     trainable_parameters,
@@ -75,3 +79,33 @@ def test_preserved_buffers_and_replayed_randomness():
         with replayed_randomness(torch.device("cpu"), seed=1):
             draws.append(torch.rand(3))
     assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_pull_back_is_the_transposed_jacobian(batched):
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    unused = torch.ones(4, requires_grad=True)
+
+    def outputs(x, y):
+        return (x @ y).sin(), (x * y).t() ** 2  # the second is not contiguous
+
+    jacobian = torch.autograd.functional.jacobian(outputs, (x, y))
+    u = [torch.randn(5, *z.shape, dtype=torch.float64) for z in outputs(x, y)]
+    found = pull_back(
+        outputs(x, y), [x, y, unused], u if batched else [t[0] for t in u], batched=batched, materialize_grads=True
+    )
+    for i, g in enumerate(found[:2]):
+        expected = sum(torch.tensordot(t, j[i], j[i].ndim - (x, y)[i].ndim) for t, j in zip(u, jacobian, strict=True))
+        torch.testing.assert_close(g, expected if batched else expected[0])
+    assert not found[2].any()
+
+
+def test_a_product_with_the_hessian_does_not_wait_for_sympy():
+    code = (
+        "import sys, torch; from curvspace import Objective\n"
+        "objective = Objective(torch.nn.Linear(3, 3), [(torch.ones(2, 3), torch.tensor([0, 1]))])\n"
+        "objective.hessian() @ torch.ones(12), objective.gauss_newton() @ torch.ones(12)\n"
+        "sys.exit('sympy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,8 @@ import torch
 
 from curvspace.datasets import DataSet, Split
 from curvspace.experiments.context import Context
-from curvspace.experiments.tables_tournament import arrivals, interval, ranking, speed_ups, stable_rates, targets
+from curvspace.experiments.intervals import interval
+from curvspace.experiments.tables_tournament import arrivals, ranking, speed_ups, stable_rates, targets
 from curvspace.experiments.tournament import COLUMNS, edge_of_stability, largest_stable_lr, race
 from curvspace.figures.style import Style
 from curvspace.figures.tournament import ablation_bars, curves, speed_up_bars, stability_ladder

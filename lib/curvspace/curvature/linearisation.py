@@ -20,7 +20,7 @@ from torch import Tensor
 
 from curvspace.curvature.convolution import FastConvolutions
 from curvspace.curvature.frozen import FrozenModel
-from curvspace.functional import Inputs
+from curvspace.functional import Inputs, pull_back
 from curvspace.losses import Loss
 
 Tensors = Sequence[Tensor]
@@ -107,14 +107,8 @@ class HessianLinearisation(Linearisation):
         self.gradient = [gradient[i] for i in self.live]
 
     def _multiply(self, vs: Tensors, batched: bool) -> Tensors:
-        return torch.autograd.grad(
-            self.gradient,
-            self.theta,
-            [vs[i] for i in self.live],
-            retain_graph=True,
-            materialize_grads=True,
-            is_grads_batched=batched,
-        )
+        live = [vs[i] for i in self.live]
+        return pull_back(self.gradient, self.theta, live, batched=batched, retain_graph=True, materialize_grads=True)
 
     def product(self, v: Tensors) -> Tensors:
         return self._multiply(v, False) if self.live else [torch.zeros_like(p) for p in self.theta]
@@ -131,21 +125,19 @@ class JacobianLinearisation:
         with torch.enable_grad(), FastConvolutions(linear=True):
             self.z = outputs()
             self.u = torch.zeros_like(self.z, requires_grad=True)
-            vjp = torch.autograd.grad(self.z, self.theta, self.u, create_graph=True, materialize_grads=True)
+            vjp = pull_back([self.z], self.theta, [self.u], create_graph=True, materialize_grads=True)
         self.live = [i for i, w in enumerate(vjp) if w.requires_grad]
         self.vjp = [vjp[i] for i in self.live]
 
     def forward(self, v: Tensors, batched: bool = False) -> Tensor:
         """J v for v in the parameters' shapes (``batched``: m of them, stacked in front)."""
         tangents = [v[i] for i in self.live]
-        (jv,) = torch.autograd.grad(self.vjp, self.u, tangents, retain_graph=True, is_grads_batched=batched)
+        (jv,) = pull_back(self.vjp, [self.u], tangents, batched=batched, retain_graph=True)
         return jv
 
     def backward(self, u: Tensor, batched: bool = False) -> Tensors:
         """Jᵀu for u of the outputs' shape (``batched``: m of them, stacked in front)."""
-        return torch.autograd.grad(
-            self.z, self.theta, u, retain_graph=True, materialize_grads=True, is_grads_batched=batched
-        )
+        return pull_back([self.z], self.theta, [u], batched=batched, retain_graph=True, materialize_grads=True)
 
 
 class GaussNewtonLinearisation(Linearisation):

@@ -22,6 +22,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from curvspace.experiments.intervals import half_width
+
 HOLDS, FAILS, INCONCLUSIVE = "holds", "fails", "inconclusive"
 UNTESTED = "not tested at this scale"
 VERDICTS = (HOLDS, FAILS, INCONCLUSIVE, UNTESTED)
@@ -119,9 +121,7 @@ def estimate(values: Sequence[float], margin: float = 0.0, level: float = 0.95) 
     if not np.isfinite(x).all():
         return Estimate(float(np.median(np.sort(x))), float(x.min()), float(x.max()), len(x))
     mean = float(x.mean())
-    half = margin
-    if len(x) > 1:
-        half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    half = half_width(float(x.std(ddof=1)), len(x), level) if len(x) > 1 else margin
     return Estimate(mean, mean - half, mean + half, len(x))
 
 

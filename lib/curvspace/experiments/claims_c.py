@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import pandas as pd
-from scipy import stats
 
 from curvspace.experiments.claims import (
     HOLDS,
@@ -24,6 +23,7 @@ from curvspace.experiments.claims import (
     number,
     pick,
 )
+from curvspace.experiments.intervals import half_width
 
 
 def cell(
@@ -49,7 +49,7 @@ def cell(
     n, tried, value, spread = int(row[count]), int(row[runs]), float(row[mean]), float(row[sd])
     if tried < least:
         raise Untested(f"{number(value)}, s.d. {number(spread)}, {n} of {tried} runs" if n else f"0 of {tried} runs")
-    half = float(stats.t.ppf(0.975, n - 1)) * spread / math.sqrt(n) if n > 1 else math.nan
+    half = half_width(spread, n)
     measured = Estimate(value if n > 1 else math.nan, value - half, value + half, n)
     verdict = judge(measured, reference - reference_sd, reference + reference_sd)
     if n < least and verdict == HOLDS:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
+
+from curvspace.experiments.intervals import interval
 
 Tables = dict[str, pd.DataFrame]
 RUN = ["dataset", "model", "optimizer", "batch_size", "lr", "seed"]
@@ -121,15 +122,6 @@ def best_settings(at: pd.DataFrame) -> pd.DataFrame:
     return kept.drop(columns="eval_train_loss").merge(at, on=SETTING)
 
 
-def interval(values: pd.Series) -> tuple[float, float]:
-    """95 % interval of the mean by Student's t; (NaN, NaN) for fewer than two values."""
-    n = values.count()
-    if n < 2:
-        return np.nan, np.nan
-    half = float(stdtrit(n - 1, 0.975) * values.std() / n**0.5)
-    return values.mean() - half, values.mean() + half
-
-
 def equal_cost(tables: Tables, base: str) -> pd.DataFrame:
     """D-T2: training loss at equal cost for every optimiser and learning rate, against ``base`` at its best one.
 
@@ -145,14 +137,14 @@ def equal_cost(tables: Tables, base: str) -> pd.DataFrame:
     rows = []
     for key, part in at.groupby(SETTING):
         setting = dict(zip(SETTING, key, strict=True))
-        low, high = interval(part["log_ratio"])
+        ratio, low, high = np.exp(interval(part["log_ratio"]))
         rows.append(
             setting
             | {"best": (setting["optimizer"], setting["lr"]) in chosen, "seeds": part["seed"].nunique()}
             | {"diverged": int(part["diverged"].sum()), "budget_gradients": part["budget"].iloc[0]}
             | {"steps": part["steps"].mean(), "wall_s": part["wall_s"].mean()}
             | {"train_loss_mean": part["eval_train_loss"].mean(), "train_loss_sd": part["eval_train_loss"].std()}
-            | {"val_accuracy_mean": part["val_accuracy"].mean(), "ratio_to_base": np.exp(part["log_ratio"].mean())}
-            | {"ratio_low": np.exp(low), "ratio_high": np.exp(high), "base": base}
+            | {"val_accuracy_mean": part["val_accuracy"].mean(), "ratio_to_base": ratio}
+            | {"ratio_low": low, "ratio_high": high, "base": base}
         )
     return pd.DataFrame(rows).sort_values(["best", "train_loss_mean"], ascending=[False, True], ignore_index=True)

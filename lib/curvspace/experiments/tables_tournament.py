@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+
+from curvspace.experiments.intervals import interval
 
 Tables = dict[str, pd.DataFrame]
 NETWORK = ["dataset", "model", "batch_size"]
@@ -65,18 +66,6 @@ def _spent(spent: np.ndarray, losses: np.ndarray, target: float, below: np.ndarr
         return float(spent[i])
     share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
     return float(spent[i - 1] + share * (spent[i] - spent[i - 1]))
-
-
-def interval(values: pd.Series, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and t-interval over seeds; the interval is NaN with fewer than two."""
-    x = values.dropna().to_numpy(float)
-    if len(x) == 0:
-        return np.nan, np.nan, np.nan
-    mean = float(x.mean())
-    if len(x) < 2:
-        return mean, np.nan, np.nan
-    half = float(stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
-    return mean, mean - half, mean + half
 
 
 def ranking(tables: Tables, reference: str, column: str = "val_loss") -> pd.DataFrame:

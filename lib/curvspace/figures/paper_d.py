@@ -9,13 +9,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from curvspace.experiments.intervals import interval
 from curvspace.experiments.tables_d import (
     RUN,
     at_budget,
     best_settings,
     by_sign,
     evaluated,
-    interval,
     rank_correlation,
 )
 from curvspace.figures.style import Style
@@ -222,9 +222,9 @@ def _race(axis: Axes, style: Style, metrics: pd.DataFrame, best: pd.DataFrame, b
     parts = []
     for name, part in rows.groupby("optimizer", sort=False):
         own = best[best["optimizer"] == name].set_index("seed")["eval_train_loss"]
-        ratio = own.map(np.log) - reference.reindex(own.index).map(np.log)
-        low, high = np.exp(interval(ratio))
-        words = "" if name == base else f": {np.exp(ratio.mean()):.2f}× [{low:.2f}, {high:.2f}]"
+        log_ratio = own.map(np.log) - reference.reindex(own.index).map(np.log)
+        ratio, low, high = np.exp(interval(log_ratio))
+        words = "" if name == base else f": {ratio:.2f}× [{low:.2f}, {high:.2f}]"
         spent = part.groupby("step")["gradient_evaluations"].transform("median")
         line = style.band(axis, part.assign(cost=spent), "cost", "eval_train_loss", label=f"{name}{words}")
         parts.append(line.assign(what="loss against cost", optimizer=name, lr=part["lr"].iloc[0]))

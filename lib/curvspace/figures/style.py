@@ -149,6 +149,7 @@ def save(figure: Figure, table: pd.DataFrame, out: Path, dpi: int) -> list[Path]
     out.parent.mkdir(parents=True, exist_ok=True)
     png, pdf, csv = (out.with_suffix(suffix) for suffix in (".png", ".pdf", ".csv"))
     figure.savefig(png, dpi=dpi, metadata={"Software": None})
+    figure.set_layout_engine("none")  # the PDF in the PNG's layout, not computed again
     figure.savefig(pdf, metadata={"Creator": None, "Producer": None, "CreationDate": None})
     table.to_csv(csv, index=False)
     return [png, pdf, csv]

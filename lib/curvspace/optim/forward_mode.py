@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from curvspace.functional import Inputs, call_with, trainable_parameters
+from curvspace.functional import Inputs, call_with, pull_back, trainable_parameters
 
 _BILINEAR: frozenset[Callable[..., Any]] = frozenset(
     {torch.conv1d, torch.conv2d, torch.conv3d, F.linear, torch.conv_transpose1d, torch.conv_transpose2d}
@@ -224,10 +224,7 @@ class Linearisation:
 
     def pull(self, cotangent: Tensor) -> tuple[Tensor, ...]:
         r""":math:`J^\top u`, one tensor a trainable parameter. Frees the graph: once per linearisation."""
-        found = torch.autograd.grad(self.outputs, list(self.parameters.values()), cotangent, allow_unused=True)
-        return tuple(
-            torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters.values(), found, strict=True)
-        )
+        return pull_back([self.outputs], list(self.parameters.values()), [cotangent], materialize_grads=True)
 
     def _fresh_buffers(self) -> dict[str, Tensor]:
         return {name: b.clone() for name, b in self._buffers.items()}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvspace.functional import Inputs, add_to_parameters, call, flatten, unflatten
+from curvspace.functional import Inputs, add_to_parameters, call, flatten, pull_back, unflatten
 from curvspace.losses import Loss
 from curvspace.optim.base import require
 from curvspace.optim.first_order import FirstOrder
@@ -148,7 +148,7 @@ class NegativeCurvature(FirstOrder):
             ]
             if curved:
                 g, t = zip(*curved, strict=True)
-                product = torch.autograd.grad(g, parameters, t, allow_unused=True, materialize_grads=True)
+                product = pull_back(g, parameters, t, materialize_grads=True)
             else:
                 product = tuple(torch.zeros_like(p) for p in parameters)
         self.costs.forward += 1
