@@ -157,6 +157,7 @@ def steps(problem: Problem, device: torch.device) -> Iterator[Row]:
         "class gradients": ("class_gradient_newton", {}, 2.0),
         "class gradients, refreshed every 10": ("class_gradient_newton", {"refresh_every": 10}, 1.2),
         "Rayleigh-Ritz, refreshed every 10": ("rayleigh_ritz_newton", {"refresh_every": 10, "fraction": 0.25}, 1.3),
+        "span dropped, refreshed every 10": ("bulk_sgd", {"refresh_every": 10, "span": "class-gradients"}, None),
         "low rank, refreshed every 20": ("low_rank_newton", {"refresh_every": 20}, None),
         "CurveBall": ("curveball", {}, 2.5),
     }

@@ -116,40 +116,82 @@ def eigsh(
     _start(basis, v0, which, tol)
     before_probe: Tensor | None = None
     while True:
-        theta, s = basis.ritz()
-        wanted = _select(theta, min(k, len(theta)), which)
-        residuals = basis.residuals(theta, s, wanted)
-        lengths = residuals.norm(dim=1).tolist()
-        largest = float(theta.abs().max())
-        scale = largest if relative_to == "spectrum" else float(theta[wanted].abs().max())
-        bound = max(tol * scale, 20 * torch.finfo(basis.V.dtype).eps * largest)
-        open_pairs = [i for i, r in enumerate(lengths) if r > bound]
-        telling = basis.products >= min(DISCOVERY, max_products) or float(theta[wanted].abs().min()) > bound
-        found = len(wanted) == k and not open_pairs and telling
-        if basis.size == n or (found and _unchanged(before_probe, theta[wanted], bound)):
-            break
-        if basis.products >= max_products:
+        pairs = _wanted_pairs(basis, k, which, tol, relative_to)
+        telling = pairs.beyond_zero or basis.products >= min(DISCOVERY, max_products)
+        found = pairs.converged and telling
+        if basis.size == n or (found and pairs.unchanged(before_probe)) or basis.products >= max_products:
             break
         if basis.size == max_basis:
-            basis.restart(s, _select(theta, k + (max_basis - k) // 2, which))
+            basis.restart(pairs.s, _select(pairs.theta, k + (max_basis - k) // 2, which))
         elif found:
-            before_probe = theta[wanted]
+            before_probe = pairs.values
             _probe(basis)
         else:
-            more = open_pairs or ([] if telling else [0])
-            basis.append(residuals[more[0]] if more else basis.random())
-            basis.bar.set_postfix_str(f"{k - len(open_pairs)}/{k} pairs, worst residual {max(lengths):.1e}")
+            more = pairs.open or ([] if telling else [0])
+            basis.append(pairs.residuals[more[0]] if more else basis.random())
+            basis.bar.set_postfix_str(f"{k - len(pairs.open)}/{k} pairs, worst residual {max(pairs.lengths):.1e}")
     basis.bar.close()
     if not found:
         warnings.warn(
-            f"eigsh: not converged after {basis.products} products: worst residual {max(lengths):.1e}, "
-            f"asked for {bound:.1e} (tol {tol:.1e} of |lambda|_max {scale:.1e})",
+            f"eigsh: not converged after {basis.products} products: worst residual {max(pairs.lengths):.1e}, "
+            f"asked for {pairs.bound:.1e} (tol {tol:.1e} of |lambda|_max {pairs.scale:.1e})",
             RuntimeWarning,
             stacklevel=2,
         )
-    values = theta[wanted].to(A.device, basis.V.dtype)
-    errors = torch.tensor(lengths, dtype=values.dtype, device=values.device)
-    return EigenPairs(values, basis.vectors(s, wanted), errors, basis.products, found)
+    values = pairs.values.to(A.device, basis.V.dtype)
+    errors = torch.tensor(pairs.lengths, dtype=values.dtype, device=values.device)
+    return EigenPairs(values, basis.vectors(pairs.s, pairs.indices), errors, basis.products, found)
+
+
+@dataclass(frozen=True)
+class _WantedPairs:
+    """The wanted ones among a basis's Ritz pairs, and what the tolerance says of them."""
+
+    k: int
+    theta: Tensor
+    """All Ritz values, ascending."""
+    s: Tensor
+    """All Ritz vectors, in the basis, as columns."""
+    indices: list[int]
+    """Of the wanted pairs, in the order in which they are reported; fewer than k while the basis is smaller."""
+    residuals: Tensor
+    """Residual vectors of the wanted pairs, one a row; ``lengths`` are their norms."""
+    lengths: list[float]
+    scale: float
+    bound: float
+    """What a residual may be: tol times the scale, or the rounding of the products."""
+
+    @property
+    def values(self) -> Tensor:
+        return self.theta[self.indices]
+
+    @property
+    def open(self) -> list[int]:
+        """Which of the wanted pairs have not converged."""
+        return [i for i, length in enumerate(self.lengths) if length > self.bound]
+
+    @property
+    def converged(self) -> bool:
+        return len(self.indices) == self.k and not self.open
+
+    @property
+    def beyond_zero(self) -> bool:
+        """Whether the tolerance tells every wanted value from zero."""
+        return float(self.values.abs().min()) > self.bound
+
+    def unchanged(self, before: Tensor | None) -> bool:
+        """Whether the values are those of ``before``, as far as the tolerance can tell."""
+        return before is not None and bool((self.values - before).abs().max() <= self.bound)
+
+
+def _wanted_pairs(basis: RitzBasis, k: int, which: Which, tol: float, relative_to: RelativeTo) -> _WantedPairs:
+    theta, s = basis.ritz()
+    indices = _select(theta, min(k, len(theta)), which)
+    residuals = basis.residuals(theta, s, indices)
+    largest = float(theta.abs().max())
+    scale = largest if relative_to == "spectrum" else float(theta[indices].abs().max())
+    bound = max(tol * scale, 20 * torch.finfo(basis.V.dtype).eps * largest)
+    return _WantedPairs(k, theta, s, indices, residuals, residuals.norm(dim=1).tolist(), scale, bound)
 
 
 def _checked_size(A: SymmetricOperator, k: int, which: str, tol: float) -> int:
@@ -207,10 +249,6 @@ def _start(basis: RitzBasis, v0: Tensor | None, which: Which, tol: float) -> Non
             return
     for column in columns[1:]:
         basis.append(column)
-
-
-def _unchanged(before: Tensor | None, now: Tensor, bound: float) -> bool:
-    return before is not None and bool((now - before).abs().max() <= bound)
 
 
 def _probe(basis: RitzBasis) -> None:

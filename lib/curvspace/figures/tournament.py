@@ -31,7 +31,7 @@ def curves(tables: Tables, style: Style, reference: str, column: str = "val_loss
     colours = style.colours(races["optimizer"])
     lines = dict(zip(colours, itertools.cycle(("-", "--")), strict=False))  # neighbouring colours are alike
     goal = targets(races, reference, column)
-    figure, axes = style.panels(2, len(networks), height=3.2, sharey="col")
+    figure, axes = style.panels(2, len(networks), height=2.7 + 0.09 * len(colours), sharey="col")
     drawn = []
     for place, network in enumerate(networks):
         part = final[(final[NETWORK] == list(network)).all(axis=1)]
@@ -56,7 +56,7 @@ def curves(tables: Tables, style: Style, reference: str, column: str = "val_loss
         if not part.empty:
             below = (0.5, -0.22)
             axes[1, place].legend(
-                title="optimiser (its η)", fontsize="x-small", ncols=2, loc="upper center", bbox_to_anchor=below
+                title="optimiser (its η)", fontsize="x-small", loc="upper center", bbox_to_anchor=below
             )
     columns = ["x", "median", "low", "high", "n", "optimizer", "against", *NETWORK]
     return figure, pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame(columns=columns)
@@ -136,7 +136,7 @@ def stability_ladder(tables: Tables, style: Style, reference: str) -> tuple[Figu
             axis.axvline(base.iloc[0], color="0.3", linestyle="--", linewidth=1)
         axis.set_xscale("log")
         axis.xaxis.set_minor_formatter(NullFormatter())
-        found = part["stable_lr"].dropna()
+        found = seeds.loc[(seeds[NETWORK] == list(network)).all(axis=1), "stable_lr"].dropna()
         axis.set_xlim(min([0.01, *found / 2]), max([1.0, *found * 2]))
         axis.set_yticks(range(len(part)), part["optimizer"])
         axis.set_ylim(-0.6, len(part) - 0.4)
