@@ -158,6 +158,7 @@ class _WantedPairs:
     """Residual vectors of the wanted pairs, one a row; ``lengths`` are their norms."""
     lengths: list[float]
     scale: float
+    """What the tolerance is relative to."""
     bound: float
     """What a residual may be: tol times the scale, or the rounding of the products."""
 
