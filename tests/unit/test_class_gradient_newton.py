@@ -17,7 +17,7 @@ def paper_a_by_hand(model, data, lr, momentum, gamma, on_step, initial, damping=
     w = [[*row, b] for row, b in zip(model.weight.tolist(), model.bias.tolist(), strict=True)]
     size = C * (D + 1)
     sums, seen = [[0.0] * size for _ in range(C)], [0] * C
-    squares = [1.0 if initial == "weighted" else 0.0] * C
+    squares = [1.0 if initial == "averaged" else 0.0] * C
     buffer = [0.0] * size
     for x, y in data:
         rows = [[float(v) for v in r] + [1.0] for r in x]
@@ -48,7 +48,7 @@ def paper_a_by_hand(model, data, lr, momentum, gamma, on_step, initial, damping=
             mean = [s * (1 - gamma) / (1 - gamma ** seen[k]) for s in sums[k]]
             length = math.sqrt(sum(v * v for v in mean))
             v = [m / length for m in mean]
-            correction = 1 if initial == "weighted" else 1 - gamma ** seen[k]
+            correction = 1 if initial == "averaged" else 1 - gamma ** seen[k]
             rms = max(math.sqrt(squares[k] / correction), floor) + damping
             along = sum(a * b for a, b in zip(v, g, strict=True))
             step = [s + (1 / rms - lr) * along * vi for s, vi in zip(step, v, strict=True)]
@@ -62,7 +62,7 @@ def paper_a_by_hand(model, data, lr, momentum, gamma, on_step, initial, damping=
     )
 
 
-@pytest.mark.parametrize("initial", ["until seen", "weighted"])
+@pytest.mark.parametrize("initial", ["until-seen", "averaged"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("gamma", [0.0, 0.9])
 def test_paper_a_three_steps_equal_the_hand_computation(initial: str, momentum: float, gamma: float) -> None:
@@ -84,7 +84,7 @@ def test_paper_a_three_steps_equal_the_hand_computation(initial: str, momentum: 
 
 def test_damping_and_floor_enter_as_documented() -> None:
     data, model = batches(3), linear_softmax()
-    weight, _ = paper_a_by_hand(model, data, 0.1, 0.0, 0.9, False, "until seen", damping=0.3, floor=0.2)
+    weight, _ = paper_a_by_hand(model, data, 0.1, 0.0, 0.9, False, "until-seen", damping=0.3, floor=0.2)
     optimizer = class_gradient_newton(model, num_classes=C, lr=0.1, momentum=0.0, damping=0.3, floor=0.2)
     for x, y in data:
         optimizer.step(x, y)

@@ -15,6 +15,7 @@ KINDS = {
     "resnet18": "curvspace.models.resnet18:resnet18",
     "cnn-60k": "curvspace.models.small_cnn:cnn_60k",
     "cnn-400": "curvspace.models.small_cnn:cnn_400",
+    "cnn-222": "curvspace.models.small_cnn:cnn_222",
     "fc": "curvspace.models.fully_connected:fc",
     "softmax": "curvspace.models.fully_connected:softmax",
     "mlp-tanh": "curvspace.models.fully_connected:mlp_tanh",

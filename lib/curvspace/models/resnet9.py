@@ -2,7 +2,8 @@
 
 The paper names the network and its size but not its layers. Taken here is the "DAVIDNET" form of fast CIFAR-10
 training, whose size agrees: 6,573,130 parameters at width 64 for 3 channels and 10 classes. That form multiplies its
-outputs by 1/8; whether the paper's did is open, so it is the option ``logit_scale``. The last layer has a bias.
+outputs by 1/8 and has a bias in the last layer; another form of that time has 1/16 and no bias (6,573,120 parameters).
+Which the paper took is open: options ``logit_scale`` and ``head_bias``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ def resnet9(
     width: int = 64,
     batch_norm: bool = True,
     logit_scale: float = 1.0,
+    head_bias: bool = True,
 ) -> nn.Module:
     """Prep conv w; conv 2w + pool + residual; conv 4w + pool; conv 8w + pool + residual; global max-pool; linear.
 
@@ -31,6 +33,8 @@ def resnet9(
         BatchNorm after every convolution (then without bias); if False the convolutions have biases.
     logit_scale
         A constant factor on the outputs: 1/8 in the original "DAVIDNET".
+    head_bias
+        Whether the last layer has a bias.
     """
     channels, size, _ = check_image("resnet9", input_shape, smallest=8)
     w = width
@@ -41,7 +45,7 @@ def resnet9(
         nn.Sequential(_conv(4 * w, 8 * w, batch_norm), nn.MaxPool2d(2), Residual(8 * w, batch_norm)),
         nn.MaxPool2d(size // 8),
         nn.Flatten(),
-        nn.Linear(8 * w, num_classes),
+        nn.Linear(8 * w, num_classes, bias=head_bias),
         *([Scaled(logit_scale)] if logit_scale != 1.0 else []),
     )
 

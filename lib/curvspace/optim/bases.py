@@ -7,8 +7,8 @@ returns loss and gradient (which it may get in the same pass) and, when it is to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,18 @@ from curvspace.curvature.class_gradients import ClassPass
 from curvspace.functional import call, preserved_buffers
 from curvspace.optim.base import require
 from curvspace.optim.minibatch import Minibatch
-from curvspace.optim.span import Span, identity_span, orthonormal_span, unit_span
+from curvspace.optim.span import (
+    Span,
+    identity_span,
+    ordered_span,
+    orthonormal_span,
+    sequential_span,
+    symmetric_span,
+    unit_span,
+)
+
+Orthonormal = bool | Literal["qr", "symmetric"]
+Reduction = Literal["mean", "class-sum", "batch-sum"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class ClassGradients(Basis):
     r"""The span of the class gradients' running averages (paper A, eq. 8 and 16).
 
     .. math:: \hat c_k = \frac{1-\gamma}{1-\gamma^{t_k}} \sum_{i\le t_k} \gamma^{t_k-i} c_k^{(i)}, \qquad
-              v_k = \hat c_k/|\hat c_k|,
+              v_k = \hat c_k/|\hat c_k|, \qquad c_k = \frac{1}{|B_k|}\sum_{\mu\in B_k} \nabla z_k^\mu,
 
     where :math:`t_k` counts the minibatches that held class k: a class that is absent moves neither its average nor
     its counter. Along :math:`v_k` it estimates the curvature by eq. 12,
@@ -74,9 +85,19 @@ class ClassGradients(Basis):
     gamma
         Decay of the average, in [0, 1).
     orthonormal
-        False: the unit vectors :math:`v_k` as they are (the paper). True: an orthonormal basis of their span.
+        False: the unit vectors :math:`v_k` as they are (the paper). ``"qr"``: orthonormalised in the order of the
+        classes, ``"symmetric"``: by :math:`V^\top(VV^\top)^{-1/2}` (:func:`~curvspace.optim.span.ordered_span`,
+        :func:`~curvspace.optim.span.symmetric_span`); the estimate of eq. 12 goes with the vector of its class.
+        True: any orthonormal basis of the span, whose vectors belong to no class, so that eq. 12 says nothing.
     num_classes
         C; None: the number of the model's outputs.
+    sequential
+        Take the :math:`v_k` out of the gradient one after the other, each from what the last one left
+        (:func:`~curvspace.optim.span.sequential_span`), in place of all at once as in eq. 14 and 15. Without effect
+        where they are orthonormal.
+    reduction
+        ``"mean"``: as printed. ``"class-sum"``: :math:`c_k` is the sum over :math:`B_k`, in eq. 12 too.
+        ``"batch-sum"``: eq. 12 is the sum over B.
     method
         How batch normalisation enters. ``"auto"``: exactly, through the batch statistics, by one backward pass per
         class; networks without it take the cheap split by class. ``"frozen"``: class gradients with the stored
@@ -86,15 +107,22 @@ class ClassGradients(Basis):
     def __init__(
         self,
         gamma: float = 0.9,
-        orthonormal: bool = False,
+        orthonormal: Orthonormal = False,
         num_classes: int | None = None,
         method: Literal["auto", "frozen", "vjp"] = "auto",
+        sequential: bool = False,
+        reduction: Reduction = "mean",
     ):
         super().__init__()
         require(0 <= gamma < 1, "gamma", gamma, "in [0, 1)")
         require(num_classes is None or num_classes >= 1, "num_classes", num_classes, "at least 1")
         require(method in ("auto", "frozen", "vjp"), "method", method, '"auto", "frozen" or "vjp"')
+        require(
+            orthonormal in (False, True, "qr", "symmetric"), "orthonormal", orthonormal, '"qr", "symmetric" or bool'
+        )
+        require(reduction in get_args(Reduction), "reduction", reduction, f"one of {', '.join(get_args(Reduction))}")
         self.gamma, self.orthonormal, self.num_classes, self.method = gamma, orthonormal, num_classes, method
+        self.sequential, self.reduction = sequential, reduction
 
     def observe(self, batch: Minibatch, refresh: bool) -> Observation:
         if not refresh:
@@ -103,10 +131,16 @@ class ClassGradients(Basis):
             with torch.no_grad(), preserved_buffers(batch.model):
                 self.num_classes = call(batch.model, batch.inputs).shape[1]
         found = batch.classes(self.num_classes, self.method)
+        if self.reduction == "class-sum":
+            total = found.class_gradients * found.counts[:, None]
+            found = replace(found, class_gradients=total)
         self._average(found)
         curvatures = class_curvatures(found, batch.targets)
-        # The basis's own estimates belong to its unit vectors; an orthonormal basis has other directions.
-        return Observation(found.loss, found.gradient, None if self.orthonormal else curvatures, found.counts > 0)
+        if self.reduction == "batch-sum":
+            curvatures = len(batch.targets) * curvatures
+        # The estimates belong to classes; the vectors of just any orthonormal basis do not.
+        known = None if self.orthonormal is True else curvatures
+        return Observation(found.loss, found.gradient, known, found.counts > 0)
 
     def _average(self, found: ClassPass) -> None:
         """Eq. 16 without its factor :math:`1/(1-\\gamma^t)`, which the normalisation to unit length cancels."""
@@ -126,7 +160,11 @@ class ClassGradients(Basis):
     def restore(self) -> None:
         if self.state:
             rows = self.state["average"]
-            self.span = orthonormal_span([rows]) if self.orthonormal else unit_span(rows)
+            if self.orthonormal:
+                forms = {True: lambda r: orthonormal_span([r]), "qr": ordered_span, "symmetric": symmetric_span}
+                self.span = forms[self.orthonormal](rows)
+            else:
+                self.span = sequential_span(rows) if self.sequential else unit_span(rows)
 
 
 def class_curvatures(found: ClassPass, targets: Tensor) -> Tensor:

@@ -35,33 +35,39 @@ def class_gradient_newton(
     gamma: float = 0.9,
     *,
     momentum_on: MomentumOn = "step",
-    initial: Literal["until seen", "weighted"] = "until seen",
+    dampening: float | None = 0.0,
+    initial: Literal["until-seen", "averaged", "averaged-corrected"] = "until-seen",
     batch_norm: Literal["auto", "frozen", "vjp"] = "auto",
-    orthonormal: bool = False,
+    orthonormal: bool | Literal["qr", "symmetric"] = False,
+    sequential: bool = False,
+    reduction: Literal["mean", "class-sum", "batch-sum"] = "mean",
     estimate: Literal["basis", "gauss-newton", "hessian"] = "basis",
     damping: float = 0.0,
     floor: float = 0.0,
     trust_radius: float | None = None,
     refresh_every: int = 1,
     fraction: float = 1.0,
-    scale: float = 1.0,
+    scale: float | Literal["lr"] = 1.0,
     loss: LossLike = "cross_entropy",
 ) -> SubspaceNewton:
-    r"""Paper A: Newton's method in the class-gradient subspace, eq. 15 to 17 as printed by default.
+    r"""Paper A: Newton's method in the class-gradient subspace, eq. 15 to 17.
 
-    .. math:: \theta \leftarrow \theta - \eta g - \sum_k (1/\hat\lambda_k - \eta)(v_k^\top g)\,v_k
+    .. math:: d = \eta g + \sum_k (1/\hat\lambda_k - \eta)(v_k^\top g)\,v_k, \qquad
+              b \leftarrow \mu b + (1-\tau)\,d, \qquad \theta \leftarrow \theta - b
 
-    What the paper leaves open is an option: see :class:`~curvspace.optim.inside.DiagonalNewton` (``initial``,
-    ``estimate``, ``damping``, ``floor``, ``trust_radius``, ``fraction``, ``scale``),
-    :class:`~curvspace.optim.bases.ClassGradients` (``batch_norm`` is its ``method``, ``orthonormal``) and
-    ``momentum_on``, ``refresh_every`` of ``SubspaceNewton``.
+    What the paper leaves open is an option. Momentum: ``dampening`` is :math:`\tau`, 0 for the heavy ball, None for
+    :math:`\tau=\mu`, a running average; ``momentum_on``, ``refresh_every``: see ``SubspaceNewton``. The curvature:
+    ``initial`` (what :math:`\lambda(0)=1` does), ``estimate``, ``damping``, ``floor``, ``trust_radius``, ``fraction``
+    and ``scale`` (``"lr"``: :math:`\eta/\hat\lambda_k` in place of :math:`1/\hat\lambda_k`) are those of
+    :class:`~curvspace.optim.inside.DiagonalNewton`. How the span is taken out: ``orthonormal``, ``sequential``, and
+    ``reduction``, ``batch_norm`` (its ``method``) are those of :class:`~curvspace.optim.bases.ClassGradients`.
     With ``orthonormal=True`` eq. 12 no longer estimates the curvature along the basis: give ``estimate`` too.
     """
     return SubspaceNewton(
         model,
-        basis=ClassGradients(gamma, orthonormal, num_classes, batch_norm),
+        basis=ClassGradients(gamma, orthonormal, num_classes, batch_norm, sequential, reduction),
         inside=DiagonalNewton(gamma, initial, estimate, damping, floor, trust_radius, fraction, scale),
-        outside=GradientDescent(lr, momentum),
+        outside=GradientDescent(lr, momentum, momentum if dampening is None else dampening),
         loss=loss,
         momentum_on=momentum_on,
         refresh_every=refresh_every,

@@ -2,7 +2,7 @@ r"""Rules for the step within the span: coefficients s of the step Q s from the 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from curvspace.optim.bases import Observation
 from curvspace.optim.damping import AdaptiveDamping
 from curvspace.optim.minibatch import CURVATURES, Minibatch
 from curvspace.optim.span import Span
+
+Initial = Literal["until-seen", "averaged", "averaged-corrected"]
+INITIAL = get_args(Initial)
+RENAMED_INITIAL = {"until seen": "until-seen", "weighted": "averaged"}
 
 
 class Inside:
@@ -55,9 +59,11 @@ class DiagonalNewton(Inside):
     gamma
         Decay of the average, in [0, 1).
     initial
-        What :math:`\lambda(0)=1` does. ``"until seen"``: it stands until the class is first seen, and with the bias
-        correction of eq. 17 has no weight afterwards. ``"weighted"``: it enters the average, which is then not
-        corrected: :math:`\hat\lambda^2 \leftarrow \gamma\hat\lambda^2 + (1-\gamma)\lambda^2`.
+        What :math:`\lambda(0)=1` does. ``"until-seen"``: it stands until the class is first seen, and with the bias
+        correction of eq. 17 has no weight afterwards. ``"averaged"``: it enters the average, which is then not
+        corrected: :math:`\hat\lambda^2 \leftarrow \gamma\hat\lambda^2 + (1-\gamma)\lambda^2`, from 1.
+        ``"averaged-corrected"``: the same average divided by :math:`1-\gamma^{t_k}`, whose start at 1 then weighs
+        :math:`\gamma^{t_k}/(1-\gamma^{t_k})`: more than 1 at first.
     estimate
         ``"basis"``: the basis's own estimate (paper A, eq. 12; the eigenvalue). ``"gauss-newton"`` or ``"hessian"``:
         the true :math:`v_k^\top A v_k` on the share ``fraction`` of the minibatch.
@@ -66,24 +72,26 @@ class DiagonalNewton(Inside):
     trust_radius
         Longest step in the span; None as printed.
     scale
-        Factor of the step; 1 as printed.
+        Factor of the step; 1 as printed. ``"lr"``: the learning rate, :math:`s_k = \eta\,v_k^\top g/\hat\lambda_k`.
     """
 
     def __init__(
         self,
         gamma: float = 0.9,
-        initial: Literal["until seen", "weighted"] = "until seen",
+        initial: Initial = "until-seen",
         estimate: Literal["basis", "gauss-newton", "hessian"] = "basis",
         damping: float = 0.0,
         floor: float = 0.0,
         trust_radius: float | None = None,
         fraction: float = 1.0,
-        scale: float = 1.0,
+        scale: float | Literal["lr"] = 1.0,
     ):
         super().__init__()
         require(0 <= gamma < 1, "gamma", gamma, "in [0, 1)")
-        require(scale > 0, "scale", scale, "positive")
-        require(initial in ("until seen", "weighted"), "initial", initial, '"until seen" or "weighted"')
+        require(scale == "lr" if isinstance(scale, str) else scale > 0, "scale", scale, 'positive, or "lr"')
+        renamed = RENAMED_INITIAL.get(initial)
+        require(renamed is None, "initial", initial, f'"{renamed}", its present name')
+        require(initial in INITIAL, "initial", initial, f"one of {', '.join(INITIAL)}")
         allowed = ("basis", *CURVATURES)
         require(estimate in allowed, "estimate", estimate, f"one of {', '.join(allowed)}")
         require(damping >= 0, "damping", damping, "at least 0")
@@ -109,7 +117,7 @@ class DiagonalNewton(Inside):
 
     def _average(self, curvatures: Tensor, seen: Tensor) -> None:
         if not self.state:
-            start = torch.full_like(curvatures, 1.0 if self.initial == "weighted" else 0.0)
+            start = torch.full_like(curvatures, 0.0 if self.initial == "until-seen" else 1.0)
             self.state = {"squares": start, "times": torch.zeros_like(seen, dtype=torch.long)}
         weight = (1 - self.gamma) * seen.to(curvatures.dtype)
         self.state["squares"].mul_(1 - weight).add_(weight * curvatures.square())
@@ -118,7 +126,7 @@ class DiagonalNewton(Inside):
     def curvatures(self) -> Tensor:
         r""":math:`\hat\lambda` of eq. 17, (k,); 1 for a class never seen."""
         squares, times = self.state["squares"], self.state["times"]
-        if self.initial == "weighted":
+        if self.initial == "averaged":
             return squares.sqrt()
         correction = 1 - self.gamma ** times.to(squares.dtype)
         return torch.where(times > 0, squares / correction, torch.ones_like(squares)).sqrt()
@@ -126,7 +134,8 @@ class DiagonalNewton(Inside):
     def coefficients(self, coordinates: Tensor, group: dict[str, Any]) -> Tensor:
         curvatures = self.curvatures().clamp_min(self.floor) + self.damping
         # A direction without gradient takes no step, even where its curvature is zero too (0/0).
-        return self.scale * torch.where(coordinates == 0, torch.zeros_like(coordinates), coordinates / curvatures)
+        step = torch.where(coordinates == 0, torch.zeros_like(coordinates), coordinates / curvatures)
+        return (group["lr"] if self.scale == "lr" else self.scale) * step
 
 
 class RayleighRitzNewton(Inside):

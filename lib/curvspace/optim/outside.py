@@ -23,10 +23,11 @@ class Outside:
 
     heavy_ball = False
 
-    def __init__(self, lr: float, momentum: float = 0.0):
+    def __init__(self, lr: float, momentum: float = 0.0, dampening: float = 0.0):
         require(lr >= 0, "lr", lr, "at least 0")
         require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        self.defaults: dict[str, Any] = {"lr": lr, "momentum": momentum}
+        require(0 <= dampening < 1, "dampening", dampening, "in [0, 1)")
+        self.defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "dampening": dampening}
         self.state: dict[str, Any] = {}
 
     def step(self, gradient: Tensor, group: dict[str, Any], span: Span | None) -> Tensor:
@@ -38,7 +39,9 @@ class Outside:
 
 
 class GradientDescent(Outside):
-    r"""Gradient descent with heavy-ball momentum: :math:`b \leftarrow \mu b + g,\; d = \eta b`.
+    r"""Gradient descent with momentum: :math:`b \leftarrow \mu b + (1 - \tau)\,g,\; d = \eta b`; b is g at first.
+
+    As in torch's SGD, the dampening :math:`\tau` is 0 for the heavy ball and :math:`\mu` for a running average.
 
     When an orthonormal basis moves, the part of b that lies in the new span is removed: momentum gathered in flat
     directions is not spent on sharp ones.
@@ -53,7 +56,7 @@ class GradientDescent(Outside):
         if buffer is None:
             buffer = self.state["momentum_buffer"] = gradient.clone()
         else:
-            buffer.mul_(group["momentum"]).add_(gradient)
+            buffer.mul_(group["momentum"]).add_(gradient, alpha=1 - group["dampening"])
         return group["lr"] * buffer
 
     def moved(self, span: Span) -> None:

@@ -37,9 +37,9 @@ class SubspaceNewton(ModelOptimizer):
     loss
         ``"cross_entropy"``, ``"mse"`` or a callable(outputs, targets) -> mean loss.
     momentum_on
-        ``"cospace"``: the co-space rule's own momentum, on its part alone. ``"step"``: heavy ball on the whole step,
-        :math:`b \leftarrow \mu b + d,\; \theta \leftarrow \theta - b` (how we read paper A), with the co-space
-        rule's :math:`\mu`.
+        ``"cospace"``: the co-space rule's own momentum, on its part alone. ``"step"``: on the whole step (how we read
+        paper A), :math:`b \leftarrow \mu b + (1 - \tau)\,d,\; \theta \leftarrow \theta - b`, with the co-space
+        rule's momentum :math:`\mu` and dampening :math:`\tau`; b is d at first.
     refresh_every
         Steps between refreshes of the basis and of the curvature in it (default: the basis's own wish, else 1).
     lr
@@ -104,7 +104,10 @@ class SubspaceNewton(ModelOptimizer):
             taken = self._judge(batch, loss, coordinates, coefficients, inner)
             self._log = {"span_share": (coordinates / self.grad_norm).square().sum(), **self.inside.log()}
         if self.momentum_on == "step" and momentum > 0:
-            self._buffer = step.clone() if self._buffer is None else self._buffer.mul_(momentum).add_(step)
+            weight = 1 - group["dampening"]
+            self._buffer = (
+                step.clone() if self._buffer is None else self._buffer.mul_(momentum).add_(step, alpha=weight)
+            )
             step = self._buffer
         add_to_parameters(self.model, step if taken is None else step - taken, alpha=-1.0)
         return step
