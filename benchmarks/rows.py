@@ -154,11 +154,11 @@ def steps(problem: Problem, device: torch.device) -> Iterator[Row]:
     """One step of each optimiser in steps of SGD, for small and large minibatches, the mean over those of an epoch."""
     kinds: dict[str, tuple[str, dict[str, Any], float | None]] = {
         "sgd": ("sgd", {}, None),
-        "class gradients": ("class_gradient_newton", {}, 2.0),
-        "class gradients, refreshed every 10": ("class_gradient_newton", {"refresh_every": 10}, 1.2),
-        "Rayleigh-Ritz, refreshed every 10": ("rayleigh_ritz_newton", {"refresh_every": 10, "fraction": 0.25}, 1.3),
-        "span dropped, refreshed every 10": ("bulk_sgd", {"refresh_every": 10, "span": "class-gradients"}, None),
-        "low rank, refreshed every 20": ("low_rank_newton", {"refresh_every": 20}, None),
+        "class gradients": ("class-gradient-newton", {}, 2.0),
+        "class gradients, refreshed every 10": ("class-gradient-newton", {"refresh_every": 10}, 1.2),
+        "Rayleigh-Ritz, refreshed every 10": ("rayleigh-ritz-newton", {"refresh_every": 10, "fraction": 0.25}, 1.3),
+        "span dropped, refreshed every 10": ("bulk-sgd", {"refresh_every": 10, "span": "class-gradients"}, None),
+        "low rank, refreshed every 20": ("low-rank-newton", {"refresh_every": 20}, None),
         "CurveBall": ("curveball", {}, 2.5),
     }
     for batch in (128, 512):

@@ -97,6 +97,8 @@ class Plan:
                 key, kind = f"{section}.{name}", block["kind"]
                 if kind in kinds or ":" in kind:
                     lines += options.problems(self.code, key, block, kinds.get(kind, kind))
+                elif kind.replace("_", "-") in kinds:
+                    lines.append(f"{key}.kind = {kind!r} is now {kind.replace('_', '-')!r}")
                 else:
                     known = ", ".join(sorted(kinds))
                     lines.append(f"{key}.kind = {kind!r} is not allowed; allowed: {known}, or module:function")

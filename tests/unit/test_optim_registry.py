@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -12,18 +13,18 @@ from torch import nn
 from curvspace.optim import FirstOrder, build, module_of
 from curvspace.optim.registry import KINDS
 
-OURS = ("sgd", "adam", "rmsprop", "class_gradient_newton", "rayleigh_ritz_newton", "low_rank_newton")
+OURS = ("sgd", "adam", "rmsprop", "class-gradient-newton", "rayleigh-ritz-newton", "low-rank-newton")
 X, Y = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 
 
-@pytest.mark.parametrize("kind", [*OURS, "bulk_sgd", "dominant_sgd"])
+@pytest.mark.parametrize("kind", [*OURS, "bulk-sgd", "dominant-sgd"])
 def test_every_kind_builds_and_steps(kind: str) -> None:
     torch.manual_seed(0)
     optimizer = build(kind, {}, nn.Linear(3, 3), num_classes=3, lr=0.05, loss="cross_entropy")
     assert optimizer.param_groups[0]["lr"] == 0.05
     first = [float(optimizer.step(X, Y)) for _ in range(2)]
     assert first[0] == pytest.approx(float(nn.functional.cross_entropy(_fresh()(X), Y)), rel=1e-5)
-    assert optimizer.costs.steps == 2
+    assert optimizer.steps == 2
 
 
 def _fresh() -> nn.Module:
@@ -41,9 +42,27 @@ def test_unknown_kinds_and_options_are_named() -> None:
     with pytest.raises(ValueError, match="unknown optimizer kind 'adamant'"):
         module_of("adamant")
     with pytest.raises(ValueError, match="no option 'gama'"):
-        build("class_gradient_newton", {"gama": 0.9}, nn.Linear(3, 3), 3, 0.1)
+        build("class-gradient-newton", {"gama": 0.9}, nn.Linear(3, 3), 3, 0.1)
     with pytest.raises(ValueError, match="momentun"):
         build("sgd", {"momentun": 0.9}, nn.Linear(3, 3), 3, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "new"),
+    [
+        ("class_gradient_newton", {}, "'class-gradient-newton'"),
+        ("negative_curvature", {}, "'negative-curvature'"),
+        ("class-gradient-newton", {"initial": "until seen"}, '"until-seen"'),
+        ("class-gradient-newton", {"batch_norm": "auto"}, "batch_norm=None"),
+        ("rayleigh-ritz-newton", {"batch_norm": "frozen"}, 'batch_norm="running"'),
+        ("rayleigh-ritz-newton", {"batch_norm": "vjp"}, 'algorithm="vjp"'),
+        ("bulk-sgd", {"span": "class-gradients", "method": "frozen"}, 'batch_norm="running"'),
+        ("bulk-sgd", {"span": "class-gradients", "method": "auto"}, "batch_norm and algorithm"),
+    ],
+)
+def test_old_names_are_refused_with_the_new_ones(kind: str, options: dict[str, object], new: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"is now {new}")):
+        build(kind, options, nn.Linear(3, 3), 3, 0.1)
 
 
 def test_own_optimizer_by_module_and_function() -> None:
@@ -57,9 +76,10 @@ def test_the_package_imports_no_optimiser_before_it_is_asked_for() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_torchs_optimisers_step_without_its_compiler() -> None:
+def test_jobs_step_without_torchs_compiler() -> None:
     code = (
-        "import sys, torch; from curvspace.optim import FirstOrder\n"
+        "import sys, torch; from curvspace.cli.common import spare_the_compiler; spare_the_compiler()\n"
+        "from curvspace.optim import FirstOrder\n"
         "opt = FirstOrder(torch.nn.Linear(3, 3), torch.optim.{}, lr=0.1)\n"
         "opt.step(torch.ones(2, 3), torch.tensor([0, 1])); opt.load_state_dict(opt.state_dict())\n"
         "sys.exit('torch._dynamo' in sys.modules)"

@@ -24,7 +24,7 @@ def context(digits_dir, tmp_path_factory) -> Context:
         {
             "dataset": {"name": "digits", "source": "digits", "train": 400, "validation": 100},
             "model": {"name": "lenet", "kind": "lenet", "channels": [2, 2], "dense": 4},
-            "optimizer": {"name": "nc", "kind": "negative_curvature", "base": "RMSprop"},
+            "optimizer": {"name": "nc", "kind": "negative-curvature", "base": "RMSprop"},
             "task": {"epochs": 4, "checkpoints": [0, 20]},
             "batch_size": 40,
             "lr": 0.01,

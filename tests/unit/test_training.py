@@ -21,7 +21,7 @@ from curvspace.training.spec import RunSpec, Task, derived_seed
 OPTIMIZERS = [
     {"name": "sgd", "kind": "sgd", "momentum": 0.9},
     {"name": "adam", "kind": "adam"},
-    {"name": "paper", "kind": "class_gradient_newton", "momentum": 0.9, "damping": 1.0},
+    {"name": "paper", "kind": "class-gradient-newton", "momentum": 0.9, "damping": 1.0},
     {"name": "curveball", "kind": "curveball"},
 ]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import platform
@@ -78,6 +79,21 @@ def set_threads(count: int | None) -> None:
         import torch
 
         torch.set_num_threads(count)
+
+
+def spare_the_compiler() -> None:
+    """Take the guards for ``torch.compile`` off ``torch.optim``, in this process.
+
+    The first call of a guarded method imports the compiler: 1.8 to 2.2 s, more than many a run takes, and no job
+    compiles. What the methods do is torch's own code, unchanged.
+    """
+    import torch
+
+    guarded = {"add_param_group", "load_state_dict", "state_dict", "step", "zero_grad"}
+    for kind in vars(torch.optim).values():
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            for name in guarded & vars(kind).keys():
+                setattr(kind, name, torch.no_grad()(inspect.unwrap(vars(kind)[name])))
 
 
 def provenance(spec: Mapping[str, Any], code: str, device: object | None = None) -> dict[str, Any]:

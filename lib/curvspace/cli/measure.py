@@ -36,6 +36,7 @@ def measure(options: argparse.Namespace) -> None:
     spec: dict[str, Any] = options.spec
     function = common.load_function(spec["function"])
     common.set_threads(options.threads)
+    common.spare_the_compiler()
     with use(spec.get("device", "cpu")) as device:
         context = Context(
             runs=[RunRecord(options.results / path) for path in spec.get("runs", [])],

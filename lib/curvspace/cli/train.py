@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with common.one_line_errors("train"):
         common.set_threads(options.threads)
+        common.spare_the_compiler()
         from curvspace.training.run import Interrupted, train
         from curvspace.training.spec import RunSpec
 

@@ -139,6 +139,16 @@ def class_gradients(
     return c, counts
 
 
+def class_curvatures(c: Tensor, probabilities: Tensor, y: Tensor) -> Tensor:
+    r"""Paper A, eq. 12: :math:`\lambda_k = \frac{1}{|B|}\sum_{\mu\in B_k} p^\mu(1-p^\mu)\,|c_k|^2`, (C,).
+
+    c are class gradients (C, P), ``probabilities`` (N,) the softmax probability of each example's own class y (N,).
+    """
+    spread = torch.zeros(len(c), dtype=probabilities.dtype, device=c.device)
+    spread.index_add_(0, y, probabilities * (1 - probabilities))
+    return spread / len(y) * c.square().sum(1)
+
+
 def cross_class_gradients(
     model: nn.Module, x: Inputs, y: Tensor, num_classes: int, *, state: State = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,12 @@ class FrozenModel:
         return dropout
 
     @property
+    def keeps_modes(self) -> bool:
+        """Whether normalisation acts as it does in the module's present mode."""
+        norms = [(m, mode) for m, mode in self._modes if isinstance(m, _NormBase) and m.running_mean is not None]
+        return all(m.training == mode for m, mode in norms)
+
+    @property
     def examples_interact(self) -> bool:
         """Whether an example's output depends on which others are in its batch (batch statistics, shared draws)."""
         return self.uses_batch_statistics or self.dropout_seed is not None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from curvspace import Objective, class_gradients, eigsh
 from curvspace.curvature import EigenPairs, SubspaceTracker, hutchpp
+from curvspace.curvature.class_gradients import class_curvatures
 from curvspace.curvature.frozen import State
 from curvspace.datasets import DataSet
 from curvspace.functional import call
@@ -40,12 +41,10 @@ def unit_rows(vectors: Tensor) -> Tensor:
 
 
 def eq12_eigenvalues(model: nn.Module, x: Tensor, y: Tensor, gradients: Tensor) -> Tensor:
-    r"""Paper A, eq. 12: :math:`\lambda_k = \frac{1}{|B|}\sum_{\mu\in B} y_k^\mu p_k^\mu (1-p_k^\mu)\,|c_k|^2`, (C,)."""
+    """Paper A's eq. 12 for class gradients (C, P) of the batch, with the model's own probabilities, (C,)."""
     with torch.no_grad():
         own = call(model, x).softmax(1).gather(1, y[:, None]).squeeze(1)
-    weight = torch.zeros(gradients.shape[0], dtype=own.dtype, device=own.device)
-    weight.index_add_(0, y, own * (1 - own))
-    return weight / len(y) * gradients.square().sum(1)
+    return class_curvatures(gradients, own, y)
 
 
 def spectrum(context: Context, k: int, examples: int, tol: float = 1e-3) -> pd.DataFrame:

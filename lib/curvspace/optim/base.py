@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ class Costs:
     counted in ``jvp`` and ``backward`` too. ``seconds`` is wall-clock inside ``step``.
     """
 
-    steps: int = 0
     forward: float = 0.0
     backward: float = 0.0
     jvp: float = 0.0
@@ -37,30 +35,10 @@ class Costs:
         return (self.forward + 2 * self.backward + 2 * self.jvp) / 3
 
     def as_dict(self) -> dict[str, float]:
-        counted = {key: value for key, value in asdict(self).items() if key != "steps"}
-        return {**counted, "gradient_evaluations": self.gradient_evaluations}
+        return {**asdict(self), "gradient_evaluations": self.gradient_evaluations}
 
 
-def eager(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """A class of ``torch.optim`` without the guards for ``torch.compile`` around its methods; any other as it is.
-
-    The first call of a guarded method imports the compiler: over a second, more than many a run takes, and nothing
-    here is compiled. What the methods do is torch's own code, unchanged.
-    """
-    if not kind.__module__.startswith("torch.optim."):
-        return kind
-    guarded = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
-    plain = {name: torch.no_grad()(inspect.unwrap(getattr(kind, name))) for name in guarded}
-    return type(kind.__name__, (kind,), plain)
-
-
-if TYPE_CHECKING:
-    TorchOptimizer = torch.optim.Optimizer
-else:
-    TorchOptimizer = eager(torch.optim.Optimizer)
-
-
-class ModelOptimizer(TorchOptimizer):
+class ModelOptimizer(torch.optim.Optimizer):
     """An optimiser that evaluates the model itself: ``loss = opt.step(inputs, targets)``.
 
     Subclasses implement ``_step(inputs, targets) -> loss before the step`` and, if they keep state outside
@@ -74,6 +52,8 @@ class ModelOptimizer(TorchOptimizer):
         self.model = model
         self.loss = get_loss(loss)
         self.costs = Costs()
+        self.steps = 0
+        """Steps taken; inside ``_step``, those before it."""
         self.grad_norm: Tensor | None = None
         """|g| of the last minibatch, a scalar on the device; None where the gradient is never formed alone."""
 
@@ -81,7 +61,7 @@ class ModelOptimizer(TorchOptimizer):
         """One step on a minibatch; returns its mean loss before the step (a detached scalar)."""
         start = time.perf_counter()
         loss = self._step(inputs, targets)
-        self.costs.steps += 1
+        self.steps += 1
         self.costs.seconds += time.perf_counter() - start
         return loss.detach()
 
@@ -104,11 +84,11 @@ class ModelOptimizer(TorchOptimizer):
         pass
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "costs": asdict(self.costs), "extra": self._extra_state()}
+        return {**super().state_dict(), "steps": self.steps, "costs": asdict(self.costs), "extra": self._extra_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
-        self.costs = Costs(**state_dict["costs"])
+        self.steps, self.costs = state_dict["steps"], Costs(**state_dict["costs"])
         self._load_extra_state(state_dict["extra"])
 
 
@@ -116,3 +96,11 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise the ``ValueError`` that a bad hyper-parameter deserves."""
     if not condition:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def refuse_old(renamed: Mapping[str, str], **given: object) -> None:
+    """Raise the ``ValueError`` that says what an old option, or an old value of one (``option=value``), is now."""
+    for name, value in given.items():
+        new = renamed.get(f"{name}={value}", renamed.get(name))
+        if new is not None:
+            raise ValueError(f"{name}={value!r} is now {new}")

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from curvspace.curvature.class_gradients import ClassPass
+from curvspace.curvature.class_gradients import ClassPass, class_curvatures
+from curvspace.curvature.frozen import State
 from curvspace.functional import call, preserved_buffers
-from curvspace.optim.base import require
-from curvspace.optim.minibatch import Minibatch
+from curvspace.optim.base import refuse_old, require
+from curvspace.optim.minibatch import Algorithm, Minibatch
 from curvspace.optim.span import (
     Span,
     identity_span,
@@ -36,14 +37,14 @@ class Observation:
     """What a basis saw of a minibatch.
 
     loss, gradient (P,): of the minibatch. curvatures (k,): the basis's own estimate of the curvature along each of
-    its directions, from this minibatch; None unless it has one and was refreshed. seen (k,): which of these mean
+    its directions, from this minibatch; None unless it has one and was refreshed. valid (k,): which of these mean
     anything (an absent class gives none).
     """
 
     loss: Tensor
     gradient: Tensor
     curvatures: Tensor | None = None
-    seen: Tensor | None = None
+    valid: Tensor | None = None
 
 
 class Basis:
@@ -77,8 +78,8 @@ class ClassGradients(Basis):
               v_k = \hat c_k/|\hat c_k|, \qquad c_k = \frac{1}{|B_k|}\sum_{\mu\in B_k} \nabla z_k^\mu,
 
     where :math:`t_k` counts the minibatches that held class k: a class that is absent moves neither its average nor
-    its counter. Along :math:`v_k` it estimates the curvature by eq. 12,
-    :math:`\lambda_k = \frac{1}{|B|}\sum_{\mu\in B_k} p_k^\mu(1-p_k^\mu)\,|c_k|^2`.
+    its counter. Along :math:`v_k` it estimates the curvature by eq. 12
+    (:func:`~curvspace.curvature.class_gradients.class_curvatures`).
 
     Parameters
     ----------
@@ -98,30 +99,48 @@ class ClassGradients(Basis):
     reduction
         ``"mean"``: as printed. ``"class-sum"``: :math:`c_k` is the sum over :math:`B_k`, in eq. 12 too.
         ``"batch-sum"``: eq. 12 is the sum over B.
-    method
-        How batch normalisation enters. ``"auto"``: exactly, through the batch statistics, by one backward pass per
-        class; networks without it take the cheap split by class. ``"frozen"``: class gradients with the stored
-        statistics, which allows the split. ``"vjp"``: one backward pass per class always.
+    batch_norm
+        Through which statistics of batch normalisation the class gradients go: ``"batch"``, ``"running"``, or
+        ``None``, those of the module's present mode. Loss and gradient always go through the present mode's.
+    algorithm
+        ``"split"`` by class, about one backward pass in all, which batch statistics forbid; ``"vjp"``, one backward
+        pass per class; ``"auto"``, the split where it is exact.
     """
+
+    _RENAMED: ClassVar = {
+        "method=frozen": 'batch_norm="running"',
+        "method": "batch_norm and algorithm",
+        "method=vjp": 'algorithm="vjp"',
+        "batch_norm=auto": "batch_norm=None",
+        "batch_norm=frozen": 'batch_norm="running"',
+        "batch_norm=vjp": 'algorithm="vjp"',
+    }
 
     def __init__(
         self,
         gamma: float = 0.9,
         orthonormal: Orthonormal = False,
         num_classes: int | None = None,
-        method: Literal["auto", "frozen", "vjp"] = "auto",
+        batch_norm: State = None,
+        algorithm: Algorithm = "auto",
         sequential: bool = False,
         reduction: Reduction = "mean",
+        **old: object,
     ):
         super().__init__()
+        refuse_old(self._RENAMED, batch_norm=batch_norm, **old)
+        if old:
+            raise TypeError(f"ClassGradients has no option {next(iter(old))!r}")
         require(0 <= gamma < 1, "gamma", gamma, "in [0, 1)")
         require(num_classes is None or num_classes >= 1, "num_classes", num_classes, "at least 1")
-        require(method in ("auto", "frozen", "vjp"), "method", method, '"auto", "frozen" or "vjp"')
         require(
             orthonormal in (False, True, "qr", "symmetric"), "orthonormal", orthonormal, '"qr", "symmetric" or bool'
         )
         require(reduction in get_args(Reduction), "reduction", reduction, f"one of {', '.join(get_args(Reduction))}")
-        self.gamma, self.orthonormal, self.num_classes, self.method = gamma, orthonormal, num_classes, method
+        require(batch_norm in ("batch", "running", None), "batch_norm", batch_norm, '"batch", "running" or None')
+        require(algorithm in ("auto", "split", "vjp"), "algorithm", algorithm, '"auto", "split" or "vjp"')
+        self.gamma, self.orthonormal, self.num_classes = gamma, orthonormal, num_classes
+        self.batch_norm, self.algorithm = batch_norm, algorithm
         self.sequential, self.reduction = sequential, reduction
 
     def observe(self, batch: Minibatch, refresh: bool) -> Observation:
@@ -130,12 +149,12 @@ class ClassGradients(Basis):
         if self.num_classes is None:
             with torch.no_grad(), preserved_buffers(batch.model):
                 self.num_classes = call(batch.model, batch.inputs).shape[1]
-        found = batch.classes(self.num_classes, self.method)
+        found = batch.classes(self.num_classes, self.batch_norm, self.algorithm)
         if self.reduction == "class-sum":
             total = found.class_gradients * found.counts[:, None]
             found = replace(found, class_gradients=total)
         self._average(found)
-        curvatures = class_curvatures(found, batch.targets)
+        curvatures = class_curvatures(found.class_gradients, found.probabilities, batch.targets)
         if self.reduction == "batch-sum":
             curvatures = len(batch.targets) * curvatures
         # The estimates belong to classes; the vectors of just any orthonormal basis do not.
@@ -165,13 +184,6 @@ class ClassGradients(Basis):
                 self.span = forms[self.orthonormal](rows)
             else:
                 self.span = sequential_span(rows) if self.sequential else unit_span(rows)
-
-
-def class_curvatures(found: ClassPass, targets: Tensor) -> Tensor:
-    r"""Paper A, eq. 12: :math:`\lambda_k = \frac{1}{|B|}\sum_{\mu\in B_k} p_k^\mu(1-p_k^\mu)\,|c_k|^2`, (C,)."""
-    p = found.probabilities
-    mean = torch.zeros_like(found.class_gradients[:, 0]).index_add_(0, targets, p * (1 - p)) / len(targets)
-    return mean * found.class_gradients.square().sum(1)
 
 
 class PastUpdates(Basis):

@@ -37,7 +37,8 @@ def class_gradient_newton(
     momentum_on: MomentumOn = "step",
     dampening: float | None = 0.0,
     initial: Literal["until-seen", "averaged", "averaged-corrected"] = "until-seen",
-    batch_norm: Literal["auto", "frozen", "vjp"] = "auto",
+    batch_norm: Literal["batch", "running"] | None = None,
+    algorithm: Literal["auto", "split", "vjp"] = "auto",
     orthonormal: bool | Literal["qr", "symmetric"] = False,
     sequential: bool = False,
     reduction: Literal["mean", "class-sum", "batch-sum"] = "mean",
@@ -60,12 +61,12 @@ def class_gradient_newton(
     ``initial`` (what :math:`\lambda(0)=1` does), ``estimate``, ``damping``, ``floor``, ``trust_radius``, ``fraction``
     and ``scale`` (``"lr"``: :math:`\eta/\hat\lambda_k` in place of :math:`1/\hat\lambda_k`) are those of
     :class:`~curvspace.optim.inside.DiagonalNewton`. How the span is taken out: ``orthonormal``, ``sequential``, and
-    ``reduction``, ``batch_norm`` (its ``method``) are those of :class:`~curvspace.optim.bases.ClassGradients`.
+    ``reduction``, ``batch_norm``, ``algorithm`` are those of :class:`~curvspace.optim.bases.ClassGradients`.
     With ``orthonormal=True`` eq. 12 no longer estimates the curvature along the basis: give ``estimate`` too.
     """
     return SubspaceNewton(
         model,
-        basis=ClassGradients(gamma, orthonormal, num_classes, batch_norm, sequential, reduction),
+        basis=ClassGradients(gamma, orthonormal, num_classes, batch_norm, algorithm, sequential, reduction),
         inside=DiagonalNewton(gamma, initial, estimate, damping, floor, trust_radius, fraction, scale),
         outside=GradientDescent(lr, momentum, momentum if dampening is None else dampening),
         loss=loss,
@@ -90,7 +91,8 @@ def rayleigh_ritz_newton(
     past_updates: int = 0,
     cospace: Cospace = "sgd",
     momentum_on: MomentumOn = "cospace",
-    batch_norm: Literal["auto", "frozen", "vjp"] = "frozen",
+    batch_norm: Literal["batch", "running"] | None = "running",
+    algorithm: Literal["auto", "split", "vjp"] = "auto",
     trust_radius: float | None = None,
     loss: LossLike = "cross_entropy",
 ) -> SubspaceNewton:
@@ -105,7 +107,7 @@ def rayleigh_ritz_newton(
     """
     require(past_updates >= 0, "past_updates", past_updates, "at least 0")
     require(not isinstance(damping, str) or damping == "adaptive", "damping", damping, 'a number or "adaptive"')
-    basis: Basis = ClassGradients(gamma, True, num_classes, batch_norm)
+    basis: Basis = ClassGradients(gamma, True, num_classes, batch_norm, algorithm)
     if past_updates:
         basis = Joint([basis, PastUpdates(past_updates)])
     rule = AdaptiveDamping() if isinstance(damping, str) else damping

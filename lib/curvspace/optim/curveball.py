@@ -100,7 +100,7 @@ class CurveBall(ModelOptimizer):
         super().__init__(model, defaults, loss)
         start = (1.0 if _has_batch_norm(model) else 10.0) if damping == "auto" else damping
         nan = float("nan")
-        self._load_extra_state({"damping": start, "rho": nan, "beta": nan, "ratio": nan, "anomalies": 0, "steps": 0})
+        self._load_extra_state({"damping": start, "rho": nan, "beta": nan, "ratio": nan, "anomalies": 0})
 
     @property
     def damping(self) -> float:
@@ -115,7 +115,7 @@ class CurveBall(ModelOptimizer):
         parameters = group["params"]
         velocity = [self._velocity(p) for p in parameters]
         damping, decay = self._scalars["damping"], group["weight_decay"]
-        check = group["adapt_damping"] and self._steps % group["damping_interval"] == 0
+        check = group["adapt_damping"] and self.steps % group["damping_interval"] == 0
 
         point = Linearisation(self.model, inputs, velocity)
         outputs = point.outputs.detach()
@@ -143,7 +143,6 @@ class CurveBall(ModelOptimizer):
                 change = self.loss(point.replay(), targets).double() - loss.double() + decayed
                 self.costs.forward += 1
                 self._adapt_damping(change, quadratic.value(-beta, rho, group["lr"], group["damping_in_model"]))
-        self._steps += 1
         self.costs.forward += 1
         self.costs.backward += 1
         self.costs.jvp += 1
@@ -191,11 +190,10 @@ class CurveBall(ModelOptimizer):
         scalars["damping"] = torch.where(ratio < group["ratio_low"], damping / group["damping_factor"], damping)
 
     def _extra_state(self) -> dict[str, Any]:
-        return {**self.log(), "steps": self._steps}
+        return dict(self.log())
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         device = self.param_groups[0]["params"][0].device
-        self._steps = int(state["steps"])
         self._scalars = {
             name: torch.tensor(float(state[name]), dtype=torch.float64, device=device)
             for name in ("rho", "beta", "damping", "ratio", "anomalies")

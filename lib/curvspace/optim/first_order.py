@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvspace.functional import Inputs, call
 from curvspace.losses import Loss
-from curvspace.optim.base import ModelOptimizer, eager
+from curvspace.optim.base import ModelOptimizer
 
 LossLike = str | Loss | Callable[[Tensor, Tensor], Tensor]
 
@@ -28,7 +28,7 @@ class FirstOrder(ModelOptimizer):
         loss: LossLike = "cross_entropy",
         **options: Any,
     ):
-        inner = eager(optimizer)([p for p in model.parameters() if p.requires_grad], **options)
+        inner = optimizer([p for p in model.parameters() if p.requires_grad], **options)
         super().__init__(model, inner.defaults, loss)
         self.inner = inner
         self.param_groups = inner.param_groups

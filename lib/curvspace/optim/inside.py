@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from curvspace.optim.base import require
+from curvspace.optim.base import refuse_old, require
 from curvspace.optim.bases import Observation
 from curvspace.optim.damping import AdaptiveDamping
 from curvspace.optim.minibatch import CURVATURES, Minibatch
@@ -15,7 +15,6 @@ from curvspace.optim.span import Span
 
 Initial = Literal["until-seen", "averaged", "averaged-corrected"]
 INITIAL = get_args(Initial)
-RENAMED_INITIAL = {"until seen": "until-seen", "weighted": "averaged"}
 
 
 class Inside:
@@ -26,7 +25,7 @@ class Inside:
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
 
-    def refresh(self, span: Span, batch: Minibatch, seen: Observation) -> None:
+    def refresh(self, span: Span, batch: Minibatch, observed: Observation) -> None:
         """The basis has moved: measure its curvature anew."""
 
     def coefficients(self, coordinates: Tensor, group: dict[str, Any]) -> Tensor:
@@ -87,10 +86,9 @@ class DiagonalNewton(Inside):
         scale: float | Literal["lr"] = 1.0,
     ):
         super().__init__()
+        refuse_old({"initial=until seen": '"until-seen"', "initial=weighted": '"averaged"'}, initial=initial)
         require(0 <= gamma < 1, "gamma", gamma, "in [0, 1)")
         require(scale == "lr" if isinstance(scale, str) else scale > 0, "scale", scale, 'positive, or "lr"')
-        renamed = RENAMED_INITIAL.get(initial)
-        require(renamed is None, "initial", initial, f'"{renamed}", its present name')
         require(initial in INITIAL, "initial", initial, f"one of {', '.join(INITIAL)}")
         allowed = ("basis", *CURVATURES)
         require(estimate in allowed, "estimate", estimate, f"one of {', '.join(allowed)}")
@@ -102,8 +100,8 @@ class DiagonalNewton(Inside):
         self.damping, self.floor, self.trust_radius = damping, floor, trust_radius
         self.fraction, self.scale = fraction, scale
 
-    def refresh(self, span: Span, batch: Minibatch, seen: Observation) -> None:
-        curvatures, valid = seen.curvatures, seen.seen
+    def refresh(self, span: Span, batch: Minibatch, observed: Observation) -> None:
+        curvatures, valid = observed.curvatures, observed.valid
         if self.estimate != "basis":
             reduced = batch.part(self.fraction).reduced_curvature(span.directions(), self.estimate)
             curvatures = span.quadratic(reduced).diagonal()
@@ -115,13 +113,13 @@ class DiagonalNewton(Inside):
             )
         self._average(curvatures, torch.ones_like(curvatures, dtype=torch.bool) if valid is None else valid)
 
-    def _average(self, curvatures: Tensor, seen: Tensor) -> None:
+    def _average(self, curvatures: Tensor, valid: Tensor) -> None:
         if not self.state:
             start = torch.full_like(curvatures, 0.0 if self.initial == "until-seen" else 1.0)
-            self.state = {"squares": start, "times": torch.zeros_like(seen, dtype=torch.long)}
-        weight = (1 - self.gamma) * seen.to(curvatures.dtype)
+            self.state = {"squares": start, "times": torch.zeros_like(valid, dtype=torch.long)}
+        weight = (1 - self.gamma) * valid.to(curvatures.dtype)
         self.state["squares"].mul_(1 - weight).add_(weight * curvatures.square())
-        self.state["times"] += seen
+        self.state["times"] += valid
 
     def curvatures(self) -> Tensor:
         r""":math:`\hat\lambda` of eq. 17, (k,); 1 for a class never seen."""
@@ -181,7 +179,7 @@ class RayleighRitzNewton(Inside):
         self.damping, self.scale, self.curvature, self.fraction = damping, scale, curvature, fraction
         self.gamma, self.trust_radius = gamma, trust_radius
 
-    def refresh(self, span: Span, batch: Minibatch, seen: Observation) -> None:
+    def refresh(self, span: Span, batch: Minibatch, observed: Observation) -> None:
         reduced = batch.part(self.fraction).reduced_curvature(span.directions(), self.curvature)
         if self.gamma > 0:
             average = self.state.get("average", torch.zeros_like(reduced))

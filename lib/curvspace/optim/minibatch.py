@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.curvature.class_gradients import ClassPass, class_gradients, split_pass, vjp_pass
-from curvspace.curvature.frozen import FrozenModel
+from curvspace.curvature.frozen import FrozenModel, State
 from curvspace.curvature.operators import CurvatureOperator
 from curvspace.curvature.projected import projected_gauss_newton
 from curvspace.functional import (
@@ -28,6 +28,7 @@ from curvspace.optim.base import Costs
 
 Curvature = Literal["gauss-newton", "hessian"]
 CURVATURES = ("gauss-newton", "hessian")
+Algorithm = Literal["auto", "split", "vjp"]
 
 
 @dataclass
@@ -65,12 +66,14 @@ class Minibatch:
         self._count(forward=1, backward=1)
         return loss.detach(), gradient
 
-    def classes(self, num_classes: int, method: str = "auto") -> ClassPass:
-        """Loss, gradient and class gradients; see :class:`~curvspace.optim.bases.ClassGradients` for the methods."""
+    def classes(self, num_classes: int, batch_norm: State = None, algorithm: Algorithm = "auto") -> ClassPass:
+        """Loss, gradient and class gradients; see :class:`~curvspace.optim.bases.ClassGradients` for the options."""
+        if not FrozenModel(self.model, batch_norm).keeps_modes:
+            return self._classes_apart(num_classes, batch_norm, algorithm)
         interact = FrozenModel(self.model).uses_batch_statistics
-        if method == "frozen" and interact:
-            return self._classes_with_frozen_statistics(num_classes)
-        if method == "vjp" or interact:
+        if interact and algorithm == "split":
+            raise ValueError('algorithm="split" is not exact with batch statistics; use "vjp" or batch_norm="running"')
+        if interact or algorithm == "vjp":
             found = vjp_pass(self.model, self.inputs, self.targets, num_classes, self.loss)
             self._count(forward=1, backward=1 + len(self.targets.unique()))
             return found
@@ -78,16 +81,19 @@ class Minibatch:
         self._count(forward=1, backward=2)
         return found
 
-    def _classes_with_frozen_statistics(self, num_classes: int) -> ClassPass:
-        """The gradient through batch statistics, the class gradients through the stored ones."""
+    def _classes_apart(self, num_classes: int, batch_norm: State, algorithm: Algorithm) -> ClassPass:
+        """The gradient through the module's present mode, the class gradients through other statistics."""
         parameters = list(trainable_parameters(self.model).values())
-        c, counts = class_gradients(self.model, self.inputs, self.targets, num_classes, method="split", state="running")
+        c, counts = class_gradients(
+            self.model, self.inputs, self.targets, num_classes, method=algorithm, state=batch_norm
+        )
+        shared = algorithm == "vjp" or FrozenModel(self.model, batch_norm).uses_batch_statistics
         with torch.enable_grad():
             z = call(self.model, self.inputs)
             loss = self.loss(z, self.targets)
             gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True))
         own = z.detach().softmax(1).gather(1, self.targets[:, None])[:, 0]
-        self._count(forward=2, backward=2)
+        self._count(forward=2, backward=1 + (int((counts > 0).sum()) if shared else 1))
         return ClassPass(loss.detach(), gradient, c, counts, own)
 
     def operator(self, curvature: Curvature) -> CurvatureOperator:

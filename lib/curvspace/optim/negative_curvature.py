@@ -96,7 +96,6 @@ class NegativeCurvature(FirstOrder):
         self._v = self._random_direction(seed)
         self._value = self._v.new_tensor(math.nan)
         self._scale = self._v.new_tensor(0.0)
-        self._steps = 0
 
     @property
     def direction(self) -> Tensor:
@@ -116,9 +115,7 @@ class NegativeCurvature(FirstOrder):
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         group = self.param_groups[0]
-        due = self._steps % group["every"] == 0
-        self._steps += 1
-        if not due:
+        if self.steps % group["every"] != 0:
             return super()._step(inputs, targets)
         loss, gradients, product = self._gradient_and_product(inputs, targets)
         for p, g in zip(group["params"], gradients, strict=True):
@@ -178,8 +175,7 @@ class NegativeCurvature(FirstOrder):
         return {"curvature_estimate": self._value}
 
     def _extra_state(self) -> dict[str, Any]:
-        return {"v": self._v, "value": self._value, "scale": self._scale, "steps": self._steps}
+        return {"v": self._v, "value": self._value, "scale": self._scale}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         self._v, self._value, self._scale = (state[key].to(self._v) for key in ("v", "value", "scale"))
-        self._steps = state["steps"]

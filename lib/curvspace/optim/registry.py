@@ -20,14 +20,14 @@ KINDS = {
     "sgd": "curvspace.optim.first_order:sgd",
     "adam": "curvspace.optim.first_order:adam",
     "rmsprop": "curvspace.optim.first_order:rmsprop",
-    "class_gradient_newton": "curvspace.optim.configurations:class_gradient_newton",
-    "rayleigh_ritz_newton": "curvspace.optim.configurations:rayleigh_ritz_newton",
-    "low_rank_newton": "curvspace.optim.configurations:low_rank_newton",
-    "bulk_sgd": "curvspace.optim.configurations:bulk_sgd",
-    "dominant_sgd": "curvspace.optim.configurations:dominant_sgd",
+    "class-gradient-newton": "curvspace.optim.configurations:class_gradient_newton",
+    "rayleigh-ritz-newton": "curvspace.optim.configurations:rayleigh_ritz_newton",
+    "low-rank-newton": "curvspace.optim.configurations:low_rank_newton",
+    "bulk-sgd": "curvspace.optim.configurations:bulk_sgd",
+    "dominant-sgd": "curvspace.optim.configurations:dominant_sgd",
     "curveball": "curvspace.optim.curveball:CurveBall",
-    "levenberg_marquardt": "curvspace.optim.levenberg_marquardt:LevenbergMarquardt",
-    "negative_curvature": "curvspace.optim.negative_curvature:NegativeCurvature",
+    "levenberg-marquardt": "curvspace.optim.levenberg_marquardt:LevenbergMarquardt",
+    "negative-curvature": "curvspace.optim.negative_curvature:NegativeCurvature",
 }
 """Kind -> ``module:function`` (or class). Plain text: the pipeline reads this table without importing anything."""
 
@@ -83,6 +83,8 @@ def build(
 
 def _place(kind: str) -> tuple[str, str]:
     module, colon, name = KINDS.get(kind, kind).partition(":")
+    if kind.replace("_", "-") in KINDS and kind not in KINDS:
+        raise ValueError(f"optimizer kind {kind!r} is now {kind.replace('_', '-')!r}")
     if not (module and colon and name):
         raise ValueError(f"unknown optimizer kind {kind!r}; use one of {', '.join(sorted(KINDS))}, or module:function")
     return module, name

@@ -77,15 +77,15 @@ class SubspaceNewton(ModelOptimizer):
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         group = self.param_groups[0]
         batch = Minibatch(self.model, self.loss, inputs, targets, self.costs)
-        refresh = self.costs.steps % self.refresh_every == 0
-        seen = self.basis.observe(batch, refresh)
+        refresh = self.steps % self.refresh_every == 0
+        observed = self.basis.observe(batch, refresh)
         with torch.no_grad():
             if refresh and self.basis.span is not None:
-                self.inside.refresh(self.basis.span, batch, seen)
+                self.inside.refresh(self.basis.span, batch, observed)
                 self.outside.moved(self.basis.span)
-            update = self._update(batch, seen.loss, seen.gradient, group)
+            update = self._update(batch, observed.loss, observed.gradient, group)
             self.basis.record(update)
-        return seen.loss
+        return observed.loss
 
     def _update(self, batch: Minibatch, loss: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
         """Take the step; returns what was subtracted from the parameters (P,)."""
