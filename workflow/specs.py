@@ -31,6 +31,7 @@ PAPERS = {
     "D": "D: negative curvature",
     "X": "Across the papers",
 }
+WRAPPER = "curvspace.optim.first_order:FirstOrder"
 REGISTRIES = {"optimizers": "curvspace.optim.registry", "models": "curvspace.models.registry"}
 
 
@@ -240,8 +241,11 @@ class Plan:
         return self.code.hash(*roots, *(root for kind in _kinds(blocks) for root in self._modules(kind)))
 
     def _modules(self, kind: str) -> list[str]:
-        """The module that a kind of optimiser or model is loaded from, and its entry in the registry."""
-        found = [table[kind] for table in self._registered.values() if kind in table] or [kind]
+        """The module that a kind of optimiser or model is loaded from, and its entry in the registry.
+
+        A kind that is in no registry may be a class of optimisers from elsewhere, which one of ours wraps.
+        """
+        found = [table[kind] for table in self._registered.values() if kind in table] or [kind, WRAPPER]
         return [part for target in found if ":" in target for part in (target.partition(":")[0], target)]
 
     @cached_property

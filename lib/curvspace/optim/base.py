@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,6 +73,11 @@ class ModelOptimizer(torch.optim.Optimizer):
         if self.param_groups:
             raise ValueError(f"{type(self).__name__} takes one param group: its step couples all parameters")
         super().add_param_group(param_group)
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Inside, the model has the parameters that are to be judged: for most optimisers the present ones."""
+        yield
 
     def log(self) -> dict[str, float]:
         """Scalars worth a column of ``metrics.csv`` after each step (damping, ratio, ...)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,37 +20,114 @@ LossLike = str | Loss | Callable[[Tensor, Tensor], Tensor]
 class FirstOrder(ModelOptimizer):
     """``FirstOrder(model, torch.optim.SGD, lr=0.1, momentum=0.9).step(x, y)``.
 
-    The wrapped optimiser's param groups and state are this one's: schedulers and checkpoints act on it.
+    The wrapped optimiser's param groups and state are this one's: schedulers and checkpoints act on it. One that
+    steps with a closure (``LBFGS``) is given one that evaluates the same minibatch. One with a training and an
+    evaluation mode (schedule-free ones) is in training mode; :meth:`evaluated` shows the weights of the other.
+
+    Parameters
+    ----------
+    optimizer
+        A class, called with the trainable parameters (or ``groups``) and ``options``; or a ready optimiser.
+    groups
+        Param groups of the model's trainable parameters, for classes that treat some of them differently.
+
+    Raises
+    ------
+    ValueError
+        For an option that the class does not name (one swallowed by its ``**kwargs`` would have no effect).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: type[torch.optim.Optimizer],
+        optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
         loss: LossLike = "cross_entropy",
+        groups: list[dict[str, Any]] | None = None,
         **options: Any,
     ):
-        inner = optimizer([p for p in model.parameters() if p.requires_grad], **options)
+        if isinstance(optimizer, type):
+            refuse_unknown(optimizer, options)
+            parameters: Any = [p for p in model.parameters() if p.requires_grad]
+            inner: Any = optimizer(groups or parameters, **options)
+        else:
+            inner = optimizer
         super().__init__(model, inner.defaults, loss)
         self.inner = inner
         self.param_groups = inner.param_groups
         self.state = inner.state
+        self._closure = _needs_closure(inner)
+        self._moded = inner if callable(getattr(inner, "train", None)) else None
+        if self._moded:
+            self._moded.train()
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
+        if self._closure:
+            return self._step_with_closure(inputs, targets)
+        loss = self._gradient(inputs, targets)
+        self._take()
+        return loss
+
+    def _step_with_closure(self, inputs: Inputs, targets: Tensor) -> Tensor:
+        seen: list[tuple[Tensor, Tensor | None]] = []
+
+        def closure() -> Tensor:
+            with torch.enable_grad():
+                seen.append((self._gradient(inputs, targets), self.grad_norm))
+            return seen[-1][0]
+
+        self.inner.step(closure)
+        loss, self.grad_norm = seen[0]
+        return loss
+
+    def _gradient(self, inputs: Inputs, targets: Tensor) -> Tensor:
+        """The mean loss; its gradient is left in the parameters' ``grad``."""
         self.inner.zero_grad(set_to_none=True)
         loss = self.loss(call(self.model, inputs), targets)
         loss.backward()
         norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
-        self.inner.step()
         self.costs.forward += 1
         self.costs.backward += 1
         return loss
+
+    def _take(self) -> None:
+        """The wrapped optimiser's own step, from the parameters' ``grad``."""
+        self.inner.step()
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Inside, a schedule-free optimiser's model has its averaged weights; afterwards the others, bit for bit."""
+        if not self._moded:
+            yield
+            return
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        present = [p.detach().clone() for p in parameters]
+        self._moded.eval()
+        try:
+            yield
+        finally:
+            self._moded.train()
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, present)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.inner.param_groups = self.param_groups
         self.inner.state = self.state
+        if self._moded:
+            self._moded.train()
+
+
+def refuse_unknown(kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for an option that the class's signature does not name."""
+    named = [n for n, p in inspect.signature(kind).parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if unknown := [name for name in options if name not in named]:
+        raise ValueError(f"{kind.__name__} has no option {unknown[0]!r}; it has {', '.join(named[1:])}")
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    closure = inspect.signature(inspect.unwrap(type(optimizer).step)).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def sgd(model: nn.Module, lr: float, loss: LossLike = "cross_entropy", **options: Any) -> FirstOrder:
@@ -64,3 +143,37 @@ def adam(model: nn.Module, lr: float, loss: LossLike = "cross_entropy", **option
 def rmsprop(model: nn.Module, lr: float, loss: LossLike = "cross_entropy", **options: Any) -> FirstOrder:
     """Torch's RMSprop; ``options`` are its own."""
     return FirstOrder(model, torch.optim.RMSprop, loss, lr=lr, **options)
+
+
+def muon(
+    model: nn.Module,
+    lr: float,
+    loss: LossLike = "cross_entropy",
+    *,
+    adamw_lr: float | None = None,
+    adamw_wd: float | None = None,
+    weight_decay: float = 0.0,
+    **options: Any,
+) -> FirstOrder:
+    """Muon on the hidden weight matrices, AdamW on the rest: ``pytorch_optimizer.Muon`` with its two kinds of groups.
+
+    Hidden are the weights of two and more dimensions but the first and the last of the model: the first reads the
+    inputs, the last gives the outputs. AdamW's rate and decay are Muon's unless given (a schedule moves both);
+    ``options`` are the class's own (``momentum``, ``nesterov``, ``ns_steps``, ``adamw_betas``, ...).
+
+    Raises ``ValueError`` for a model without a hidden weight matrix, ``ImportError`` without pytorch-optimizer.
+    """
+    from pytorch_optimizer import Muon
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in parameters if p.ndim >= 2][1:-1]
+    if not hidden:
+        raise ValueError(f"{type(model).__name__} has no hidden weight matrix for Muon; use torch.optim:AdamW")
+    chosen = set(map(id, hidden))
+    rest = [p for p in parameters if id(p) not in chosen]
+    decay = weight_decay if adamw_wd is None else adamw_wd
+    groups = [
+        {"params": hidden, "lr": lr, "weight_decay": weight_decay, "use_muon": True},
+        {"params": rest, "lr": lr if adamw_lr is None else adamw_lr, "weight_decay": decay, "use_muon": False},
+    ]
+    return FirstOrder(model, Muon, loss, groups, lr=lr, **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ KINDS = {
     "sgd": "curvspace.optim.first_order:sgd",
     "adam": "curvspace.optim.first_order:adam",
     "rmsprop": "curvspace.optim.first_order:rmsprop",
+    "muon": "curvspace.optim.first_order:muon",
     "class-gradient-newton": "curvspace.optim.configurations:class_gradient_newton",
     "rayleigh-ritz-newton": "curvspace.optim.configurations:rayleigh_ritz_newton",
     "low-rank-newton": "curvspace.optim.configurations:low_rank_newton",
@@ -30,6 +32,10 @@ KINDS = {
     "negative-curvature": "curvspace.optim.negative_curvature:NegativeCurvature",
 }
 """Kind -> ``module:function`` (or class). Plain text: the pipeline reads this table without importing anything."""
+
+
+WRAPPER = "curvspace.optim.first_order:FirstOrder"
+"""What gives a class of optimisers from elsewhere its ``step(inputs, targets)``."""
 
 
 def module_of(kind: str) -> str:
@@ -54,6 +60,8 @@ def build(
     """The optimiser of a config entry: ``kind``, its other ``options``, and the run's learning rate and loss.
 
     A function or class of the user's own (``module:function``) is called as ``f(model, lr=..., loss=..., **options)``.
+    Any other class of optimisers, of ``torch.optim``, ``pytorch_optimizer``, ``schedulefree`` or elsewhere
+    (``"torch.optim:NAdam"``), is wrapped in :class:`~curvspace.optim.first_order.FirstOrder`.
     ``num_classes`` is passed where the signature has it; where it has ``k``, that is C unless the options give it.
 
     Raises
@@ -61,10 +69,10 @@ def build(
     ValueError
         If the kind or an option is unknown, or a value out of range; the message names it.
     """
-    module, name = _place(kind)
-    function = getattr(importlib.import_module(module), name, None)
-    if function is None:
-        raise ValueError(f"optimizer kind {kind!r}: module {module} has no {name!r}")
+    function = _found(kind)
+    if _is_foreign(function):
+        wrapper, name = WRAPPER.split(":")
+        function = partial(getattr(importlib.import_module(wrapper), name), optimizer=function)
     parameters = inspect.signature(function).parameters
     values = dict(options)
     if "num_classes" in parameters:
@@ -79,6 +87,23 @@ def build(
         return function(model, lr=lr, loss=loss, **values)
     except TypeError as error:  # an option that a wrapped optimiser does not know
         raise ValueError(f"optimizer kind {kind!r}: {error}") from error
+
+
+def _found(kind: str) -> Any:
+    module, name = _place(kind)
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"optimizer kind {kind!r}: {error}; is the package installed?") from error
+    if function is None:
+        raise ValueError(f"optimizer kind {kind!r}: module {module} has no {name!r}")
+    return function
+
+
+def _is_foreign(function: Any) -> bool:
+    """Whether it is a class of optimisers that step from ``.grad``, without ``step(inputs, targets)``."""
+    bases = {f"{base.__module__}.{base.__name__}" for base in getattr(function, "__mro__", ())}
+    return "torch.optim.optimizer.Optimizer" in bases and "curvspace.optim.base.ModelOptimizer" not in bases
 
 
 def _place(kind: str) -> tuple[str, str]:

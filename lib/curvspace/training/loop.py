@@ -20,6 +20,8 @@ from curvspace.datasets.augment import crop_flip
 from curvspace.functional import call
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer
+from curvspace.training.average import accumulate, averaged
+from curvspace.training.schedule import Schedule
 from curvspace.training.spec import Task, derived_seed, steps_per_epoch
 
 Row = dict[str, Any]
@@ -29,13 +31,17 @@ LOG_INTERVAL = {"cpu": 1, "cuda": 50}
 
 @dataclass
 class FitState:
-    """Where a training stands. ``status`` is "running", "finished" or "diverged"; ``wall_s`` counts steps only."""
+    """Where a training stands. ``status`` is "running", "finished" or "diverged"; ``wall_s`` counts steps only.
+
+    ``average``: the running mean of the weights by name, where the task asks for one.
+    """
 
     step: int = 0
     wall_s: float = 0.0
     status: str = "running"
     initial_loss: float = math.nan
     rows: list[Row] = field(default_factory=list)
+    average: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -108,12 +114,13 @@ def fit(
     state = state or FitState()
     total = task.steps(len(data.train), batch_size)
     per_epoch = steps_per_epoch(len(data.train), batch_size)
+    schedule = Schedule.of(task.schedule)
     for group in optimizer.param_groups:  # kept in the optimiser's state: a resumed run decays from the same value
         group.setdefault("initial_lr", group["lr"])
     device = data.train.targets.device
     interval = LOG_INTERVAL.get(device.type, 1)
     if not state.rows:
-        state.rows.append({"step": 0, "epoch": 0.0, "wall_s": 0.0, **_evaluation(model, optimizer.loss, data, task)})
+        state.rows.append({"step": 0, "epoch": 0.0, "wall_s": 0.0, **_evaluation(model, optimizer, data, task, state)})
         state.initial_loss = state.rows[0]["eval_train_loss"]
         if after_step:
             after_step(state)
@@ -122,13 +129,17 @@ def fit(
     bar = tqdm(total=total, initial=state.step, desc=description, unit="step", disable=None if progress else True)
     while state.step < total and state.status == "running":
         inputs, targets = next(batches)
+        factor = schedule.factor(state.step, total, per_epoch)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * task.lr_decay_per_epoch ** (state.step / per_epoch)
+            group["lr"] = group["initial_lr"] * factor
         torch.manual_seed(derived_seed(seed, "dropout", state.step))
         clock = time.perf_counter()
         loss = optimizer.step(inputs, targets)
         row = {"train_loss": loss, "grad_norm": optimizer.grad_norm, **optimizer.costs.as_dict(), **optimizer.log()}
+        row["learning_rate"] = optimizer.param_groups[0]["lr"]
         state.step += 1
+        if task.evaluate_average is not None:
+            accumulate(state.average, model, task.evaluate_average, state.step)
         state.rows.append({"step": state.step, "epoch": state.step / per_epoch, **row})
         if state.step % interval == 0 or state.step == total or _evaluation_due(state.step, per_epoch, total, task):
             read = _read_scalars(state.rows, interval)
@@ -139,7 +150,7 @@ def fit(
             state.wall_s += time.perf_counter() - clock
         state.rows[-1]["wall_s"] = state.wall_s
         if state.status == "diverged" or _evaluation_due(state.step, per_epoch, total, task):
-            state.rows[-1].update(_evaluation(model, optimizer.loss, data, task))
+            state.rows[-1].update(_evaluation(model, optimizer, data, task, state))
         bar.update()
         if after_step:
             after_step(state)
@@ -151,7 +162,18 @@ def _evaluation_due(step: int, per_epoch: int, total: int, task: Task) -> bool:
     return step == total or step % (task.evaluate_every or per_epoch) == 0
 
 
-def _evaluation(model: nn.Module, loss: Loss, data: DataSet, task: Task) -> Row:
+def _evaluation(model: nn.Module, optimizer: ModelOptimizer, data: DataSet, task: Task, state: FitState) -> Row:
+    """The present network's losses and accuracies; with ``average_`` in front, those of the mean weights."""
+    with optimizer.evaluated():
+        row = _losses(model, optimizer.loss, data, task)
+    if state.average:
+        with averaged(model, state.average):
+            mean = _losses(model, optimizer.loss, data, task)
+        row.update({f"average_{name}": value for name, value in mean.items()})
+    return row
+
+
+def _losses(model: nn.Module, loss: Loss, data: DataSet, task: Task) -> Row:
     train_loss, train_accuracy = evaluate(model, data, data.train, loss, task.evaluate_train)
     val_loss, val_accuracy = evaluate(model, data, data.validation, loss)
     return {

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +98,20 @@ def build_optimizer(spec: RunSpec, model: torch.nn.Module, num_classes: int) -> 
 
 
 def _checkpoint(spec: RunSpec, state: FitState, model: torch.nn.Module, optimizer: ModelOptimizer) -> dict[str, Any]:
-    """Parameters, buffers, optimiser state; (seed, step) stand for all generators and the place in the data."""
-    return {
-        "step": state.step,
-        "seed": spec.seed,
-        "batch_size": spec.batch_size,
-        "status": state.status,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
+    """Parameters, buffers, optimiser state; (seed, step) stand for all generators and the place in the data.
+
+    Parameters are those that an evaluation sees; ``average`` holds their running mean, where the task asks for it.
+    """
+    with optimizer.evaluated():
+        return {
+            "step": state.step,
+            "seed": spec.seed,
+            "batch_size": spec.batch_size,
+            "status": state.status,
+            "model": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+            "optimizer": optimizer.state_dict(),
+            **({"average": state.average} if state.average else {}),
+        }
 
 
 def _write(path: Path, value: Any) -> None:
@@ -120,7 +124,7 @@ def _write(path: Path, value: Any) -> None:
 
 def _save(path: Path, key: str, state: FitState, model: torch.nn.Module, optimizer: ModelOptimizer) -> None:
     rows = [{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in state.rows]
-    progress = {**asdict(FitState(state.step, state.wall_s, state.status, state.initial_loss)), "rows": rows}
+    progress = {**vars(state), "rows": rows}
     saved = {"key": key, "progress": progress, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     _write(path / "resume.pt", saved)
 
@@ -153,7 +157,7 @@ def _publish(spec: RunSpec, state: FitState, state_path: Path, out: Path, proven
         "steps": state.step,
         "wall_s": round(state.wall_s, 3),
         "spec": spec.to_dict(),
-        "final": {k: v for k, v in state.rows[-1].items() if k.startswith(("eval_", "val_"))},
+        "final": {k: v for k, v in state.rows[-1].items() if k.startswith(("eval_", "val_", "average_"))},
     }
     partial = out / "run.json.partial"
     partial.write_text(json.dumps(record, indent=2, default=list) + "\n")

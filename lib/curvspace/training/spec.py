@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from curvspace.training.schedule import Schedule
+
 IDENTITY = ("dataset", "model", "optimizer", "batch_size", "lr", "seed")
 """Columns that name a run in every tidy table made from it."""
 
@@ -20,7 +22,9 @@ class Task:
     evaluate_every: steps between evaluations; 0 means at the end of each epoch.
     evaluate_train: training examples in the evaluation (the first n, without augmentation).
     checkpoints: steps to save at; checkpoint_every: also every so many steps (0: none); the last step always is.
-    lr_decay_per_epoch: the learning rate falls at every step, by this factor in all over an epoch.
+    schedule: the learning rate along the run, see :class:`~curvspace.training.schedule.Schedule`; None: constant.
+    evaluate_average: decay in (0, 1) of a running mean of the weights over the steps; evaluations then report the
+    network with the mean weights too (columns ``average_...``). None: no mean.
     divergence: a minibatch loss above this multiple of the loss at the start ends the run as diverged.
     """
 
@@ -33,7 +37,8 @@ class Task:
     checkpoint_every: int = 0
     min_steps: int = 1
     max_steps: int | None = None
-    lr_decay_per_epoch: float = 1.0
+    schedule: Schedule | Mapping[str, Any] | None = None
+    evaluate_average: float | None = None
     divergence: float = 100.0
 
     def __post_init__(self) -> None:
@@ -44,8 +49,9 @@ class Task:
             raise ValueError(f"task.min_steps must be at least 1, got {self.min_steps}")
         if self.augment not in ("none", "crop-flip"):
             raise ValueError(f"task.augment must be 'none' or 'crop-flip', got {self.augment!r}")
-        if not 0 < self.lr_decay_per_epoch <= 1:
-            raise ValueError(f"task.lr_decay_per_epoch must be in (0, 1], got {self.lr_decay_per_epoch}")
+        if self.evaluate_average is not None and not 0 < self.evaluate_average < 1:
+            raise ValueError(f"task.evaluate_average must be in (0, 1), or null, got {self.evaluate_average!r}")
+        object.__setattr__(self, "schedule", Schedule.of(self.schedule))
 
     def steps(self, examples: int, batch_size: int) -> int:
         """Total number of steps: the last, smaller minibatch of an epoch is a step too."""
@@ -84,6 +90,8 @@ class RunSpec:
             raise ValueError(f"unknown key {unknown[0]!r} in a run's spec; allowed: {', '.join(sorted(allowed))}")
         task_allowed = {f.name for f in fields(Task)}
         task = dict(values.get("task", {}))
+        if "lr_decay_per_epoch" in task:
+            raise ValueError("task.lr_decay_per_epoch is now task.schedule: {kind: per-epoch, decay: ...}")
         if unknown := sorted(set(task) - task_allowed):
             raise ValueError(f"unknown key {unknown[0]!r} in task; allowed: {', '.join(sorted(task_allowed))}")
         for key in ("dataset", "model", "optimizer"):
