@@ -15,14 +15,16 @@ from torch import Tensor
 
 from curvspace.curvature.class_gradients import ClassPass, class_curvatures
 from curvspace.curvature.frozen import State
-from curvspace.functional import call, preserved_buffers
+from curvspace.functional import call, preserved_buffers, trainable_parameters
 from curvspace.optim.base import refuse_old, require
+from curvspace.optim.mean_directions import joint_span, mean_span
 from curvspace.optim.minibatch import Algorithm, Minibatch
 from curvspace.optim.span import (
     Span,
     identity_span,
     ordered_span,
     orthonormal_span,
+    principal_span,
     sequential_span,
     symmetric_span,
     unit_span,
@@ -210,6 +212,64 @@ class PastUpdates(Basis):
             self.span = orthonormal_span([self.state["spanning"]])
 
 
+class PrincipalUpdates(Basis):
+    r"""The k principal directions of the last ``window`` steps :math:`u_i`: where steps vary most.
+
+    .. math:: \sum_i (u_i - \bar u)(u_i - \bar u)^\top Q = Q \Lambda, \qquad
+              \bar u \text{ their mean, or 0 where not } \texttt{centred}
+
+    They are orthonormal, and come from the Gram matrix of the steps.
+    """
+
+    def __init__(self, k: int, window: int = 20, centred: bool = True):
+        super().__init__()
+        require(k >= 1, "k", k, "at least 1")
+        require(window > k, "window", window, f"more than k = {k} steps")
+        self.k, self.window, self.centred = k, window, centred
+        self._past = PastUpdates(window)
+
+    @property  # type: ignore[override]
+    def state(self) -> dict[str, Any]:
+        return self._past.state
+
+    @state.setter
+    def state(self, value: dict[str, Any]) -> None:
+        if hasattr(self, "_past"):
+            self._past.state = value
+
+    def record(self, update: Tensor) -> None:
+        self._past.record(update)
+
+    def _refresh(self, batch: Minibatch, gradient: Tensor) -> None:
+        if self.state and self.state["recorded"] > self.k:
+            self.state["spanning"] = self.state["updates"].clone()
+            self.state["spanned"] = min(self.state["recorded"], self.window)
+            self.restore()
+
+    def restore(self) -> None:
+        if "spanning" in self.state:
+            rows = self.state["spanning"][: self.state["spanned"]]
+            self.span = principal_span(rows, self.k, self.centred)
+
+
+class MeanDirections(Basis):
+    r"""The mean direction of each output unit's weights over its inputs: what gradient centralisation takes out.
+
+    For each weight tensor of at least two dimensions and each of its output units, the constant unit vector over the
+    unit's entries; :math:`QQ^\top g` is each unit's mean gradient, so that :math:`g - QQ^\top g` is Yong et al.'s
+    :math:`\Phi_{GC}(g)` (arXiv 2004.01461, eq. 1 and 2). In closed form: no (P, k) matrix is formed, so that rules
+    which need one (``RayleighRitzNewton``, ``estimate=`` of ``DiagonalNewton``) do not go with it.
+    """
+
+    def _refresh(self, batch: Minibatch, gradient: Tensor) -> None:
+        self.state = {"shapes": [list(p.shape) for p in trainable_parameters(batch.model).values()]}
+        self.restore()
+
+    def restore(self) -> None:
+        if self.state and self.span is None:
+            self.span = mean_span(self.state["shapes"])
+
+
 class RandomDirections(Basis):
     """k random orthonormal directions: the null against which a basis must show its worth.
 
@@ -280,4 +340,4 @@ class Joint(Basis):
     def _join(self) -> None:
         spans = [basis.span for basis in self.bases if basis.span is not None]
         if spans:
-            self.span = orthonormal_span([block for span in spans for block in span.blocks])
+            self.span = joint_span(spans)

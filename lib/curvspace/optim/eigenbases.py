@@ -12,7 +12,7 @@ from curvspace.curvature.eigensolver import eigsh
 from curvspace.optim.base import require
 from curvspace.optim.bases import Basis, Observation
 from curvspace.optim.minibatch import CURVATURES, Curvature, Minibatch
-from curvspace.optim.span import identity_span
+from curvspace.optim.span import identity_span, ordered_span
 
 
 class TopEigenvectors(Basis):
@@ -91,3 +91,53 @@ class BottomEigenvectors(TopEigenvectors):
     """The k eigenvectors of the most negative eigenvalues of the minibatch's Hessian (paper D)."""
 
     which = "SA"
+
+
+class ExtremeEigenvectors(Basis):
+    r"""Eigenvectors of the k largest and some of the smallest eigenvalues of H (FOSI, arXiv 2302.08484).
+
+    Each end is followed from its own last eigenvectors, with the budgets and tolerance of
+    :class:`TopEigenvectors`; the two are then made orthonormal together. Order of the eigenvalues: the k largest,
+    largest first, then the smallest, smallest first.
+    """
+
+    def __init__(self, k: int, smallest: int = 0, **options: Any):
+        super().__init__()
+        require(smallest >= 0, "smallest", smallest, "at least 0")
+        self.ends = [TopEigenvectors(k, **options), *([BottomEigenvectors(smallest, **options)] if smallest else [])]
+
+    @property  # type: ignore[override]
+    def state(self) -> dict[str, Any]:
+        return {str(i): end.state for i, end in enumerate(getattr(self, "ends", []))}
+
+    @state.setter
+    def state(self, value: dict[str, Any]) -> None:
+        for i, end in enumerate(getattr(self, "ends", [])):
+            end.state = value[str(i)]
+
+    @property
+    def values(self) -> Tensor | None:
+        """The eigenvalues (k + smallest,); None before the first refresh."""
+        if not self.ends[0].state:
+            return None
+        return torch.cat([end.state["values"] for end in self.ends])
+
+    def spread(self) -> Tensor:
+        r""":math:`|\lambda_1/\lambda_k|` of the k largest."""
+        values = self.ends[0].state["values"].abs()
+        return values[0] / values[-1]
+
+    def observe(self, batch: Minibatch, refresh: bool) -> Observation:
+        loss, gradient = batch.gradient()
+        if not refresh:
+            return Observation(loss, gradient)
+        for end in self.ends:
+            end._refresh(batch, gradient)
+        self.restore()
+        return Observation(loss, gradient, self.values)
+
+    def restore(self) -> None:
+        if self.values is None:
+            return
+        rows = torch.cat([end.state["rows"] for end in self.ends])
+        self.span = identity_span(rows) if len(self.ends) == 1 else ordered_span(rows)

@@ -28,6 +28,9 @@ class Inside:
     def refresh(self, span: Span, batch: Minibatch, observed: Observation) -> None:
         """The basis has moved: measure its curvature anew."""
 
+    def turned(self, old: Span, new: Span) -> None:
+        """The basis has gone from one span to another: what was gathered in coordinates means something else."""
+
     def coefficients(self, coordinates: Tensor, group: dict[str, Any]) -> Tensor:
         r"""Coefficients s (k,) of the step that is subtracted, from :math:`Q^\top g` (k,)."""
         raise NotImplementedError
@@ -41,6 +44,15 @@ class Inside:
 
     def log(self) -> dict[str, Any]:
         return {}
+
+
+def scheduled(group: dict[str, Any]) -> float:
+    r"""The present factor :math:`\eta/\eta_0` of a learning-rate schedule, which a Newton step shares; 1 without one.
+
+    A step with a length of its own would otherwise keep the minibatches' noise where the schedule is to end it.
+    """
+    initial = group.get("initial_lr")
+    return group["lr"] / initial if initial else 1.0
 
 
 class DiagonalNewton(Inside):
@@ -71,7 +83,8 @@ class DiagonalNewton(Inside):
     trust_radius
         Longest step in the span; None as printed.
     scale
-        Factor of the step; 1 as printed. ``"lr"``: the learning rate, :math:`s_k = \eta\,v_k^\top g/\hat\lambda_k`.
+        Factor of the step, times that of a schedule of the learning rate; 1 as printed. ``"lr"``: the learning rate,
+        :math:`s_k = \eta\,v_k^\top g/\hat\lambda_k`.
     """
 
     def __init__(
@@ -133,7 +146,7 @@ class DiagonalNewton(Inside):
         curvatures = self.curvatures().clamp_min(self.floor) + self.damping
         # A direction without gradient takes no step, even where its curvature is zero too (0/0).
         step = torch.where(coordinates == 0, torch.zeros_like(coordinates), coordinates / curvatures)
-        return (group["lr"] if self.scale == "lr" else self.scale) * step
+        return (group["lr"] if self.scale == "lr" else self.scale * scheduled(group)) * step
 
 
 class RayleighRitzNewton(Inside):
@@ -146,7 +159,8 @@ class RayleighRitzNewton(Inside):
     damping
         :math:`\delta \ge 0`, or an :class:`~curvspace.optim.damping.AdaptiveDamping`.
     scale
-        :math:`\alpha > 0`: 1 is the full Newton step, less of it averages the minibatches' noise.
+        :math:`\alpha > 0`: 1 is the full Newton step, less of it averages the minibatches' noise. A schedule of the
+        learning rate moves it too.
     curvature
         ``"gauss-newton"`` (positive semidefinite) or ``"hessian"``, which may be indefinite: see :class:`SaddleFree`.
     fraction
@@ -199,7 +213,7 @@ class RayleighRitzNewton(Inside):
         along = vectors.T @ coordinates
         denominator = (values.abs() if self.magnitude else values) + damping
         along = torch.where(denominator == 0, torch.zeros_like(along), along / denominator)
-        return self.scale * (vectors @ along)
+        return self.scale * scheduled(group) * (vectors @ along)
 
     def due(self) -> bool:
         return isinstance(self.damping, AdaptiveDamping) and self.damping.due()
@@ -238,13 +252,47 @@ class SaddleFree(RayleighRitzNewton):
         super().__init__(damping, scale, curvature, fraction, gamma, trust_radius)
 
 
-class Scale(Inside):
-    r"""A multiple of the gradient in the span: :math:`s = \alpha\, Q^\top g`; ``alpha=None``: the learning rate."""
+class MomentumNewton(DiagonalNewton):
+    r"""Newton's method on the momentum of the gradient in the span (FOSI, arXiv 2302.08484).
 
-    def __init__(self, alpha: float | None = None):
-        super().__init__()
-        require(alpha is None or alpha >= 0, "alpha", alpha, "at least 0, or None")
-        self.alpha = alpha
+    .. math:: m \leftarrow \mu m + w\,QQ^\top g, \qquad s_k = \alpha\, q_k^\top m / |\lambda_k|
+
+    with w = 1 (heavy ball) or, ``averaged``, :math:`1-\mu`. m is a vector of the whole space: what it holds outside a
+    new span waits, decaying, for a later one.
+    """
+
+    def __init__(self, scale: float = 0.1, momentum: float = 0.9, averaged: bool = False):
+        super().__init__(gamma=0.0, scale=scale)
+        require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        self.momentum, self.averaged = momentum, averaged
 
     def coefficients(self, coordinates: Tensor, group: dict[str, Any]) -> Tensor:
-        return (group["lr"] if self.alpha is None else self.alpha) * coordinates
+        new = (1 - self.momentum) * coordinates if self.averaged else coordinates
+        if "along" in self.state:
+            new = self.momentum * self.state["along"] + new
+        if "waiting" in self.state:
+            self.state["waiting"] = self.momentum * self.state["waiting"]
+        self.state["along"] = new
+        return super().coefficients(new, group)
+
+    def turned(self, old: Span, new: Span) -> None:
+        if "along" in self.state:
+            whole = old.combine(self.state["along"]) + self.state.get("waiting", 0)
+            self.state["along"] = new.coordinates(whole)
+            self.state["waiting"] = whole - new.combine(self.state["along"])
+
+
+class Scale(Inside):
+    r"""A multiple of the gradient in the span: :math:`s = \alpha\, Q^\top g`.
+
+    ``alpha=None``: ``relative`` times the learning rate.
+    """
+
+    def __init__(self, alpha: float | None = None, relative: float = 1.0):
+        super().__init__()
+        require(alpha is None or alpha >= 0, "alpha", alpha, "at least 0, or None")
+        require(relative >= 0, "relative", relative, "at least 0")
+        self.alpha, self.relative = alpha, relative
+
+    def coefficients(self, coordinates: Tensor, group: dict[str, Any]) -> Tensor:
+        return (self.relative * group["lr"] if self.alpha is None else self.alpha) * coordinates

@@ -6,6 +6,7 @@ optimiser's param group, where schedulers find them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +20,13 @@ class Outside:
     """Base of the co-space rules. ``defaults`` enter the param group; state is flat vectors in ``state``.
 
     ``heavy_ball``: the rule reads the group's ``momentum``, which may therefore act on the whole step instead.
+    ``whole``: the rule is given the whole gradient. ``proposed``: what a basis of past steps is told of in place of the
+    step that was taken; None: the step.
     """
 
     heavy_ball = False
+    whole = False
+    proposed: Tensor | None = None
 
     def __init__(self, lr: float, momentum: float = 0.0, dampening: float = 0.0):
         require(lr >= 0, "lr", lr, "at least 0")
@@ -88,3 +93,44 @@ class Adam(Outside):
         denominator = (state["square"] / (1 - beta2 ** state["steps"])).sqrt_().add_(self.eps)
         step = (group["lr"] / (1 - beta1 ** state["steps"])) * state["mean"] / denominator
         return span.reject(step) if span is not None and span.orthonormal else step
+
+
+class Rescaled(Outside):
+    r"""Any rule's own step d, scaled by one factor within the span and by another outside of it.
+
+    .. math:: d' = a\,QQ^\top d + b\,(I - QQ^\top)\,d
+
+    The rule keeps its own momentum, which is not projected, and is given the co-space gradient or, with ``whole``, the
+    whole one. ``within=0`` projects its step alone.
+
+    Parameters
+    ----------
+    rule
+        The rule whose step is scaled.
+    within, outside
+        a and b, at least 0; b may be a function that is asked at each step.
+    """
+
+    def __init__(
+        self, rule: Outside, within: float = 0.0, outside: float | Callable[[], Tensor] = 1.0, whole: bool = False
+    ):
+        require(within >= 0, "within", within, "at least 0")
+        require(callable(outside) or outside >= 0, "outside", outside, "at least 0")
+        self.rule, self.within, self.outside, self.whole = rule, within, outside, whole
+        self.defaults = rule.defaults
+
+    @property  # type: ignore[override]
+    def state(self) -> dict[str, Any]:
+        return self.rule.state
+
+    @state.setter
+    def state(self, value: dict[str, Any]) -> None:
+        self.rule.state = value
+
+    def step(self, gradient: Tensor, group: dict[str, Any], span: Span | None) -> Tensor:
+        self.proposed = step = self.rule.step(gradient, group, None)
+        if span is None:
+            return step
+        inner = span.combine(span.coordinates(step))
+        factor = self.outside() if callable(self.outside) else self.outside
+        return factor * (step - inner) + self.within * inner

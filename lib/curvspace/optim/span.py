@@ -123,6 +123,20 @@ def orthonormal_span(blocks: Sequence[Tensor]) -> Span:
     return Span(tuple(blocks), (unit[:, None] * vectors * weight).to(blocks[0].dtype), orthonormal=True)
 
 
+def principal_span(rows: Tensor, k: int, centred: bool) -> Span:
+    r"""The k principal directions of the rows (m, P), m > k, orthonormal; ``centred``: about their mean.
+
+    With the centring matrix :math:`J = I - 11^\top/m` (or I) and :math:`J R R^\top J = U\Lambda U^\top`, the leading
+    columns of :math:`R^\top J U \Lambda^{-1/2}`.
+    """
+    centre = torch.eye(len(rows), dtype=torch.float64, device=rows.device)
+    if centred:
+        centre -= 1 / len(rows)
+    gram = centre @ (rows @ rows.T).double().nan_to_num() @ centre
+    vectors, weight = _principal(gram, rows.dtype)
+    return Span((rows,), (centre @ vectors * weight)[:, -k:].to(rows), orthonormal=True)
+
+
 def identity_span(rows: Tensor) -> Span:
     """Rows (k, P) that are orthonormal already."""
     return Span((rows,), torch.eye(len(rows), dtype=rows.dtype, device=rows.device), orthonormal=True)

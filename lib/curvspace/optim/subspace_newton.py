@@ -42,6 +42,8 @@ class SubspaceNewton(ModelOptimizer):
         rule's momentum :math:`\mu` and dampening :math:`\tau`; b is d at first.
     refresh_every
         Steps between refreshes of the basis and of the curvature in it (default: the basis's own wish, else 1).
+    first_refresh
+        The step (from 0) of the first refresh; before it all of the gradient goes to the co-space rule.
     lr
         Overrides the co-space rule's learning rate, which otherwise is the param group's.
 
@@ -61,9 +63,11 @@ class SubspaceNewton(ModelOptimizer):
         momentum_on: Literal["cospace", "step"] = "cospace",
         refresh_every: int | None = None,
         lr: float | None = None,
+        first_refresh: int = 0,
     ):
         require(momentum_on in ("cospace", "step"), "momentum_on", momentum_on, '"cospace" or "step"')
         require(refresh_every is None or refresh_every >= 1, "refresh_every", refresh_every, "at least 1")
+        require(first_refresh >= 0, "first_refresh", first_refresh, "at least 0")
         require(lr is None or lr >= 0, "lr", lr, "at least 0")
         if momentum_on == "step" and not outside.heavy_ball:
             raise ValueError(f"momentum_on='step' needs a co-space rule with momentum, got {type(outside).__name__}")
@@ -71,20 +75,25 @@ class SubspaceNewton(ModelOptimizer):
         self.basis, self.inside, self.outside = basis, inside, outside
         self.momentum_on = momentum_on
         self.refresh_every = refresh_every or getattr(basis, "refresh_every", None) or 1
+        self.first_refresh = first_refresh
         self._buffer: Tensor | None = None
         self._log: dict[str, Any] = {}
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         group = self.param_groups[0]
         batch = Minibatch(self.model, self.loss, inputs, targets, self.costs)
-        refresh = self.steps % self.refresh_every == 0
+        since = self.steps - self.first_refresh
+        refresh = since >= 0 and since % self.refresh_every == 0
+        old = self.basis.span
         observed = self.basis.observe(batch, refresh)
         with torch.no_grad():
             if refresh and self.basis.span is not None:
                 self.inside.refresh(self.basis.span, batch, observed)
+                if old is not None:
+                    self.inside.turned(old, self.basis.span)
                 self.outside.moved(self.basis.span)
             update = self._update(batch, observed.loss, observed.gradient, group)
-            self.basis.record(update)
+            self.basis.record(update if self.outside.proposed is None else self.outside.proposed)
         return observed.loss
 
     def _update(self, batch: Minibatch, loss: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
@@ -100,7 +109,8 @@ class SubspaceNewton(ModelOptimizer):
         else:
             coordinates = span.coordinates(gradient)
             coefficients, inner = self._within(coordinates, group)
-            step = self.outside.step(gradient - span.combine(coordinates), group, span) + inner
+            rest = gradient if self.outside.whole else gradient - span.combine(coordinates)
+            step = self.outside.step(rest, group, span) + inner
             taken = self._judge(batch, loss, coordinates, coefficients, inner)
             self._log = {"span_share": (coordinates / self.grad_norm).square().sum(), **self.inside.log()}
         if self.momentum_on == "step" and momentum > 0:

@@ -1,0 +1,101 @@
+"""Mean directions in closed form against dense projections."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_networks import C, batches, small_network
+from torch import nn
+
+from curvspace.functional import parameter_vector, trainable_parameters
+from curvspace.optim import (
+    ClassGradients,
+    Drop,
+    GradientDescent,
+    Joint,
+    MeanDirections,
+    RayleighRitzNewton,
+    Scale,
+    SubspaceNewton,
+)
+from curvspace.optim.mean_directions import joint_span, mean_span
+from curvspace.optim.span import orthonormal_span
+
+SHAPES = [(4, 3, 2, 2), (4,), (5, 6), (5, 1), (2, 3, 4), (), (3, 1, 2)]
+
+
+def dense(shapes: list[tuple[int, ...]]) -> torch.Tensor:
+    """One column a unit, written entry by entry."""
+    total = sum(torch.Size(s).numel() for s in shapes)
+    columns, start = [], 0
+    for shape in shapes:
+        size = torch.Size(shape).numel()
+        if len(shape) >= 2 and size > shape[0]:
+            for unit in range(shape[0]):
+                marked = torch.zeros(shape, dtype=torch.float64)
+                marked[unit] = 1.0
+                column = torch.zeros(total, dtype=torch.float64)
+                column[start : start + size] = marked.flatten() / marked.norm()
+                columns.append(column)
+        start += size
+    return torch.stack(columns, 1)
+
+
+def test_closed_form_is_the_dense_span() -> None:
+    span, Q = mean_span(SHAPES), dense(SHAPES)
+    torch.manual_seed(0)
+    v, s = torch.randn(len(Q), dtype=torch.float64), torch.randn(Q.shape[1], dtype=torch.float64)
+    assert span.size == Q.shape[1] == 4 + 5 + 2 + 3
+    torch.testing.assert_close(span.matrix(), Q)
+    torch.testing.assert_close(span.coordinates(v), Q.T @ v)
+    torch.testing.assert_close(span.combine(s), Q @ s)
+    torch.testing.assert_close(span.reject(v), v - Q @ (Q.T @ v))
+
+
+def test_the_sum_with_other_directions_is_the_dense_sum() -> None:
+    Q = dense(SHAPES)
+    torch.manual_seed(1)
+    rows = torch.randn(3, len(Q), dtype=torch.float64) + 3.0
+    v = torch.randn(len(Q), dtype=torch.float64)
+    whole = torch.linalg.qr(torch.cat([Q, rows.T], 1))[0]
+    for order in ([mean_span(SHAPES), orthonormal_span([rows])], [orthonormal_span([rows]), mean_span(SHAPES)]):
+        span = joint_span(order)
+        assert span.size == whole.shape[1]
+        basis = span.matrix()
+        torch.testing.assert_close(basis.T @ basis, torch.eye(span.size, dtype=torch.float64), rtol=0, atol=1e-10)
+        torch.testing.assert_close(span.reject(v), v - whole @ (whole.T @ v))
+        torch.testing.assert_close(span.combine(span.coordinates(v)), whole @ (whole.T @ v))
+        torch.testing.assert_close(span.coordinates(v), basis.T @ v)
+    inside = joint_span([mean_span(SHAPES), orthonormal_span([Q.T[:2].contiguous()])])  # nothing new in these
+    torch.testing.assert_close(inside.reject(v), v - Q @ (Q.T @ v))
+
+
+def test_thousands_of_units_take_no_matrix() -> None:
+    span = mean_span([(4000, 3, 3), (6000, 20)])
+    v = torch.randn(4000 * 9 + 6000 * 20)
+    assert span.size == 10_000
+    rest = span.reject(v)
+    assert float(span.coordinates(rest).abs().max()) < 1e-4
+    torch.testing.assert_close(rest + span.combine(span.coordinates(v)), v, rtol=0, atol=1e-5)
+
+
+def test_in_the_split_step() -> None:
+    """Equal multiples on both sides cancel to gradient descent; alone and joined with the class gradients."""
+    for basis in (MeanDirections(), Joint([ClassGradients(0.5, orthonormal=True), MeanDirections()])):
+        model, plain = small_network(), small_network()
+        optimizer = SubspaceNewton(model, basis, Scale(), GradientDescent(0.2))
+        reference = torch.optim.SGD(plain.parameters(), lr=0.2)
+        for x, y in batches(3):
+            reference.zero_grad()
+            nn.functional.cross_entropy(plain(x), y).backward()
+            reference.step()
+            optimizer.step(x, y)
+        torch.testing.assert_close(parameter_vector(model), parameter_vector(plain), rtol=0, atol=1e-10)
+        units = sum(len(p) for p in trainable_parameters(model).values() if p.ndim > 1)
+        assert basis.span.size == units + (C if isinstance(basis, Joint) else 0)
+
+
+def test_a_rule_that_needs_a_matrix_is_refused() -> None:
+    optimizer = SubspaceNewton(small_network(), MeanDirections(), RayleighRitzNewton(), Drop())
+    with pytest.raises(ValueError, match="mean directions have no matrix"):
+        optimizer.step(*batches(1)[0])
