@@ -11,7 +11,17 @@ import pytest
 
 from curvspace.datasets import folder_name, load, prepare, prepare_options
 from curvspace.datasets.generated import gaussian_mixture, sine
-from curvspace.datasets.store import ARRAYS, CARD, Arrays, WrongData, channel_statistics, load_raw, make_card, save
+from curvspace.datasets.store import (
+    ARRAYS,
+    CARD,
+    FIELDS,
+    Arrays,
+    WrongData,
+    channel_statistics,
+    load_raw,
+    make_card,
+    save,
+)
 
 
 def images(count: int = 12, seed: int = 0) -> Arrays:
@@ -89,13 +99,90 @@ def test_any_altered_array_is_refused(tmp_path: Path):
         content[place] ^= 1
 
 
+@pytest.mark.parametrize("name", [ARRAYS, CARD])
+def test_a_flipped_bit_anywhere_is_refused_in_one_line_or_changes_nothing(tmp_path: Path, name: str):
+    arrays = images()
+    file = store(tmp_path, arrays) / name
+    whole = file.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), max(1, len(whole) // 150)):
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        file.write_bytes(content)
+        said = refusal(tmp_path)
+        if said is None:  # a time stamp or an attribute in the archive
+            back, card = load_raw(tmp_path)
+            assert back.digest() == arrays.digest() == card["sha256"]
+        else:
+            refused += 1
+            assert len(said.splitlines()) == 1
+            assert str(tmp_path) in said
+            assert "again" in said
+    assert refused > 100
+
+
+def refusal(folder: Path) -> str | None:
+    try:
+        load_raw(folder)
+    except WrongData as error:
+        return str(error)
+    return None
+
+
+def resaved(folder: Path, arrays: Arrays) -> None:
+    """Other arrays, stored in a way that numpy finds nothing to object to."""
+    np.savez(folder / ARRAYS, **{name: getattr(arrays, name) for name in FIELDS})
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_arrays_other_than_those_of_the_card_are_refused(tmp_path: Path, split: str):
+    arrays = images()
+    labels, inputs = f"{split}_targets", f"{split}_inputs"
+    for change in (
+        {labels: getattr(arrays, labels)[::-1].copy()},
+        {labels: getattr(arrays, labels).astype(np.int32)},
+        {inputs: getattr(arrays, inputs)[::-1].copy()},
+        {inputs: getattr(arrays, inputs).astype(np.float32)},
+    ):
+        resaved(store(tmp_path, arrays), dataclasses.replace(arrays, **change))
+        with pytest.raises(WrongData, match="SHA-256 differ"):
+            load_raw(tmp_path)
+
+
 def test_damaged_or_foreign_card_is_refused(tmp_path: Path):
     card = store(tmp_path, images()) / CARD
     whole = card.read_text()
-    for text in ("", whole[:30], "{}", json.dumps({**json.loads(whole), "train": 13})):
+    for text in ("", whole[:30], "{}", "[]", "null", "3", '"card"', "\x00" * 40):
         card.write_text(text)
         with pytest.raises(WrongData):
             load_raw(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train", 13),
+        ("num_classes", 4),
+        ("mean", [0.0] * 3),
+        ("std", [1.0] * 3),
+        ("name", "mnist"),
+        ("options", {"a": 1}),
+    ],
+)
+def test_a_card_that_says_something_else_is_refused(tmp_path: Path, key: str, value: object):
+    card = store(tmp_path, images()) / CARD
+    card.write_text(json.dumps({**json.loads(card.read_text()), key: value}))
+    with pytest.raises(WrongData, match=r"card\.json was altered"):
+        load_raw(tmp_path)
+
+
+def test_a_card_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path):
+    card = store(tmp_path, images()) / CARD
+    values = json.loads(card.read_text())
+    del values["checksum"]
+    card.write_text(json.dumps(values))
+    with pytest.raises(WrongData, match=r"earlier version.*again"):
+        load_raw(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,26 @@ def test_a_pickle_cannot_run_code(know, alone: Path, tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "module", ["anything.numpy", "evil_numpy", "numpy_", "my.core.multiarray", "x._codecs", "numpy.x"]
+)
+def test_a_pickle_imports_nothing_of_a_name_that_only_ends_like_an_allowed_one(
+    know, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+):
+    """What a pickle names is imported before anything can be asked about it."""
+    name = {"multiarray": "_reconstruct", "_codecs": "encode"}.get(module.rpartition(".")[2], "ndarray")
+    package = tmp_path / "importable" / Path(*module.split("."))
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass {name}: pass\n")
+    monkeypatch.syspath_prepend(tmp_path / "importable")
+    arrays, _ = know("cifar10")
+    files.write_cifar10(tmp_path / "mine", arrays)
+    (tmp_path / "mine" / "data_batch_1").write_bytes(f"c{module}\n{name}\n.".encode())
+    with pytest.raises(DataUnavailable, match=f"it holds a {module}.{name}"):
+        prepare("cifar10", tmp_path / "out", offline=True, folder=tmp_path / "mine")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_pickled_arrays_of_old_numpy_are_read(know, alone: Path, tmp_path: Path):
     arrays, _ = know("cifar10")
     files.write_cifar10(tmp_path / "mine", arrays)

@@ -15,6 +15,7 @@ import yaml
 from curvspace.cli import common, tables
 from curvspace.errors import UserError
 from curvspace.experiments import ledger
+from curvspace.files import write_record, writing
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,11 +45,13 @@ def make(spec: dict, code: str, file: Path, results: Path, out: Path) -> None:
         notes = {key: spec.get(key, {}).get(claim.id, "") for key in ("scale", "short", "link")}
         rows.append(ledger.row(claim, known, **notes))
     judged = ledger.table(rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    judged.to_csv(out.with_suffix(".csv"), index=False)
-    out.with_suffix(".md").write_text(ledger.markdown(judged), encoding="utf-8")
-    out.with_suffix(".html").write_text(ledger.page(judged), encoding="utf-8")
-    common.write_record(out.with_suffix(".run.json"), common.provenance(spec, code))
+    outputs = [out.with_suffix(suffix) for suffix in (".csv", ".md", ".html")]
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        judged.to_csv(outputs[0], index=False)
+        outputs[1].write_text(ledger.markdown(judged), encoding="utf-8")
+        outputs[2].write_text(ledger.page(judged), encoding="utf-8")
+    write_record(out.with_suffix(".run.json"), common.provenance(spec, code), outputs)
 
 
 if __name__ == "__main__":

@@ -107,14 +107,6 @@ def provenance(spec: Mapping[str, Any], code: str, device: object | None = None)
     }
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Atomically: a reader finds the whole record or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, path)
-
-
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

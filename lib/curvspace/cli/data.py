@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from curvspace.cli.common import UserError, json_object, one_line_errors, provenance, write_record
+from curvspace.cli.common import UserError, json_object, one_line_errors, provenance
 from curvspace.datasets.catalogue import source_names
 from curvspace.datasets.obtain import DEFAULT_ORDER, DataUnavailable, prepare
-from curvspace.datasets.store import WrongData
+from curvspace.datasets.store import ARRAYS, CARD, WrongData
+from curvspace.files import write_record
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         except (DataUnavailable, WrongData, ValueError) as error:
             raise UserError(str(error)) from error
-        write_record(options.out / "run.json", {**provenance(spec, options.code), "served_by": card["source"]})
+        record = {**provenance(spec, options.code), "served_by": card["source"]}
+        write_record(options.out / "run.json", record, [options.out / ARRAYS, options.out / CARD])
 
 
 def _parser() -> argparse.ArgumentParser:

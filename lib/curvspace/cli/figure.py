@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from curvspace.cli import common, tables
 from curvspace.errors import UserError
 from curvspace.figures.style import Style, save
+from curvspace.files import write_record, writing
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,8 +33,10 @@ def draw(spec: dict, code: str, results: Path, out: Path) -> None:
     style = Style(**spec.get("style", {}))
     with style.applied():
         figure, drawn = _checked(function(tables.read(results, spec["inputs"]), style, **spec.get("options", {})), spec)
-        save(figure, drawn, out, style.dpi)
-    common.write_record(out.with_suffix(".run.json"), common.provenance(spec, code))
+        with writing(out):
+            save(figure, drawn, out, style.dpi)
+    outputs = [out.with_suffix(suffix) for suffix in (".csv", ".pdf", ".png")]
+    write_record(out.with_suffix(".run.json"), common.provenance(spec, code), outputs)
 
 
 def _checked(result: object, spec: dict) -> tuple[Figure, pd.DataFrame]:

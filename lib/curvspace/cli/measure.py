@@ -18,6 +18,7 @@ from curvspace.cli import common
 from curvspace.device import use
 from curvspace.errors import UserError
 from curvspace.experiments.context import Context
+from curvspace.files import write_record, writing
 from curvspace.training.record import RunRecord
 
 
@@ -46,11 +47,13 @@ def measure(options: argparse.Namespace) -> None:
         )
         table, arrays = _split(function(context, **spec.get("options", {})), spec)
         record = common.provenance(spec, options.code, device)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(options.out, index=False)
-    if arrays is not None:
-        np.savez_compressed(options.out.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
-    common.write_record(options.out.with_suffix(".run.json"), record)
+    outputs = [options.out, *([options.out.with_suffix(".npz")] if arrays is not None else [])]
+    with writing(options.out):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(options.out, index=False)
+        if arrays is not None:
+            np.savez_compressed(outputs[1], **arrays)  # type: ignore[arg-type]
+    write_record(options.out.with_suffix(".run.json"), record, outputs)
 
 
 def _split(result: Any, spec: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, np.ndarray] | None]:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from curvspace.cli import common, tables
 from curvspace.errors import UserError
+from curvspace.files import write_record, writing
 
 LATEX = {"\\": r"\textbackslash{}", **{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitilde{}", "^": r"\^{}"}
 LATEX |= {"±": r"$\pm$", "≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$", "−": "$-$", "η": r"$\eta$", "λ": r"$\lambda$"}
@@ -33,11 +34,14 @@ def make(spec: dict, code: str, results: Path, out: Path) -> None:
     table = common.load_function(spec["function"])(tables.read(results, spec["inputs"]), **spec.get("options", {}))
     if not isinstance(table, pd.DataFrame):
         raise UserError(f"{spec['function']} must return a DataFrame, and returned {type(table).__name__}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out, index=False)
-    for suffix, render in ((".md", markdown), (".tex", latex), (".html", html_page)):
-        out.with_suffix(suffix).write_text(render(table, spec.get("title", "")), encoding="utf-8")
-    common.write_record(out.with_suffix(".run.json"), common.provenance(spec, code))
+    forms = {".md": markdown, ".tex": latex, ".html": html_page}
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(out, index=False)
+        for suffix, render in forms.items():
+            out.with_suffix(suffix).write_text(render(table, spec.get("title", "")), encoding="utf-8")
+    outputs = [out, *(out.with_suffix(suffix) for suffix in forms)]
+    write_record(out.with_suffix(".run.json"), common.provenance(spec, code), outputs)
 
 
 def cell(value: object) -> str:

@@ -6,6 +6,7 @@ The spec has ``dataset``, ``model`` and ``optimizer`` (config blocks with their 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,3 +50,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # the run is whole: it cannot fail any more
+        signal.signal(getattr(signal, name), signal.SIG_IGN)

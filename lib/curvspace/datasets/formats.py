@@ -129,11 +129,17 @@ class _ArraysOnly(pickle.Unpickler):
     """Reads arrays in plain containers and refuses everything else: an altered file cannot run code."""
 
     ALLOWED = frozenset(
-        {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+        {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("_codecs", "encode"),
+        }
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module.rpartition(".")[2], name) not in self.ALLOWED:
+        if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it holds a {module}.{name}")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 

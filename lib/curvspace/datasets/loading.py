@@ -58,6 +58,7 @@ class DataSet:
     num_classes: number of classes; of outputs where the targets are numbers (``is_regression``).
     mean, std: (C, 1, 1) on the scale 0 to 1, of the training images; None where inputs are floats already.
     input_shape: shape of one example. dtype: of what :meth:`normalise` gives.
+    digest: SHA-256 of the prepared arrays that it is a variant of; empty for data made otherwise.
     """
 
     name: str
@@ -69,6 +70,7 @@ class DataSet:
     std: Tensor | None
     input_shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    digest: str = ""
 
     @property
     def is_regression(self) -> bool:
@@ -194,6 +196,7 @@ def load(folder: str | Path, options: Mapping[str, Any] | None = None) -> DataSe
         std=std,
         input_shape=tuple(train.inputs.shape[1:]),
         dtype=DTYPES[variant.dtype],
+        digest=card["sha256"],
     )
 
 

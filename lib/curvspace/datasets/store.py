@@ -6,10 +6,8 @@ Nothing here knows where data comes from, so that a change to the sources leaves
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from curvspace import files
+from curvspace.errors import UserError
+
 ARRAYS, CARD = "arrays.npz", "card.json"
 FIELDS = ("train_inputs", "train_targets", "test_inputs", "test_targets")
 
 
-class WrongData(ValueError):
+class WrongData(UserError, ValueError):
     """Arrays that are not the data set that they should be: truncated, altered or mixed up."""
 
 
@@ -106,17 +107,18 @@ def make_card(name: str, arrays: Arrays, source: str, options: Mapping[str, Any]
 def save(folder: str | Path, arrays: Arrays, card: Mapping[str, Any]) -> None:
     """Write both files, each under a temporary name first: a reader sees a whole file or none.
 
-    The bytes depend on the contents alone (no time stamps).
+    The bytes depend on the contents alone (no time stamps). The card gets a checksum of all that it says.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        staged = Path(scratch)
-        np.savez(staged / ARRAYS, **{name: getattr(arrays, name) for name in FIELDS})
-        (staged / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
-        (folder / CARD).unlink(missing_ok=True)  # so that a crash in between leaves no card beside other arrays
-        os.replace(staged / ARRAYS, folder / ARRAYS)
-        os.replace(staged / CARD, folder / CARD)
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+            staged = Path(scratch)
+            np.savez(staged / ARRAYS, **{name: getattr(arrays, name) for name in FIELDS})
+            files.write_record(staged / CARD, card)
+            (folder / CARD).unlink(missing_ok=True)  # so that a crash in between leaves no card beside other arrays
+            os.replace(staged / ARRAYS, folder / ARRAYS)
+            os.replace(staged / CARD, folder / CARD)
 
 
 def load_raw(folder: str | Path) -> tuple[Arrays, dict[str, Any]]:
@@ -127,7 +129,8 @@ def load_raw(folder: str | Path) -> tuple[Arrays, dict[str, Any]]:
     FileNotFoundError
         If the folder holds no prepared data set; says how to make it.
     WrongData
-        If a file is truncated or altered (each array is stored with a checksum), or the two do not belong together.
+        If a file is truncated or altered, or the two do not belong together: the card has a checksum of its own and
+        one of the arrays, and both are compared.
     """
     folder = Path(folder)
     if not ((folder / ARRAYS).is_file() and (folder / CARD).is_file()):
@@ -136,12 +139,19 @@ def load_raw(folder: str | Path) -> tuple[Arrays, dict[str, Any]]:
             f"python -m curvspace.cli.data {folder.name} --out {folder}"
         )
     try:
-        card = json.loads((folder / CARD).read_text())
+        card = files.read_record(folder / CARD)
         with np.load(folder / ARRAYS, allow_pickle=False) as file:
             arrays = Arrays(**{name: file[name] for name in FIELDS}, num_classes=card["num_classes"])
-        counts = (card["train"], card["test"], tuple(card["input_shape"]))
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
-        raise WrongData(f"{folder} is damaged ({error}); remove it and prepare the data set again") from error
-    if counts != (len(arrays.train_targets), len(arrays.test_targets), arrays.input_shape):
-        raise WrongData(f"{folder}: {CARD} and {ARRAYS} do not belong together; prepare the data set again")
+    except files.DamagedFile as error:
+        raise WrongData(f"{error} (remove {folder} and prepare the data set again)") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise WrongData(f"{folder} is damaged ({reason}); remove it and prepare the data set again") from error
+    if arrays.digest() != card.get("sha256"):
+        raise WrongData(
+            f"{folder}: {ARRAYS} is not the file that {CARD} describes: their SHA-256 differ; "
+            f"remove {folder} and prepare the data set again"
+        )
     return arrays, card

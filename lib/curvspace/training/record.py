@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import io
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,49 @@ import pandas as pd
 import torch
 from torch import nn
 
-from curvspace import datasets, models
+from curvspace import datasets, files, models
 from curvspace.datasets import DataSet
+from curvspace.training import tensor_file
+
+_AGAIN = "remove the run's folder and train it again"
 
 
 class RunRecord:
     """``metrics.csv``, ``run.json`` and ``checkpoints/step-{n}.pt`` of one run.
 
-    Raises ``FileNotFoundError`` where the directory holds no finished run.
+    What is read is compared with the digests in ``run.json`` first.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the directory holds no finished run, or a file of it is not there.
+    files.DamagedFile
+        If a file is not what was written, or the run was written by a version without digests.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not (self.path / "run.json").is_file():
             raise FileNotFoundError(f"{self.path} holds no finished run (run.json is missing); train it first")
-        self._record: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+        self._record: dict[str, Any] = files.read_record(self.path / "run.json")
+        if "spec" not in self._record or "outputs" not in self._record:
+            raise files.DamagedFile(f"{self.path / 'run.json'} is no record of a training run")
         self.spec: dict[str, Any] = self._record["spec"]
         self.status: str = self._record["status"]
+        self.outputs: dict[str, str] = self._record["outputs"]
+        """SHA-256 of each file of the run by its name below :attr:`path`."""
+
+    def damage(self) -> list[str]:
+        """One phrase for each file that is missing or was altered; empty if the run is whole."""
+        return files.differing(self.path, self.outputs)
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """One row a step; see :mod:`curvspace.training.loop`."""
-        return pd.read_csv(self.path / "metrics.csv")
+        file = self.path / "metrics.csv"
+        if bad := files.differing(self.path, {file.name: self.outputs[file.name]}):
+            raise files.DamagedFile(f"{self.path}: {bad[0]}; {_AGAIN}")
+        return pd.read_csv(io.BytesIO(file.read_bytes()))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -43,14 +65,20 @@ class RunRecord:
     @property
     def steps(self) -> list[int]:
         """Steps at which checkpoints were saved, ascending."""
-        return sorted(int(p.stem.removeprefix("step-")) for p in (self.path / "checkpoints").glob("step-*.pt"))
+        found = (re.fullmatch(r"checkpoints/step-(\d+)\.pt", name) for name in self.outputs)
+        return sorted(int(match[1]) for match in found if match)
 
     def checkpoint(self, step: int, device: torch.device | str = "cpu") -> dict[str, Any]:
         """The saved state after ``step`` steps: model, optimizer, step, seed."""
-        file = self.path / "checkpoints" / f"step-{step}.pt"
-        if not file.is_file():
+        name = f"checkpoints/step-{step}.pt"
+        if name not in self.outputs:
             raise FileNotFoundError(f"no checkpoint at step {step} in {self.path}; there are {self.steps}")
-        return torch.load(file, map_location=device, weights_only=True)
+        try:
+            return tensor_file.read(self.path / name, device, self.outputs[name])
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.path / name} has been removed; {_AGAIN}") from None
+        except files.DamagedFile as error:
+            raise files.DamagedFile(f"{error}; {_AGAIN}") from None
 
     def dataset(self, data_dir: str | Path) -> DataSet:
         """The run's data set (its variant: subset, labels) from the prepared arrays in ``data_dir``."""
@@ -69,10 +97,10 @@ class RunRecord:
 
 
 def initial_model(options: dict[str, Any], data: DataSet, seed: int) -> nn.Module:
-    """The model of a config block, initialised from ``seed`` alone; the global generator is left as it was."""
+    """The model of a config block on the CPU, initialised from ``seed`` alone; the generators are left as they were."""
     from curvspace.training.spec import derived_seed
 
     rest = {k: v for k, v in options.items() if k not in ("name", "kind")}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, "init"))
+        torch.default_generator.manual_seed(derived_seed(seed, "init"))  # torch.manual_seed: those of all GPUs too
         return models.build(options["kind"], rest, data.input_shape, data.num_classes)

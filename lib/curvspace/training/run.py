@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from curvspace import datasets
+from curvspace import datasets, files
 from curvspace.optim import registry
 from curvspace.optim.base import ModelOptimizer
+from curvspace.training import lock
 from curvspace.training.loop import FitState, fit
 from curvspace.training.record import RunRecord, initial_model
 from curvspace.training.spec import RunSpec
+from curvspace.training.state import RECORD, State
 
 
 class Interrupted(RuntimeError):
@@ -41,54 +43,93 @@ def train(
     """Train one run and write ``metrics.csv``, ``checkpoints/step-{n}.pt``, ``run.json`` into ``out_dir``.
 
     Until its end everything lies in ``state_dir`` (default: beside ``out_dir``), where a later call with the same
-    spec and ``fingerprint`` finds it and continues, bit for bit on the same device and thread count; anything else
-    found there is discarded. Divergence is a result (``status: diverged``), not an error.
+    spec, data and ``fingerprint`` finds it and continues, bit for bit on the same kind of device and thread count;
+    anything else found there is discarded. A run that stands whole in ``out_dir`` already is not trained again.
+    Divergence is a result (``status: diverged``), not an error. Of two processes with one state folder the second
+    waits for the first.
 
     Raises
     ------
     Interrupted
-        On SIGINT or SIGTERM, after the state was saved.
+        On SIGINT, SIGTERM or SIGHUP, after the state was saved.
+    UserError
+        If a file cannot be written, or another process took over while this one stood still.
     """
-    out, state_path = Path(out_dir), Path(state_dir or f"{out_dir}.state")
-    device = torch.device(spec.device)
-    options = {k: v for k, v in spec.dataset.items() if k != "name"}
-    data = datasets.load(data_dir, options).to(device)
-    key = json.dumps([spec.to_dict(), fingerprint], sort_keys=True, default=list)
+    out, state_path, device = Path(out_dir), Path(state_dir or f"{out_dir}.state"), torch.device(spec.device)
+    data = datasets.load(data_dir, {k: v for k, v in spec.dataset.items() if k != "name"})
     spec = spec.resolved(len(data.train))
+    key = _key(spec, fingerprint, data.digest)
+    with _stop_signals() as stop, lock.hold(state_path, lambda: stop.requested) as held:
+        if held is None:
+            raise Interrupted("stopped while another process held the run")
+        state = State(state_path, key, held)
+        if (record := _finished(out, key)) is None:
+            now = _run(spec, data.to(device), state, stop, save_every_s, progress)
+            _publish(spec, now, state, out, {**(provenance or {}), "key": key})
+            record = RunRecord(out)
+        state.clear()
+    return record
+
+
+def _run(
+    spec: RunSpec, data: datasets.DataSet, state: State, stop: _Stop, save_every_s: float, progress: bool
+) -> FitState:
+    """Train from where the state folder is to the end, which is saved there too."""
+    device = torch.device(spec.device)
     batch_size = int(spec.batch_size)
-    model = initial_model(dict(spec.model), data, spec.seed).to(device)
-    optimizer = build_optimizer(spec, model, data.num_classes)
-    state = _restore(state_path, key, model, optimizer)
     total = spec.task.steps(len(data.train), batch_size)
+
+    def build() -> tuple[torch.nn.Module, ModelOptimizer]:
+        model = initial_model(dict(spec.model), data, spec.seed).to(device)
+        return model, build_optimizer(spec, model, data.num_classes)
+
+    model, optimizer = build()
+    now = state.restore(model, optimizer, device)
+    if now is None:
+        model, optimizer = build()
+    state.devices += [spec.device] if state.devices[-1:] != [spec.device] else []
     last_save = time.monotonic()
 
-    with _stop_signals() as stop:
+    def after_step(now: FitState) -> None:
+        nonlocal last_save
+        if spec.task.saves(now.step, total) or now.status == "diverged":
+            state.save_checkpoint(now.step, _checkpoint(spec, now, model, optimizer))
+        if stop.requested or time.monotonic() - last_save > save_every_s:
+            state.save(now, model, optimizer)
+            last_save = time.monotonic()
+        if stop.requested and now.step < total:
+            raise Interrupted(f"stopped at step {now.step} of {total}; the same command continues from there")
 
-        def after_step(now: FitState) -> None:
-            nonlocal last_save
-            if spec.task.saves(now.step, total) or now.status == "diverged":
-                _write(state_path / "checkpoints" / f"step-{now.step}.pt", _checkpoint(spec, now, model, optimizer))
-            if stop.requested or time.monotonic() - last_save > save_every_s:
-                _save(state_path, key, now, model, optimizer)
-                last_save = time.monotonic()
-            if stop.requested and now.step < total:
-                raise Interrupted(f"stopped at step {now.step} of {total}; the same command continues from there")
+    name = "{dataset}/{model}/{optimizer} lr={lr} bs={batch_size} seed={seed}".format(**spec.identity)
+    now = fit(
+        model,
+        optimizer,
+        data,
+        spec.task,
+        batch_size,
+        spec.seed,
+        state=now,
+        after_step=after_step,
+        progress=progress,
+        description=name,
+    )
+    state.save(now, model, optimizer)
+    return now
 
-        name = "{dataset}/{model}/{optimizer} lr={lr} bs={batch_size} seed={seed}".format(**spec.identity)
-        state = fit(
-            model,
-            optimizer,
-            data,
-            spec.task,
-            batch_size,
-            spec.seed,
-            state=state,
-            after_step=after_step,
-            progress=progress,
-            description=name,
-        )
-    _publish(spec, state, state_path, out, provenance or {})
-    return RunRecord(out)
+
+def _key(spec: RunSpec, fingerprint: str, data: str) -> str:
+    """What a run's numbers depend on, as a digest. The device is no part: a run may be continued on another."""
+    parts = [replace(spec, device="").to_dict(), fingerprint, data, torch.__version__]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def _finished(out: Path, key: str) -> RunRecord | None:
+    """The run that stands whole in its place, if it is this one: its process ended between the last two steps."""
+    try:
+        record = RunRecord(out)
+        return record if files.read_record(out / RECORD).get("key") == key and not record.damage() else None
+    except (FileNotFoundError, files.DamagedFile):
+        return None
 
 
 def build_optimizer(spec: RunSpec, model: torch.nn.Module, num_classes: int) -> ModelOptimizer:
@@ -114,73 +155,42 @@ def _checkpoint(spec: RunSpec, state: FitState, model: torch.nn.Module, optimize
         }
 
 
-def _write(path: Path, value: Any) -> None:
-    """Atomically: a reader finds the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(value, partial)
-    os.replace(partial, path)
-
-
-def _save(path: Path, key: str, state: FitState, model: torch.nn.Module, optimizer: ModelOptimizer) -> None:
-    rows = [{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in state.rows]
-    progress = {**vars(state), "rows": rows}
-    saved = {"key": key, "progress": progress, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    _write(path / "resume.pt", saved)
-
-
-def _restore(path: Path, key: str, model: torch.nn.Module, optimizer: ModelOptimizer) -> FitState | None:
-    """Continue what lies in the state directory if it is this run's; else clear it."""
-    file = path / "resume.pt"
-    if file.is_file():
-        saved = torch.load(file, weights_only=True)
-        if saved["key"] == key:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            return FitState(**saved["progress"])
-    shutil.rmtree(path, ignore_errors=True)
-    return None
-
-
-def _publish(spec: RunSpec, state: FitState, state_path: Path, out: Path, provenance: dict[str, Any]) -> None:
-    """Move the finished run to its place, ``run.json`` last: its presence says that the run is whole."""
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    shutil.move(state_path / "checkpoints", out / "checkpoints")
-    table = pd.DataFrame(state.rows)
+def _publish(spec: RunSpec, now: FitState, state: State, out: Path, provenance: dict[str, Any]) -> None:
+    table = pd.DataFrame(now.rows)
     for position, (column, value) in enumerate(spec.identity.items()):
         table.insert(position, column, value)
-    table.to_csv(out / "metrics.csv", index=False)
     record = {
         **provenance,
-        "status": state.status,
-        "steps": state.step,
-        "wall_s": round(state.wall_s, 3),
+        "status": now.status,
+        "steps": now.step,
+        "wall_s": round(now.wall_s, 3),
+        "devices": state.devices,
         "spec": spec.to_dict(),
-        "final": {k: v for k, v in state.rows[-1].items() if k.startswith(("eval_", "val_", "average_"))},
+        "final": {k: v for k, v in now.rows[-1].items() if k.startswith(("eval_", "val_", "average_"))},
     }
-    partial = out / "run.json.partial"
-    partial.write_text(json.dumps(record, indent=2, default=list) + "\n")
-    os.replace(partial, out / "run.json")
-    shutil.rmtree(state_path, ignore_errors=True)
+    state.publish(out, record, table.to_csv(index=False).encode())
 
 
 class _Stop:
     requested = False
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """SIGINT and SIGTERM are noted, and acted upon after the step under way."""
+    """Signals to stop are noted, and acted upon after the step under way; one that was ignored (nohup) stays so."""
     stop = _Stop()
 
     def note(*_: Any) -> None:
         stop.requested = True
 
     previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         try:
-            previous[number] = signal.signal(number, note)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, note)
         except ValueError:  # not in the main thread: the caller's business
             break
     try:
