@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from curvspace.functional import Inputs, trainable_parameters
 from curvspace.losses import Loss, get_loss
+from curvspace.optim.ranks import Ranks
 
 
 @dataclass
@@ -42,15 +44,30 @@ class Costs:
 class ModelOptimizer(torch.optim.Optimizer):
     """An optimiser that evaluates the model itself: ``loss = opt.step(inputs, targets)``.
 
+    Of a ``DistributedDataParallel`` model it evaluates the module inside and takes itself the mean over the examples
+    of all processes, whose shards may differ in size: replicas stay equal bit for bit. A copy (``copy.deepcopy``,
+    ``pickle``) has a copy of the model and goes on as the original would.
+
     Subclasses implement ``_step(inputs, targets) -> loss before the step`` and, if they keep state outside
     ``self.state``, ``_extra_state() -> dict`` and ``_load_extra_state(dict)``.
     """
 
+    couples_parameters = True
+    """Whether a step is one function of all parameters, which must then be real numbers of one type on one device."""
+    distributed = True
+    """Whether a step can be shared between processes."""
+
     def __init__(
         self, model: nn.Module, defaults: dict[str, Any], loss: str | Loss | Callable[[Tensor, Tensor], Tensor]
     ):
-        super().__init__(list(trainable_parameters(model).values()), defaults)
-        self.model = model
+        self.model, self.ranks = Ranks.of(model)
+        parameters = trainable_parameters(self.model)
+        if self.couples_parameters:
+            _require_alike(type(self).__name__, parameters)
+        if not self.ranks.alone:
+            self._require_shareable()
+        super().__init__(list(parameters.values()), defaults)
+        self._trainable = list(parameters.values())
         self.loss = get_loss(loss)
         self.costs = Costs()
         self.steps = 0
@@ -61,13 +78,51 @@ class ModelOptimizer(torch.optim.Optimizer):
     def step(self, inputs: Inputs, targets: Tensor) -> Tensor:  # type: ignore[override]
         """One step on a minibatch; returns its mean loss before the step (a detached scalar)."""
         start = time.perf_counter()
-        loss = self._step(inputs, targets)
+        self._require_same_parameters()
+        with self._as_written(), _fresh_autocast():
+            loss = self._step(inputs, targets)
+        self.ranks.equalise_buffers(self.model)
         self.steps += 1
         self.costs.seconds += time.perf_counter() - start
         return loss.detach()
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         raise NotImplementedError
+
+    @contextmanager
+    def _as_written(self) -> Iterator[None]:
+        """Compiled parts of the model run as written where a step differentiates twice, or forward."""
+        if not self.couples_parameters or "torch._dynamo.eval_frame" not in sys.modules:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+    def _require_same_parameters(self) -> None:
+        """A step is for the parameters that were trainable when the optimiser was made."""
+        held = {id(p) for p in self._trainable}
+        present = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        new = [name for name, p in present.items() if id(p) not in held]
+        lost = len(held) - (len(present) - len(new)) if self.couples_parameters else 0
+        if new or lost:
+            what = f"{new[0]!r} is new" if new else f"{lost} of them are frozen or gone"
+            raise ValueError(
+                f"the trainable parameters of {type(self.model).__name__} have changed since this "
+                f"{type(self).__name__} was made ({what}): make a new optimiser"
+            )
+
+    def _require_shareable(self) -> None:
+        name = type(self).__name__
+        if not self.distributed:
+            raise ValueError(f"{name} works within one process; pass the module inside DistributedDataParallel")
+        if self.couples_parameters and any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules()):
+            raise ValueError(f"{name} cannot differentiate SyncBatchNorm as it needs; use BatchNorm")
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self.ranks.alone:
+            raise TypeError(f"{type(self).__name__} of a distributed model cannot be copied; use its state_dict()")
+        # A scheduler puts a step of its own on the object, bound to it; torch makes hooks anew.
+        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:
@@ -110,3 +165,29 @@ def refuse_old(renamed: Mapping[str, str], **given: object) -> None:
         new = renamed.get(f"{name}={value}", renamed.get(name))
         if new is not None:
             raise ValueError(f"{name}={value!r} is now {new}")
+
+
+def _require_alike(name: str, parameters: Mapping[str, Tensor]) -> None:
+    """One real floating type of at least 32 bits, one device."""
+    first_name, first = next(iter(parameters.items()))
+    for key, p in parameters.items():
+        if not p.is_floating_point() or torch.finfo(p.dtype).bits < 32:
+            raise ValueError(
+                f"{name} needs parameters in float32 or float64, but {key!r} is {p.dtype}"
+                + ("" if p.is_complex() else ": keep them in float32 and put torch.autocast around the step")
+            )
+        if (p.dtype, p.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"{name} needs parameters of one type on one device, but {first_name!r} is {first.dtype} on "
+                f"{first.device} and {key!r} {p.dtype} on {p.device}"
+            )
+
+
+@contextmanager
+def _fresh_autocast() -> Iterator[None]:
+    """Autocast keeps casts of parameters until its context ends, also when a step has changed the parameters."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()

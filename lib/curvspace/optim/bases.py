@@ -156,9 +156,9 @@ class ClassGradients(Basis):
             total = found.class_gradients * found.counts[:, None]
             found = replace(found, class_gradients=total)
         self._average(found)
-        curvatures = class_curvatures(found.class_gradients, found.probabilities, batch.targets)
+        (curvatures,) = batch.mean(class_curvatures(found.class_gradients, found.probabilities, batch.targets))
         if self.reduction == "batch-sum":
-            curvatures = len(batch.targets) * curvatures
+            curvatures = len(batch.targets) / batch.share * curvatures
         # The estimates belong to classes; the vectors of just any orthonormal basis do not.
         known = None if self.orthonormal is True else curvatures
         return Observation(found.loss, found.gradient, known, found.counts > 0)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curvspace.functional import Inputs
+from curvspace.functional import Inputs, batch_size
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer, require
 from curvspace.optim.forward_mode import Linearisation
@@ -117,30 +117,34 @@ class CurveBall(ModelOptimizer):
         damping, decay = self._scalars["damping"], group["weight_decay"]
         check = group["adapt_damping"] and self.steps % group["damping_interval"] == 0
 
+        share = self.ranks.share(batch_size(inputs), parameters[0].device)
         point = Linearisation(self.model, inputs, velocity)
         outputs = point.outputs.detach()
         loss = self.loss(outputs, targets).detach()
         slope = self.loss.gradient(outputs, targets)
         curved_z = self.loss.hessian_product(outputs, targets, point.first)
-        delta = self._direction(point, velocity, slope, curved_z)
+        loss, *pulled = self.ranks.mean([loss, *point.pull(curved_z + slope)], share)
+        delta = self._direction(pulled, velocity)
 
         quadratic = None
         if check or "auto" in (group["rho"], group["beta"]):
             along = (point.push(delta), point.first)
             self.costs.jvp += 1
             curved = (self.loss.hessian_product(outputs, targets, along[0]), curved_z)
-            quadratic = _restrict(delta, velocity, parameters, along, curved, slope, damping, decay)
+            products = self.ranks.mean(_output_products(along, curved, slope), share)
+            quadratic = _restrict(delta, velocity, parameters, products, damping, decay)
         rho, beta = self._rates(quadratic, torch.finfo(outputs.dtype).eps)
 
         with torch.no_grad():
-            torch._foreach_mul_(velocity, rho.to(outputs.dtype))
-            torch._foreach_mul_(delta, beta.to(outputs.dtype))
+            torch._foreach_mul_(velocity, rho.to(velocity[0].dtype))
+            torch._foreach_mul_(delta, beta.to(velocity[0].dtype))
             torch._foreach_sub_(velocity, delta)
             if check and quadratic is not None:
                 decayed = _decay_change(parameters, velocity, group["lr"], decay)
             torch._foreach_add_(parameters, velocity, alpha=group["lr"])
             if check and quadratic is not None:
-                change = self.loss(point.replay(), targets).double() - loss.double() + decayed
+                (after,) = self.ranks.mean([self.loss(point.replay(), targets)], share)
+                change = after.double() - loss.double() + decayed
                 self.costs.forward += 1
                 self._adapt_damping(change, quadratic.value(-beta, rho, group["lr"], group["damping_in_model"]))
         self.costs.forward += 1
@@ -156,11 +160,13 @@ class CurveBall(ModelOptimizer):
             state["z"] = torch.zeros_like(parameter)
         return state["z"]
 
-    def _direction(self, point: Linearisation, velocity: list[Tensor], slope: Tensor, curved: Tensor) -> list[Tensor]:
-        r"""Paper C, eq. 18: :math:`\Delta z = J^\top(H_L J z + \nabla L) + \lambda z` (+ :math:`\mu (z + w)`)."""
+    def _direction(self, pulled: list[Tensor], velocity: list[Tensor]) -> list[Tensor]:
+        r"""Paper C, eq. 18: :math:`\Delta z = J^\top(H_L J z + \nabla L) + \lambda z` (+ :math:`\mu (z + w)`).
+
+        ``pulled`` is its first term; it may share memory between parameters, and is not changed in place.
+        """
         decay = self.param_groups[0]["weight_decay"]
-        shift = (self._scalars["damping"] + decay).to(slope.dtype)
-        pulled = point.pull(curved + slope)  # may share memory between parameters: not to be changed in place
+        shift = (self._scalars["damping"] + decay).to(velocity[0].dtype)
         delta = list(torch._foreach_add(torch._foreach_mul(velocity, shift), pulled))
         if decay:
             torch._foreach_add_(delta, [p.detach() for p in self.param_groups[0]["params"]], alpha=decay)
@@ -252,24 +258,27 @@ def _solve_scaled(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor], to
     return -x1 * r1, -x2 * r2
 
 
+def _output_products(along: tuple[Tensor, Tensor], curved: tuple[Tensor, Tensor], slope: Tensor) -> list[Tensor]:
+    r"""The parts of eq. 19 that come from the outputs: 11, 12 and 22 of its matrix, then its right-hand side.
+
+    ``along`` is :math:`(J\Delta z, J z)`, ``curved`` the two times :math:`H_L`, ``slope`` :math:`\nabla L`.
+    """
+    pairs = ((along[0], curved[0]), (along[1], curved[0]), (along[1], curved[1]), (slope, along[0]), (slope, along[1]))
+    return [_dot([u], [v]) for u, v in pairs]
+
+
 def _restrict(
     delta: list[Tensor],
     velocity: list[Tensor],
     parameters: list[Tensor],
-    along: tuple[Tensor, Tensor],
-    curved: tuple[Tensor, Tensor],
-    slope: Tensor,
+    products: list[Tensor],
     damping: Tensor,
     decay: float,
 ) -> _Quadratic:
-    r"""Eq. 19's matrix and right-hand side, from products in output space and dot products of parameters.
-
-    ``along`` is :math:`(J\Delta z, J z)`, ``curved`` the two times :math:`H_L`, ``slope`` :math:`\nabla L`.
-    """
+    """Eq. 19's matrix and right-hand side, from :func:`_output_products` and dot products of parameters."""
     norms = (_dot(delta, delta), _dot(delta, velocity), _dot(velocity, velocity))
-    outer = ((along[0], curved[0]), (along[1], curved[0]), (along[1], curved[1]))
-    a = tuple(_dot([u], [v]) + (damping + decay) * n for (u, v), n in zip(outer, norms, strict=True))
-    b = tuple(_dot([slope], [u]) for u in along)
+    a = tuple(product + (damping + decay) * n for product, n in zip(products[:3], norms, strict=True))
+    b = tuple(products[3:])
     if decay:
         b = tuple(v + decay * _dot(parameters, direction) for v, direction in zip(b, (delta, velocity), strict=True))
     return _Quadratic((a[0], a[1], a[2]), (b[0], b[1]), tuple(damping * n for n in norms))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvspace.functional import Inputs, call
+from curvspace.functional import Inputs, batch_size, call, trainable_parameters
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer
 
@@ -37,6 +37,8 @@ class FirstOrder(ModelOptimizer):
         For an option that the class does not name (one swallowed by its ``**kwargs`` would have no effect).
     """
 
+    couples_parameters = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -47,7 +49,7 @@ class FirstOrder(ModelOptimizer):
     ):
         if isinstance(optimizer, type):
             refuse_unknown(optimizer, options)
-            parameters: Any = [p for p in model.parameters() if p.requires_grad]
+            parameters: Any = list(trainable_parameters(model).values())
             inner: Any = optimizer(groups or parameters, **options)
         else:
             inner = optimizer
@@ -83,7 +85,10 @@ class FirstOrder(ModelOptimizer):
         """The mean loss; its gradient is left in the parameters' ``grad``."""
         self.inner.zero_grad(set_to_none=True)
         loss = self.loss(call(self.model, inputs), targets)
-        loss.backward()
+        if self.ranks.alone:
+            loss.backward()
+        else:
+            loss = self._shared_backward(loss, batch_size(inputs))
         norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
         self.costs.forward += 1
@@ -109,6 +114,23 @@ class FirstOrder(ModelOptimizer):
             self._moded.train()
             with torch.no_grad():
                 torch._foreach_copy_(parameters, present)
+
+    def _shared_backward(self, loss: Tensor, size: int) -> Tensor:
+        """The mean over all processes' examples of the gradient, in ``.grad``, and of the loss.
+
+        A parameter that no process has used keeps None. Gradients are not accumulated by ``backward``, whose hooks
+        are the data-parallel wrapper's.
+        """
+        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        share = self.ranks.share(size, loss.device)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        if any(g is not None and g.layout != torch.strided for g in gradients):
+            raise ValueError("sparse gradients cannot be shared between processes; make the embedding dense")
+        used = self.ranks.any([g is not None for g in gradients], loss.device)
+        given = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+        for p, mean, u in zip(parameters, self.ranks.mean(given, share), used, strict=True):
+            p.grad = mean if u else None
+        return self.ranks.mean([loss.detach()], share)[0]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

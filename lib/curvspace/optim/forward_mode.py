@@ -16,8 +16,7 @@ takes these layers over (convolutions, linear layers, max-pooling) and removes t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from curvspace.functional import Inputs, call_with, pull_back, trainable_parameters
+from curvspace.optim.draws import random_state, randomness_from
 
 _BILINEAR: frozenset[Callable[..., Any]] = frozenset(
     {torch.conv1d, torch.conv2d, torch.conv3d, F.linear, torch.conv_transpose1d, torch.conv_transpose2d}
@@ -144,6 +144,8 @@ class _SharedPrimal(TorchFunctionMode):
         The first term is a symmetric map, and therefore the one that a backward pass applies.
         """
         (x, dx), (w, dw), (b, db) = _unpack(inputs), _unpack(weight), _unpack(bias)
+        if training and x.numel() == x.shape[1]:  # torch's own check, which its native function leaves out
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
         moments = (running_mean, running_var)
         y, mean, scale = self._primal(
             ("batch_norm", x.shape, None if w is None else w.data_ptr()),
@@ -195,7 +197,7 @@ class Linearisation:
         self.parameters = trainable_parameters(model)
         self._device = next(iter(self.parameters.values())).device
         self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        self._random_state = _random_state(self._device)
+        self._random_state = random_state(self._device)
         self._mode = _SharedPrimal()
         with torch.enable_grad():
             self.outputs, self.first = self._dual_pass(self.parameters, tangents)
@@ -213,13 +215,14 @@ class Linearisation:
         """J t, of the outputs' shape, for one tensor a trainable parameter."""
         self._mode.replay()
         detached = {name: p.detach() for name, p in self.parameters.items()}
-        with _randomness_from(self._random_state, self._device):
+        with randomness_from(self._random_state, self._device):
             return self._dual_pass(detached, tangents, self._fresh_buffers())[1]
 
     @torch.no_grad()
     def replay(self) -> Tensor:
         """The model's outputs at its present parameters, with this pass's buffers and dropout masks."""
-        with _randomness_from(self._random_state, self._device):
+        with randomness_from(self._random_state, self._device):
+            torch.clear_autocast_cache()  # it may hold casts of what the parameters were
             return call_with(self.model, self._fresh_buffers(), self.inputs)
 
     def pull(self, cotangent: Tensor) -> tuple[Tensor, ...]:
@@ -228,16 +231,3 @@ class Linearisation:
 
     def _fresh_buffers(self) -> dict[str, Tensor]:
         return {name: b.clone() for name, b in self._buffers.items()}
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextmanager
-def _randomness_from(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device)
-        yield

@@ -26,6 +26,8 @@ class KFAC(ModelOptimizer):
     Raises ``ValueError`` for a bad hyper-parameter, ``ImportError`` without curvlinops.
     """
 
+    distributed = False
+
     def __init__(
         self,
         model: nn.Module,

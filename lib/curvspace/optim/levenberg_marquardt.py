@@ -71,7 +71,7 @@ class LevenbergMarquardt(ModelOptimizer):
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         group = self.param_groups[0]
-        objective = Objective(self.model, [(inputs, targets)], self.loss, microbatch=None)
+        objective = Objective(self.model, [(inputs, targets)], self.loss, microbatch=None, group=self.ranks.group)
         before, start = objective.loss(), parameter_vector(self.model)
         direction = self._direction(objective, group["scaling"])
         add_to_parameters(self.model, direction, group["lr"])

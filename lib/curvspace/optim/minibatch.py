@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,6 +25,8 @@ from curvspace.functional import (
 from curvspace.losses import Loss
 from curvspace.objective import Objective
 from curvspace.optim.base import Costs
+from curvspace.optim.draws import random_state
+from curvspace.optim.ranks import Ranks
 
 Curvature = Literal["gauss-newton", "hessian"]
 CURVATURES = ("gauss-newton", "hessian")
@@ -35,6 +37,7 @@ Algorithm = Literal["auto", "split", "vjp"]
 class Minibatch:
     """Model, loss and one batch of inputs and targets; ``weight`` is the share of the whole minibatch it is.
 
+    In a process of several (``ranks``) the batch is its shard, and all that is returned is the mean over all shards.
     Only :meth:`gradient` and :meth:`classes` are training passes, which move running statistics; each step makes
     exactly one of them.
     """
@@ -45,17 +48,21 @@ class Minibatch:
     targets: Tensor
     costs: Costs
     weight: float = 1.0
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def __post_init__(self) -> None:
+        self.share = self.ranks.share(batch_size(self.inputs), self.targets.device)
+        self._generators = random_state(self.targets.device)
 
     def part(self, fraction: float) -> Minibatch:
         """The first examples of the batch (drawn at random by the data loader), at least one."""
         n = batch_size(self.inputs)
         m = max(1, round(fraction * n))
-        if m >= n:
+        if m >= n and self.ranks.alone:
             return self
         first = slice(0, m)
-        return Minibatch(
-            self.model, self.loss, select(self.inputs, first), self.targets[first], self.costs, self.weight * m / n
-        )
+        inputs, targets = select(self.inputs, first), self.targets[first]
+        return Minibatch(self.model, self.loss, inputs, targets, self.costs, self.weight * m / n, self.ranks)
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Mean loss and its gradient (P,)."""
@@ -64,7 +71,8 @@ class Minibatch:
             loss = self.loss(call(self.model, self.inputs), self.targets)
             gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True))
         self._count(forward=1, backward=1)
-        return loss.detach(), gradient
+        mean_loss, mean_gradient = self.mean(loss.detach(), gradient)
+        return mean_loss, mean_gradient
 
     def classes(self, num_classes: int, batch_norm: State = None, algorithm: Algorithm = "auto") -> ClassPass:
         """Loss, gradient and class gradients; see :class:`~curvspace.optim.bases.ClassGradients` for the options."""
@@ -76,10 +84,10 @@ class Minibatch:
         if interact or algorithm == "vjp":
             found = vjp_pass(self.model, self.inputs, self.targets, num_classes, self.loss)
             self._count(forward=1, backward=1 + len(self.targets.unique()))
-            return found
+            return self._shared(found)
         found = split_pass(self.model, self.inputs, self.targets, num_classes, self.loss)
         self._count(forward=1, backward=2)
-        return found
+        return self._shared(found)
 
     def _classes_apart(self, num_classes: int, batch_norm: State, algorithm: Algorithm) -> ClassPass:
         """The gradient through the module's present mode, the class gradients through other statistics."""
@@ -94,11 +102,21 @@ class Minibatch:
             gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True))
         own = z.detach().softmax(1).gather(1, self.targets[:, None])[:, 0]
         self._count(forward=2, backward=1 + (int((counts > 0).sum()) if shared else 1))
-        return ClassPass(loss.detach(), gradient, c, counts, own)
+        return self._shared(ClassPass(loss.detach(), gradient, c, counts, own))
+
+    def _shared(self, found: ClassPass) -> ClassPass:
+        """The class pass over all shards: class means by the counts of the class."""
+        if self.ranks.alone:
+            return found
+        loss, gradient = self.mean(found.loss, found.gradient)
+        mine = found.counts[:, None].to(gradient.dtype)
+        sums, counts = self.ranks.total([mine * found.class_gradients, found.counts])
+        c = sums / counts.clamp_min(1)[:, None].to(gradient.dtype)
+        return ClassPass(loss, gradient, c, counts, found.probabilities)
 
     def operator(self, curvature: Curvature) -> CurvatureOperator:
         """The Hessian or Gauss-Newton matrix of this batch; its products are counted by :meth:`count_products`."""
-        objective = Objective(self.model, [(self.inputs, self.targets)], self.loss)
+        objective = Objective(self.model, [(self.inputs, self.targets)], self.loss, group=self.ranks.group)
         self._count(forward=1, backward=1)
         return objective.hessian() if curvature == "hessian" else objective.gauss_newton()
 
@@ -112,7 +130,7 @@ class Minibatch:
         if curvature == "gauss-newton":
             reduced = projected_gauss_newton(self.model, self.inputs, self.targets, self.loss, directions)
             self._count(forward=1, backward=1, jvp=m, products=m)
-            return reduced
+            return self.mean(reduced)[0]
         products = self.operator("hessian") @ directions
         self.count_products(m)
         reduced = (directions.T @ products).double()
@@ -120,11 +138,25 @@ class Minibatch:
 
     @torch.no_grad()
     def loss_now(self) -> Tensor:
-        """The mean loss at the present parameters in the model's mode, leaving statistics and generators alone."""
+        """The mean loss at the present parameters in the model's mode, leaving statistics and generators alone.
+
+        Two calls draw the same random numbers (dropout masks).
+        """
+        torch.clear_autocast_cache()  # it may hold casts of what the parameters were
         with preserved_buffers(self.model), replayed_randomness(self.targets.device):
             loss = self.loss(call(self.model, self.inputs), self.targets)
         self._count(forward=1)
-        return loss
+        return self.mean(loss)[0]
+
+    def drew(self) -> bool:
+        """Whether random numbers have been drawn since this minibatch was made: a loss seen then has other masks."""
+        device = self.targets.device
+        moved = any(not torch.equal(a, b) for a, b in zip(self._generators, random_state(device), strict=True))
+        return self.ranks.any([moved], device)[0]
+
+    def mean(self, *values: Tensor) -> list[Tensor]:
+        """The means over all shards of what was taken over this one."""
+        return self.ranks.mean(values, self.share)
 
     def _count(self, forward: float = 0, backward: float = 0, jvp: float = 0, products: float = 0) -> None:
         self.costs.forward += forward * self.weight

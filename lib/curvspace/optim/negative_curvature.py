@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvspace.functional import Inputs, add_to_parameters, call, flatten, pull_back, unflatten
+from curvspace.functional import Inputs, add_to_parameters, batch_size, call, flatten, pull_back, unflatten
 from curvspace.losses import Loss
 from curvspace.optim.base import require
 from curvspace.optim.first_order import FirstOrder
@@ -68,6 +68,8 @@ class NegativeCurvature(FirstOrder):
     ValueError
         For a hyper-parameter out of its range, or a base that is no optimiser class.
     """
+
+    couples_parameters = True
 
     def __init__(
         self,
@@ -148,11 +150,15 @@ class NegativeCurvature(FirstOrder):
                 product = pull_back(g, parameters, t, materialize_grads=True)
             else:
                 product = tuple(torch.zeros_like(p) for p in parameters)
+        share = self.ranks.share(batch_size(inputs), loss.device)
+        used = self.ranks.any([g is not None for g in gradients], loss.device)
+        known = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(gradients, parameters, strict=True)]
+        value, hv, *known = self.ranks.mean([loss.detach(), flatten(product), *known], share)
         self.costs.forward += 1
         # The product differentiates the forward and the backward pass once more: about two backward passes.
         self.costs.backward += 3
         self.costs.products += 1
-        return loss.detach(), [None if g is None else g.detach() for g in gradients], flatten(product)
+        return value, [g if u else None for g, u in zip(known, used, strict=True)], hv
 
     # What follows stays on the device: a step must not wait for a number to reach the host.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,9 +53,7 @@ def fosi(
     require(clip >= 1, "clip", clip, "at least 1")
     require(warmup >= 1, "warmup", warmup, "at least 1")
     basis = ExtremeEigenvectors(k, smallest, **options)
-
-    def factor() -> Tensor:
-        return basis.spread().nan_to_num(nan=1.0).clamp(1.0, clip)
+    factor = functools.partial(_spread, basis, clip)  # a copy of the optimiser has one on its own basis
 
     return SubspaceNewton(
         model,
@@ -134,3 +133,7 @@ def gradient_centralisation(
     """
     rule = Rescaled(_outside(cospace, lr, momentum), within=1.0)
     return SubspaceNewton(model, MeanDirections(), Drop(), rule, loss, refresh_every=10**9)
+
+
+def _spread(basis: ExtremeEigenvectors, clip: float) -> Tensor:
+    return basis.spread().nan_to_num(nan=1.0).clamp(1.0, clip)

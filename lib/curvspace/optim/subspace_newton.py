@@ -81,7 +81,7 @@ class SubspaceNewton(ModelOptimizer):
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         group = self.param_groups[0]
-        batch = Minibatch(self.model, self.loss, inputs, targets, self.costs)
+        batch = Minibatch(self.model, self.loss, inputs, targets, self.costs, ranks=self.ranks)
         since = self.steps - self.first_refresh
         refresh = since >= 0 and since % self.refresh_every == 0
         old = self.basis.span
@@ -136,11 +136,15 @@ class SubspaceNewton(ModelOptimizer):
     def _judge(
         self, batch: Minibatch, loss: Tensor, coordinates: Tensor, coefficients: Tensor, inner: Tensor
     ) -> Tensor | None:
-        """If the rule asks, take the step in the span first and tell it what came of it; returns what was taken."""
+        """If the rule asks, take the step in the span first and tell it what came of it; returns what was taken.
+
+        Both losses see the same dropout masks, for which the one before is evaluated anew.
+        """
         if not self.inside.due():
             return None
+        before = batch.loss_now() if batch.drew() else loss
         add_to_parameters(self.model, inner, alpha=-1.0)
-        self.inside.judge(coordinates, coefficients, loss - batch.loss_now())
+        self.inside.judge(coordinates, coefficients, before - batch.loss_now())
         return inner
 
     def log(self) -> dict[str, Any]:
