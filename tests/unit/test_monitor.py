@@ -68,7 +68,7 @@ def test_a_row_is_what_dense_matrices_say():
 
 
 def state_of(model: nn.Module) -> list[object]:
-    generators = [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]
+    generators = [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]  # noqa: NPY002
     tensors = [t.clone() for t in model.state_dict().values()]
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     return [generators, [m.training for m in model.modules()], tensors, grads]
@@ -202,7 +202,7 @@ def test_mistakes_are_told_at_the_first_step():
     with pytest.raises(ValueError, match="to must be a path"):
         CurvatureMonitor(network(), batches(), to=3)  # type: ignore[arg-type]
     wrong = [(x, y.double()) for x, y in batches()]
-    with pytest.raises(ValueError, match="batch 0: the loss mse failed|mse"):
+    with pytest.raises(ValueError, match="batch 0: the loss mse failed"):
         CurvatureMonitor(network(), wrong, loss="mse")(0)
 
 
@@ -257,7 +257,6 @@ def test_wandb_offline(tmp_path: Path, monkeypatch):
     with CurvatureMonitor(network(), batches(), to=sink) as monitor:
         row = monitor.measure(4)
         summary = sink.run.summary
-        print(dict(summary), sink.run.settings.mode)
         assert sink.run.settings.mode == "offline"
         assert summary["curvature/step"] == 4
         assert summary["curvature/sharpness"] == pytest.approx(row["sharpness"])

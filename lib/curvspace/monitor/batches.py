@@ -78,7 +78,9 @@ class OwnLoss(nn.Module):
     def forward(self, **inputs: Any) -> Tensor:
         loss = getattr(self.model(**inputs), "loss", None)
         if loss is None:
-            raise ValueError(f"{type(self.model).__name__} returned no loss: give it labels, or pass loss= and batches=")
+            raise ValueError(
+                f"{type(self.model).__name__} returned no loss: give it labels, or pass loss= and batches="
+            )
         return loss
 
     @staticmethod

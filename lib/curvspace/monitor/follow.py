@@ -299,11 +299,11 @@ class CurvatureMonitor:
 @contextmanager
 def _untouched(device: torch.device) -> Iterator[None]:
     """Generators as they were afterwards; neither autocast nor ``no_grad`` of the caller reaches inside."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002  the user's may be legacy
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        np.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)

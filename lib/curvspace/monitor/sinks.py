@@ -107,10 +107,9 @@ class WandbSink:
     def __init__(self, run: Any = None, *, mode: str = "offline", **options: Any):
         import wandb
 
-        self.run = run or wandb.run
-        self._owned = self.run is None
-        if self.run is None:
-            self.run = wandb.init(mode=mode, **options)
+        given: Any = run or wandb.run
+        self._owned = given is None
+        self.run: Any = wandb.init(mode=mode, **options) if given is None else given  # type: ignore[arg-type]
         self.run.define_metric("curvature/*", step_metric="curvature/step")
 
     def write(self, row: Row) -> None:
