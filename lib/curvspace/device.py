@@ -1,60 +1,85 @@
-"""Which device a job computes on.
+"""Which device a job computes on, and with what arithmetic.
 
-One request (``auto``, ``cpu``, ``cuda``, ``cuda:1``) serves a laptop, a node with several GPUs and a cluster. On a
-node with several GPUs, where nobody assigns them, jobs share them out by file locks. A scheduler's assignment
-(``CUDA_VISIBLE_DEVICES`` set by Slurm) is left alone.
+One request (``auto``, ``cpu``, ``cuda``, ``cuda:1``) serves a laptop, a node with several GPUs and a cluster. Where a
+process sees several GPUs, processes share them out among themselves, of all users and under any scheduler.
 """
 
 from __future__ import annotations
 
-import getpass
+import errno
+import hashlib
 import itertools
+import logging
 import os
 import re
-import tempfile
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any
 
 from curvspace.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 
 def visible(count: int, environment: Mapping[str, str]) -> list[str]:
-    """Names of the ``count`` visible devices that mean the same in every process of the node."""
-    names = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return names if len(names) == count else [str(i) for i in range(count)]
+    """Names of the ``count`` visible devices that mean the same in every process of the node.
+
+    The devices' own where torch gives them: under a scheduler the numbers of two jobs may mean different devices.
+    """
+    import torch
+
+    try:
+        return [str(torch.cuda.get_device_properties(i).uuid) for i in range(count)]
+    except (AssertionError, AttributeError, RuntimeError):
+        names = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+        return names if len(names) == count else [str(i) for i in range(count)]
 
 
 @contextmanager
-def claim(names: Sequence[str], folder: Path) -> Iterator[int]:
+def claim(names: Sequence[str], space: str | Path = "curvspace") -> Iterator[int]:
     """Index of the device with the fewest other claims on it, held until the context ends.
 
-    Never waits: with more jobs than devices each device gets a second job before any gets a third. A claim ends
-    with its process, however that ends.
+    Never waits: with more jobs than devices each device gets a second job before any gets a third. A claim ends with
+    its process, however that ends. It is the address of a socket, a name in the kernel: no folder, no user's name, no
+    locks of a file system, and seen by all users of the machine (of the network name space, with containers).
+    ``space`` keeps claims of different kinds apart.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for slot, (index, name) in ((slot, pair) for slot in itertools.count() for pair in enumerate(names)):
-        lock = FileLock(folder / f"gpu-{re.sub('[^A-Za-z0-9-]', '_', name)}-{slot}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        address = hashlib.sha256(f"{space}\0{name}\0{slot}".encode()).hexdigest()
+        held = _bound(f"\0curvspace-{address}")
+        if held is None:
             continue
-        try:
+        with held:
             yield index
-        finally:
-            lock.release()
         return
 
 
+def _bound(address: str) -> socket.socket | None:
+    """A socket with this address; None if another process has it."""
+    if not hasattr(socket, "AF_UNIX"):
+        return _unshared()
+    held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        held.bind(address)
+    except OSError as error:
+        held.close()
+        return None if error.errno == errno.EADDRINUSE else _unshared()
+    return held
+
+
+def _unshared() -> socket.socket:
+    log.warning("this system cannot share out its GPUs: the first one is taken; name another with device: cuda:1")
+    return socket.socket()
+
+
 @contextmanager
-def use(request: str) -> Iterator[torch.device]:
-    """The device for a request, for as long as the context lasts.
+def use(request: str, *, tf32: bool = False) -> Iterator[torch.device]:
+    """The device for a request, for as long as the context lasts, with the arithmetic of :func:`reproducible`.
 
     ``auto`` is a GPU where there is one, else the CPU; ``cuda`` is any GPU; ``cuda:1`` that one and no other.
 
@@ -68,15 +93,53 @@ def use(request: str) -> Iterator[torch.device]:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", request):
         raise UserError(f"device = {request!r} is not allowed; allowed: auto, cpu, cuda, cuda:0, cuda:1, …")
     count = torch.cuda.device_count()
-    if request == "cpu" or (request == "auto" and not count):
-        yield torch.device("cpu")
-        return
-    index = request.partition(":")[2]
-    if int(index or 0) >= count:
-        raise UserError(f"device = {request!r}, but this machine has {count} GPUs that torch can use")
-    if index or count == 1 or "SLURM_JOB_ID" in os.environ:
-        yield torch.device("cuda", int(index or 0))
-        return
-    folder = Path(tempfile.gettempdir()) / f"curvspace-{getpass.getuser()}"
-    with claim(visible(count, os.environ), folder) as chosen:
-        yield torch.device("cuda", chosen)
+    with reproducible(tf32):
+        if request == "cpu" or (request == "auto" and not count):
+            yield torch.device("cpu")
+            return
+        index = request.partition(":")[2]
+        if int(index or 0) >= count:
+            raise UserError(f"device = {request!r}, but this machine has {count} GPUs that torch can use")
+        if index or count == 1:
+            yield torch.device("cuda", int(index or 0))
+            return
+        with claim(visible(count, os.environ)) as chosen:
+            yield torch.device("cuda", chosen)
+
+
+@contextmanager
+def reproducible(tf32: bool = False) -> Iterator[None]:
+    """Inside, the same numbers in every run on one kind of device, in full float32; the settings are put back.
+
+    Torch's own settings round the inputs of convolutions on recent GPUs to TF32's 10 bits, with which no noise floor
+    of curvature products holds; ``tf32`` allows it, for convolutions and products alike. Of operations that have a
+    deterministic form it is taken; one that has none is done all the same, with a warning of torch.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
+    debug: Any = torch.utils.deterministic
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+    mode, fill = torch.get_deterministic_debug_mode(), debug.fill_uninitialized_memory
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+        cudnn.deterministic, cudnn.benchmark = True, False
+        debug.fill_uninitialized_memory = False
+        torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler: over a second
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+        debug.fill_uninitialized_memory = fill
+        torch.set_deterministic_debug_mode(mode)
+
+
+def arithmetic() -> dict[str, Any]:
+    """The present settings that decide about digits, for a record."""
+    import torch
+
+    return {
+        "tf32": bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32),
+        "deterministic": torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic,
+        "threads": torch.get_num_threads(),
+    }

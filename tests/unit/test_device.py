@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
-from curvspace.device import claim, use, visible
+from curvspace import device as device_module
+from curvspace.curvature.memory import default_budget
+from curvspace.device import arithmetic, claim, use, visible
 from curvspace.errors import UserError
 
 
@@ -62,13 +67,82 @@ def test_requests(monkeypatch, count):
             pass
 
 
-def test_what_a_scheduler_assigned_is_left_alone(monkeypatch, tmp_path):
+@pytest.mark.parametrize("job", [None, "17"])
+def test_two_processes_that_see_two_devices_take_one_each_under_a_scheduler_too(monkeypatch, job):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
-    with use("cuda") as first, use("cuda") as second:
-        assert (first.index, second.index) == (0, 0)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"test-{os.getpid()}-{job}-a,test-{os.getpid()}-{job}-b")
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
     with use("cuda") as first, use("auto") as second:
         assert (first.index, second.index) == (0, 1)
+
+
+def test_one_device_or_one_that_is_named_is_not_shared_out(monkeypatch):
+    monkeypatch.setattr(device_module, "claim", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with use("cuda") as first, use("auto") as second:
+        assert (first.index, second.index) == (0, 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with use("cuda:1") as named:
+        assert named.index == 1
+
+
+def _as_user(number: int, space: str) -> int:
+    """Index that a process of another user, without a name and without a home, claims."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
+                os.environ.pop(name, None)
+            os.setuid(number)
+            with claim(["0", "1", "2"], space) as index:
+                os.write(writing, bytes([index]))
+                os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    return os.read(reading, 1)[0] if status == 0 else -1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+def test_claims_hold_between_users_and_need_no_name_and_no_folder(tmp_path, monkeypatch):
+    space = str(tmp_path)
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    with claim(["0", "1", "2"], space):
+        assert _as_user(54321, space) == 1
+        with claim(["0", "1", "2"], space):
+            assert _as_user(65534, space) == 2
+    assert _as_user(54321, space) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_system_that_cannot_share_out_says_so_and_takes_the_first(monkeypatch, caplog, tmp_path):
+    class Unable(socket.socket):
+        def bind(self, address):
+            raise OSError(errno.EINVAL, "invalid")
+
+    monkeypatch.setattr(socket, "socket", Unable)
+    with claim(["0", "1"], tmp_path) as first, claim(["0", "1"], tmp_path) as second:
+        assert (first, second) == (0, 0)
+    assert "cuda:1" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_device_comes_with_full_float32_and_deterministic_operations_and_leaves_the_settings(tf32):
+    before = arithmetic()
+    with use("cpu", tf32=tf32):
+        assert arithmetic() == {"tf32": tf32, "deterministic": True, "threads": torch.get_num_threads()}
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32
+        assert not torch.backends.cudnn.benchmark
+    assert arithmetic() == before
+    assert torch.get_deterministic_debug_mode() == 0
+    with pytest.raises(ZeroDivisionError), use("cpu"):
+        _ = 1 / 0
+    assert arithmetic() == before
+
+
+def test_free_memory_counts_what_torch_keeps_unused(monkeypatch):
+    sizes = {"mem_get_info": (1000, 9000), "memory_reserved": 700, "memory_allocated": 300}
+    for name, value in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert default_budget(torch.device("cuda", 0)) == (1000 + 400) // 2

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from curvspace.device import arithmetic
 from curvspace.errors import UserError
 
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "matplotlib", "seaborn")
@@ -103,6 +104,7 @@ def provenance(spec: Mapping[str, Any], code: str, device: object | None = None)
         "code": code,
         "commit": _commit(),
         "device": _device_name(device),
+        **({"arithmetic": arithmetic()} if device is not None else {}),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
     }
 

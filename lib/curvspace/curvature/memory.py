@@ -36,9 +36,13 @@ def kept_bytes() -> Iterator[KeptBytes]:
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that kept graphs may take: half of a device's free memory, a quarter of the host's."""
+    """Bytes that kept graphs may take: half of a device's free memory, a quarter of the host's.
+
+    Free is too what torch keeps of the device for itself without using it.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) // 2
     try:
         with open("/proc/meminfo") as lines:
             available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
