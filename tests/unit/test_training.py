@@ -194,3 +194,30 @@ def test_seeds_of_different_purposes_differ():
 def test_a_folder_without_a_run_is_said_so(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="train it first"):
         RunRecord(tmp_path)
+
+
+@pytest.mark.parametrize("lr", [0.05, 1e4], ids=["finished", "diverged"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o["name"])
+def test_how_often_scalars_are_read_changes_nothing(optimizer, lr, digits_dir, tmp_path, monkeypatch):
+    """On a GPU they are read every 50 steps."""
+    found = []
+    for interval in (1, 3, 50):
+        monkeypatch.setitem(loop.LOG_INTERVAL, "cpu", interval)
+        task = {"epochs": 12, "evaluate_every": 7, "checkpoints": [2]}
+        found.append(train(spec(optimizer, lr=lr, task=task), digits_dir, tmp_path / str(interval), progress=False))
+    assert len({record.status for record in found}) == 1
+    if optimizer["name"] in ("sgd", "paper"):
+        assert found[0].status == ("diverged" if lr > 1 else "finished")
+    for other in found[1:]:
+        assert other.steps == found[0].steps
+        pd.testing.assert_frame_equal(without_clock(other.metrics), without_clock(found[0].metrics), check_exact=True)
+        last = found[0].steps[-1]
+        assert str(other.checkpoint(last)["model"]) == str(found[0].checkpoint(last)["model"])
+
+
+def test_a_run_saved_between_two_readings_of_scalars_is_continued(digits_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(loop.LOG_INTERVAL, "cpu", 50)
+    whole = train(spec(OPTIMIZERS[3]), digits_dir, tmp_path / "whole", save_every_s=-1, progress=False)
+    monkeypatch.setitem(loop.LOG_INTERVAL, "cpu", 1)
+    other = train(spec(OPTIMIZERS[3]), digits_dir, tmp_path / "other", progress=False)
+    pd.testing.assert_frame_equal(without_clock(other.metrics), without_clock(whole.metrics), check_exact=True)

@@ -22,7 +22,8 @@ class Costs:
     """What an optimiser has spent so far, in passes over one minibatch (a pass over half of it counts 0.5).
 
     ``products`` counts curvature products; the forward-mode and reverse-mode passes that they consist of are
-    counted in ``jvp`` and ``backward`` too. ``seconds`` is wall-clock inside ``step``.
+    counted in ``jvp`` and ``backward`` too. ``seconds`` is wall-clock inside ``step``, which waits for its own work:
+    on a GPU it would measure the queueing otherwise.
     """
 
     forward: float = 0.0
@@ -83,6 +84,8 @@ class ModelOptimizer(torch.optim.Optimizer):
             loss = self._step(inputs, targets)
         self.ranks.equalise_buffers(self.model)
         self.steps += 1
+        if loss.is_cuda:
+            torch.cuda.synchronize(loss.device)
         self.costs.seconds += time.perf_counter() - start
         return loss.detach()
 

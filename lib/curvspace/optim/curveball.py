@@ -108,7 +108,8 @@ class CurveBall(ModelOptimizer):
         return float(self._scalars["damping"])
 
     def log(self) -> dict[str, float]:
-        return {name: float(value) for name, value in self._scalars.items()}
+        values = torch.stack(list(self._scalars.values())).tolist()  # one transfer from the device, not five
+        return dict(zip(self._scalars, values, strict=True))
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         group = self.param_groups[0]

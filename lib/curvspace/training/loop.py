@@ -26,7 +26,10 @@ from curvspace.training.spec import Task, derived_seed, steps_per_epoch
 
 Row = dict[str, Any]
 LOG_INTERVAL = {"cpu": 1, "cuda": 50}
-"""Steps between readings of device scalars: on a GPU each reading waits for all queued work."""
+"""Steps between readings of the scalars of a row, of all these rows in one transfer.
+
+The loss alone is read at each step, on every device: a run that diverges ends at the same step everywhere.
+"""
 
 
 @dataclass
@@ -135,21 +138,21 @@ def fit(
         torch.manual_seed(derived_seed(seed, "dropout", state.step))
         clock = time.perf_counter()
         loss = optimizer.step(inputs, targets)
-        row = {"train_loss": loss, "grad_norm": optimizer.grad_norm, **optimizer.costs.as_dict(), **optimizer.log()}
+        value = float(loss)
+        row = {"train_loss": value, "grad_norm": optimizer.grad_norm, **optimizer.costs.as_dict(), **optimizer.log()}
         row["learning_rate"] = optimizer.param_groups[0]["lr"]
         state.step += 1
         if task.evaluate_average is not None:
             accumulate(state.average, model, task.evaluate_average, state.step)
         state.rows.append({"step": state.step, "epoch": state.step / per_epoch, **row})
-        if state.step % interval == 0 or state.step == total or _evaluation_due(state.step, per_epoch, total, task):
-            read = _read_scalars(state.rows, interval)
-            state.wall_s += time.perf_counter() - clock
-            state.status = _status(read, task.divergence * state.initial_loss, state.step == total)
-            bar.set_postfix(loss=f"{state.rows[-1]['train_loss']:.4f}", refresh=False)
-        else:
-            state.wall_s += time.perf_counter() - clock
+        state.status = _status(value, task.divergence * state.initial_loss, state.step == total)
+        evaluating = state.status == "diverged" or _evaluation_due(state.step, per_epoch, total, task)
+        if evaluating or state.step % interval == 0:
+            _read_scalars(state.rows, interval)
+            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+        state.wall_s += time.perf_counter() - clock
         state.rows[-1]["wall_s"] = state.wall_s
-        if state.status == "diverged" or _evaluation_due(state.step, per_epoch, total, task):
+        if evaluating:
             state.rows[-1].update(_evaluation(model, optimizer, data, task, state))
         bar.update()
         if after_step:
@@ -184,19 +187,16 @@ def _losses(model: nn.Module, loss: Loss, data: DataSet, task: Task) -> Row:
     }
 
 
-def _read_scalars(rows: list[Row], interval: int) -> list[Row]:
-    """Turn device scalars of the newest rows into floats, in one transfer; returns these rows."""
-    new = rows[-interval:]
-    waiting = [(row, key) for row in new for key, value in row.items() if isinstance(value, Tensor)]
+def _read_scalars(rows: list[Row], interval: int) -> None:
+    """Turn device scalars of the newest rows into floats, in one transfer."""
+    waiting = [(row, key) for row in rows[-interval:] for key, value in row.items() if isinstance(value, Tensor)]
     if waiting:
         values = torch.stack([row[key].detach().double().reshape(()) for row, key in waiting]).tolist()
         for (row, key), value in zip(waiting, values, strict=True):
             row[key] = value
-    return new
 
 
-def _status(rows: list[Row], bound: float, last: bool) -> str:
-    losses = [row["train_loss"] for row in rows if "train_loss" in row]
-    if any(not math.isfinite(loss) or loss > bound for loss in losses):
+def _status(loss: float, bound: float, last: bool) -> str:
+    if not math.isfinite(loss) or loss > bound:
         return "diverged"
     return "finished" if last else "running"
