@@ -19,7 +19,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from curvspace.device import arithmetic
 from curvspace.errors import UserError
 
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "matplotlib", "seaborn")
@@ -104,7 +103,6 @@ def provenance(spec: Mapping[str, Any], code: str, device: object | None = None)
         "code": code,
         "commit": _commit(),
         "device": _device_name(device),
-        **({"arithmetic": arithmetic()} if device is not None else {}),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
     }
 

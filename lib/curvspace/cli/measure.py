@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from curvspace.cli import common
-from curvspace.device import use
+from curvspace.device import arithmetic, use
 from curvspace.errors import UserError
 from curvspace.experiments.context import Context
 from curvspace.files import write_record, writing
@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace) -> None:
             settings=spec.get("datasets", {}),
         )
         table, arrays = _split(function(context, **spec.get("options", {})), spec)
-        record = common.provenance(spec, options.code, device)
+        record = {**common.provenance(spec, options.code, device), "arithmetic": arithmetic()}
     outputs = [options.out, *([options.out.with_suffix(".npz")] if arrays is not None else [])]
     with writing(options.out):
         options.out.parent.mkdir(parents=True, exist_ok=True)

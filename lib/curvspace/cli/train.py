@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from curvspace.cli import common
-from curvspace.device import use
+from curvspace.device import arithmetic, use
 from curvspace.errors import UserError
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     options.out,
                     options.state,
                     fingerprint=options.code,
-                    provenance=common.provenance(options.spec, options.code, device),
+                    provenance={**common.provenance(options.spec, options.code, device), "arithmetic": arithmetic()},
                     progress=not options.quiet,
                 )
             except Interrupted as error:
