@@ -25,6 +25,7 @@ _MODULES = {
         "low_rank_newton",
         "rayleigh_ritz_newton",
     ),
+    "span_filter": ("SpanFilter",),
     "rivals": ("bsfa", "fosi", "gradient_centralisation", "nudged_sgd"),
     "curveball": ("CurveBall",),
     "levenberg_marquardt": ("LevenbergMarquardt",),

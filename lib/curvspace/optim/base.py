@@ -194,3 +194,12 @@ def _fresh_autocast() -> Iterator[None]:
         yield
     finally:
         torch.clear_autocast_cache()
+
+
+def copied(value: Any, device: torch.device | None = None) -> Any:
+    """Nested dictionaries with their tensors copied: a state dict does not change under later steps."""
+    if isinstance(value, Tensor):
+        return value.to(device or value.device, copy=True)
+    if isinstance(value, Mapping):
+        return {k: copied(v, device) for k, v in value.items()}
+    return value

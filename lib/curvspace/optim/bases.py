@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from curvspace.curvature.class_gradients import ClassPass, class_curvatures
+from curvspace.curvature.class_gradients import class_curvatures
 from curvspace.curvature.frozen import State
 from curvspace.functional import call, preserved_buffers, trainable_parameters
 from curvspace.optim.base import refuse_old, require
@@ -155,7 +155,7 @@ class ClassGradients(Basis):
         if self.reduction == "class-sum":
             total = found.class_gradients * found.counts[:, None]
             found = replace(found, class_gradients=total)
-        self._average(found)
+        self.average(found.class_gradients, found.counts)
         (curvatures,) = batch.mean(class_curvatures(found.class_gradients, found.probabilities, batch.targets))
         if self.reduction == "batch-sum":
             curvatures = len(batch.targets) / batch.share * curvatures
@@ -163,13 +163,16 @@ class ClassGradients(Basis):
         known = None if self.orthonormal is True else curvatures
         return Observation(found.loss, found.gradient, known, found.counts > 0)
 
-    def _average(self, found: ClassPass) -> None:
-        """Eq. 16 without its factor :math:`1/(1-\\gamma^t)`, which the normalisation to unit length cancels."""
+    def average(self, c: Tensor, counts: Tensor) -> None:
+        """Take a minibatch's class gradients (C, P) and counts (C,) in: eq. 16, and the span anew.
+
+        Without its factor :math:`1/(1-\\gamma^t)`, which the normalisation to unit length cancels.
+        """
         if not self.state:
-            self.state = {"average": torch.zeros_like(found.class_gradients), "times": torch.zeros_like(found.counts)}
-        present = found.counts > 0
-        weight = (1 - self.gamma) * present.to(found.class_gradients.dtype)
-        self.state["average"].mul_(1 - weight[:, None]).addcmul_(weight[:, None], found.class_gradients)
+            self.state = {"average": torch.zeros_like(c), "times": torch.zeros_like(counts)}
+        present = counts > 0
+        weight = (1 - self.gamma) * present.to(c.dtype)
+        self.state["average"].mul_(1 - weight[:, None]).addcmul_(weight[:, None], c)
         self.state["times"] += present
         self.restore()
 

@@ -132,6 +132,12 @@ class FirstOrder(ModelOptimizer):
             p.grad = mean if u else None
         return self.ranks.mean([loss.detach()], share)[0]
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "inner"):
+            self.inner.add_param_group(param_group)
+        else:  # while the base class is set up
+            super().add_param_group(param_group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.inner.param_groups = self.param_groups

@@ -27,6 +27,7 @@ KINDS = {
     "low-rank-newton": "curvspace.optim.configurations:low_rank_newton",
     "bulk-sgd": "curvspace.optim.configurations:bulk_sgd",
     "dominant-sgd": "curvspace.optim.configurations:dominant_sgd",
+    "span-filter": "curvspace.optim.span_filter:span_filter",
     "fosi": "curvspace.optim.rivals:fosi",
     "nudged-sgd": "curvspace.optim.rivals:nudged_sgd",
     "bsfa": "curvspace.optim.rivals:bsfa",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvspace.functional import Inputs, add_to_parameters
 from curvspace.losses import Loss
-from curvspace.optim.base import ModelOptimizer, require
+from curvspace.optim.base import ModelOptimizer, copied, require
 from curvspace.optim.bases import Basis
 from curvspace.optim.damping import AdaptiveDamping
 from curvspace.optim.inside import Inside
@@ -156,22 +156,13 @@ class SubspaceNewton(ModelOptimizer):
         damping = getattr(self.inside, "damping", None)
         if isinstance(damping, AdaptiveDamping):
             parts["damping"] = damping.state
-        return _copied({**parts, "buffer": self._buffer})
+        return copied({**parts, "buffer": self._buffer})
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         device = self.param_groups[0]["params"][0].device
-        loaded = _copied(state, device)
+        loaded = copied(state, device)
         self.basis.state, self.inside.state, self.outside.state = (loaded[k] for k in ("basis", "inside", "outside"))
         if "damping" in loaded:
             self.inside.damping.state = loaded["damping"]  # type: ignore[attr-defined]
         self._buffer = loaded["buffer"]
         self.basis.restore()
-
-
-def _copied(value: Any, device: torch.device | None = None) -> Any:
-    """Nested dictionaries with their tensors copied: a state dict does not change under later steps."""
-    if isinstance(value, Tensor):
-        return value.to(device or value.device, copy=True)
-    if isinstance(value, Mapping):
-        return {k: _copied(v, device) for k, v in value.items()}
-    return value
