@@ -1,0 +1,224 @@
+"""The pipeline's stages from the command line: by options, by a spec in a file, or by a result's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from curvspace.cli import common
+from curvspace.cli.options import parsed
+from curvspace.errors import UserError
+
+STAGES = {"runs": "train", "measures": "measure", "figures": "figure", "tables": "table"}
+"""Folder below results -> the stage that fills it."""
+
+TRAIN_EXAMPLES = """Examples:
+
+  curvspace train --model fc --data digits --lr 0.1 --optimizer-option momentum=0.9 --epochs 5 --out runs/one
+
+  curvspace train --spec @run.json --out runs/two
+
+  curvspace train results/runs/mnist/fc/sgd/bs100-lr0.1-seed0 --out runs/again
+"""
+DATA_EXAMPLES = """Examples:
+
+  curvspace data mnist --out data/mnist
+
+  curvspace data imagefolder --folder photos --out data/photos
+"""
+REDO_EXAMPLES = """Examples:
+
+  curvspace redo results/figures/A-F1 --out /tmp/A-F1.csv
+
+  curvspace redo results/runs/mnist/fc/sgd/bs100-lr0.1-seed0 --out runs/again
+"""
+
+Out = Annotated[Path, typer.Option(help="Where to write.")]
+Spec = Annotated[str | None, typer.Option(help="JSON, or @FILE with JSON in it: a spec, or a run.json.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+DataFolder = Annotated[Path, typer.Option(help="Where prepared data sets lie.")]
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="The run's folder.")],
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="Train as this run was.")] = None,
+    spec: Spec = None,
+    model: Annotated[
+        str | None, typer.Option(help="A kind of ours, or module:function(input_shape, num_classes).")
+    ] = None,
+    model_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE")] = None,
+    data: Annotated[str | None, typer.Option(help="A data set's name, or module:function.")] = None,
+    data_folder: DataFolder = Path("data"),
+    data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="E.g. train=5000.")] = None,
+    optimizer: Annotated[str, typer.Option(help="A kind of ours, or module:function.")] = "sgd",
+    optimizer_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.1,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 100,
+    epochs: Annotated[float, typer.Option(help="Passes over the training set.")] = 1.0,
+    loss: Annotated[str, typer.Option(help="cross_entropy or mse.")] = "cross_entropy",
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    checkpoint_every: Annotated[int, typer.Option(help="Save every so many steps (0: the last alone).")] = 0,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """One training run: metrics.csv, checkpoints, run.json. Stopped at any moment, the same command continues it."""
+    with common.one_line_errors("train"):
+        if sum(given is not None for given in (run, spec, model)) != 1:
+            raise UserError("say what to train by one of: a run's folder, --spec, --model (with --data)")
+        if model is not None:
+            if data is None:
+                raise UserError("--model needs --data too")
+            job: dict[str, Any] = {
+                "dataset": {"name": data, "source": data, **parsed(data_option)},
+                "model": {"name": model, "kind": model, **parsed(model_option)},
+                "optimizer": {"name": optimizer, "kind": optimizer, **parsed(optimizer_option)},
+                "task": {"epochs": epochs, "loss": loss, "checkpoint_every": checkpoint_every},
+                "batch_size": batch_size,
+                "lr": lr,
+                "seed": seed,
+                "device": device,
+            }
+        else:
+            job = spec_of(run) if run is not None else given_spec(spec or "")
+        if run is not None and out.resolve() == run.resolve():
+            raise UserError(f"--out is the run itself; name another folder than {out}")
+        dataset = job.get("dataset", {})
+        folder = data_folder / _prepared_name(dataset, data_folder)
+        if not (folder.is_dir() or (data_folder / "arrays.npz").is_file()):
+            name = dataset.get("source", dataset.get("name"))
+            raise UserError(f"{folder} is not there; make it with: curvspace data {name} --out {folder}")
+    from curvspace.cli.train import main
+
+    arguments = [
+        "--spec",
+        json.dumps(job),
+        "--data",
+        str(folder if folder.is_dir() else data_folder),
+        "--out",
+        str(out),
+    ]
+    main([*arguments, *(["--threads", str(threads)] if threads else []), *(["--quiet"] if quiet else [])])
+
+
+def data(
+    name: Annotated[str | None, typer.Argument(help="The data set; without it: which there are.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to (default: data/NAME).")] = None,
+    spec: Spec = None,
+    sources: Annotated[str | None, typer.Option(help="Kinds of source in the order to try.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Original files of yours, for the source 'folder'.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Only what needs no network.")] = False,
+) -> None:
+    """Obtain a data set, check it, and write it as plain arrays."""
+    with common.one_line_errors("data"):
+        if name is None and spec is None:
+            from curvspace.datasets.catalogue import source_names
+
+            print(", ".join(source_names()) + ", or module:function of your own")
+            return
+        job = given_spec(spec) if spec else {}
+        if name is None and "source" not in job:
+            raise UserError("--spec has no source; name a data set")
+        where = out or Path("data") / str(name or job["source"])
+    from curvspace.cli.data import main
+
+    arguments = [*([name] if name else []), "--out", str(where)]
+    arguments += ["--spec", json.dumps(job)] if job else []
+    arguments += ["--sources", sources] if sources else []
+    arguments += ["--folder", str(folder)] if folder else []
+    main([*arguments, *(["--offline"] if offline else [])])
+    print(where)
+
+
+def redo(
+    result: Annotated[Path, typer.Argument(help="A run, measure, figure or table below a results folder.")],
+    out: Out,
+    data_folder: DataFolder = Path("data"),
+    threads: Threads = None,
+) -> None:
+    """Make one result of the pipeline again, elsewhere, from the record beside it and the code as it is now."""
+    with common.one_line_errors("redo"):
+        stage, results = place(result)
+        job = spec_of(result)
+        if stage == "train":
+            train(out=out, spec=json.dumps(job), data_folder=data_folder, threads=threads)
+            return
+        command = ["-m", f"papers.cli.{stage}", "--spec", json.dumps(job), "--results", str(results), "--out", str(out)]
+        command += ["--data", str(data_folder)] if stage == "measure" else []
+        in_repository("papers/cli", [*command, *(["--threads", str(threads)] if threads else [])], "lib")
+
+
+def verify(context: typer.Context) -> None:
+    """Which results of the pipeline are stale or missing. Options: see curvspace verify -- --help."""
+    with common.one_line_errors("verify"):
+        in_repository("verify.py", ["-m", "workflow.verify", *context.args], "workflow")
+
+
+def place(result: Path) -> tuple[str, Path]:
+    """The stage that made a result, and the results folder that it lies in."""
+    for folder in result.resolve().parents:
+        if folder.name in STAGES:
+            return STAGES[folder.name], folder.parent
+    raise UserError(f"{result} lies in none of the folders {', '.join(STAGES)} of a results folder")
+
+
+def spec_of(result: Path) -> dict[str, Any]:
+    """What a result was made of, by the record beside it."""
+    files = [result / "run.json", result.with_name(f"{result.name}.run.json"), result.with_suffix(".run.json")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise UserError(f"there is no record of {result}: neither {files[0]} nor {files[2]}")
+    return _job(_read(file), file)
+
+
+def given_spec(text: str) -> dict[str, Any]:
+    """JSON from the command line or, after an ``@``, a file: a spec, or a record that holds one."""
+    if text.startswith("@"):
+        return _job(_read(Path(text[1:])), Path(text[1:]))
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--spec is not readable as JSON ({error}); a file is named with @FILE") from None
+    return _job(value, Path("--spec"))
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} is not readable: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not readable as JSON: {error}") from None
+
+
+def _job(value: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{file} must hold a JSON object, got {type(value).__name__}")
+    job = value.get("job", value)
+    return dict(job)
+
+
+def _prepared_name(dataset: dict[str, Any], folder: Path) -> str:
+    from curvspace.datasets.catalogue import folder_name
+
+    if "name" not in dataset or "source" not in dataset:
+        raise UserError("the spec's dataset needs a name and a source")
+    return folder_name(dataset["name"], dataset)
+
+
+def in_repository(wanted: str, command: list[str], inside: str) -> None:
+    """Run Python in the repository's checkout: where the user stands, or where this package's source lies."""
+    candidates = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[3]]
+    root = next((folder for folder in candidates if (folder / inside / wanted).exists()), None)
+    if root is None:
+        raise UserError(f"this needs the repository (a folder with {inside}/{wanted}); call it from inside a clone")
+    paths = [str(root), str(root / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run([sys.executable, *command], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    raise SystemExit(done.returncode)

@@ -1,0 +1,293 @@
+"""The command ``curvspace`` as a user types it: networks and data of one's own, runs, stages, errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import curvspace
+from curvspace.cli.app import app
+
+HERE = "test_command"
+
+
+def build(width: int = 5) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))
+
+
+def by_shape(input_shape, num_classes):
+    return nn.Linear(input_shape[0], num_classes)
+
+
+def needs_width(width):
+    return build(width)
+
+
+def not_a_model():
+    return 3
+
+
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(30, 4, generator=generator), torch.randint(3, (30,), generator=generator)
+
+
+def listed():
+    x, y = pair()
+    return [(x[:20], y[:20]), (x[20:], y[20:])]
+
+
+def loader():
+    return torch.utils.data.DataLoader(dataset(), batch_size=8)
+
+
+def dataset():
+    return torch.utils.data.TensorDataset(*pair())
+
+
+def scaled_loss(outputs, targets):
+    return 2 * nn.functional.cross_entropy(outputs, targets)
+
+
+def run(*words: str | Path, ok: bool = True) -> str:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert (done.exit_code == 0) == ok, done.output
+    if not ok:
+        (line,) = done.stderr.strip().splitlines()
+        return line
+    return done.stdout
+
+
+def found(*words: str | Path) -> dict[str, Any]:
+    return json.loads(run(*words, "--json", "--quiet", "--device", "cpu"))
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.manual_seed(7)
+    torch.save(build().state_dict(), tmp_path / "net.pt")
+    return tmp_path / "net.pt"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    run("data", "digits", "--out", folder / "data" / "digits", "--offline")
+    words = ["--model", "fc", "--model-option", "widths=[8]", "--data", "digits", "--data-option", "train=300"]
+    words += ["--data-folder", folder / "data", "--lr", "0.05", "--epochs", "2", "--checkpoint-every", "3"]
+    run("train", *words, "--batch-size", "100", "--device", "cpu", "--quiet", "--out", folder / "results/runs/one")
+    return folder
+
+
+@pytest.mark.parametrize("data", ["pair", "listed", "loader", "dataset"])
+def test_eigs_of_ones_own_network_and_data(data, weights):
+    got = found(
+        "eigs",
+        "--model",
+        f"{HERE}:build",
+        "--data",
+        f"{HERE}:{data}",
+        "--checkpoint",
+        weights,
+        "-k",
+        4,
+        "--dtype=float64",
+    )
+    model = build().double()
+    model.load_state_dict(torch.load(weights))
+    x, y = pair()
+    values = torch.linalg.eigvalsh(oracles.dense_hessian(model, [(x.double(), y)], "cross_entropy"))
+    assert got["values"] == pytest.approx(values.flip(0)[:4].tolist(), abs=1e-3)
+    assert got["converged"] is True
+    assert got["examples"] == 30
+    assert got["parameters"] == 43
+
+
+def test_options_of_the_subject(weights, tmp_path):
+    common = ["eigs", "--model", f"{HERE}:build", "--data", f"{HERE}:loader", "--checkpoint", weights, "-k", "2"]
+    assert found(*common, "--batches", "2")["examples"] == 16
+    assert found(*common, "--examples", "19")["examples"] == 19
+    once, twice = found(*common), found(*common, "--loss", f"{HERE}:scaled_loss")
+    assert twice["values"] == pytest.approx([2 * v for v in once["values"]], rel=1e-3)
+    lowest = found(*common, "--which", "SA")["values"]
+    assert lowest[0] <= lowest[1] < once["values"][1]
+    assert min(found(*common, "--matrix", "gauss-newton", "--which", "SA")["values"]) > -1e-6
+    found(*common, "--vectors", tmp_path / "v.npz", "--plot", tmp_path / "p.png")
+    saved = np.load(tmp_path / "v.npz")
+    assert saved["vectors"].shape == (43, 2)
+    assert saved["values"].tolist() == pytest.approx(once["values"])
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    assert "eigenvalue" in run(*common, "-q")
+
+
+def test_models_made_from_shape_and_classes_or_options():
+    assert found("eigs", "--model", f"{HERE}:by_shape", "--data", f"{HERE}:pair", "-k", "1")["parameters"] == 15
+    assert (
+        found(
+            "eigs", "--model", "fc", "--model-option", "widths=[6]", "--data", "digits", "--examples", "50", "-k", "1"
+        )["parameters"]
+        == 64 * 6 + 6 + 6 * 10 + 10
+    )
+    words = ("eigs", "--model", f"{HERE}:needs_width", "--data", f"{HERE}:pair", "-k", "1")
+    assert found(*words, "--model-option", "width=2")["parameters"] == 19
+    assert "'width' has no value; give --model-option width=…" in run(*words, ok=False)
+
+
+def test_weights_from_wrappers_and_safetensors(weights, tmp_path):
+    state = torch.load(weights)
+    forms = {
+        "a.pt": {"model": state, "epoch": 3},
+        "b.pt": {"state_dict": {f"model.{k}": v for k, v in state.items()}},
+        "c.pt": {f"module.{k}": v for k, v in state.items()},
+    }
+    words = ("eigs", "--model", f"{HERE}:build", "--data", f"{HERE}:pair", "-k", "1", "--checkpoint")
+    expected = found(*words, weights)["values"]
+    for name, value in forms.items():
+        torch.save(value, tmp_path / name)
+        assert found(*words, tmp_path / name)["values"] == expected
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    safetensors.save_file(state, tmp_path / "d.safetensors")
+    assert found(*words, tmp_path / "d.safetensors")["values"] == expected
+
+
+def test_density(weights, tmp_path):
+    words = (
+        "density",
+        "--model",
+        f"{HERE}:build",
+        "--data",
+        f"{HERE}:pair",
+        "--checkpoint",
+        weights,
+        "--axis",
+        "linear",
+    )
+    got = found(*words, "--steps", "43", "--plot", tmp_path / "d.pdf", "--dtype", "float64")
+    assert np.trapezoid(got["density"], got["grid"]) == pytest.approx(1, abs=0.02)
+    model = build().double()
+    model.load_state_dict(torch.load(weights))
+    x, y = pair()
+    values = torch.linalg.eigvalsh(oracles.dense_hessian(model, [(x.double(), y)], "cross_entropy"))
+    assert got["largest"] == pytest.approx(float(values[-1]), rel=1e-6)
+    assert got["smallest"] == pytest.approx(float(values[0]), rel=1e-6)
+    assert (tmp_path / "d.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_sharpness_along_a_run(finished):
+    where = ("--data-folder", finished / "data", "--examples", "100")
+    run_folder = finished / "results/runs/one"
+    csv = finished / "s.csv"
+    got = found("sharpness", run_folder, "--step", "all", *where, "--csv", csv, "--plot", finished / "s.png")
+    assert [row["step"] for row in got["rows"]] == [0, 3, 6]
+    assert got["rows"][0]["stable_lr"] == pytest.approx(2 / got["rows"][0]["sharpness"])
+    assert len(csv.read_text().splitlines()) == 4
+    last = found("eigs", run_folder, *where, "-k", "5")
+    assert last["step"] == 6
+    assert got["rows"][-1]["sharpness"] == pytest.approx(last["values"][0], rel=1e-3)
+    line = run("eigs", run_folder, "--step", "4", *where, ok=False)
+    assert line.endswith("has no checkpoint '4'; it has 0, 3, 6, or: last, all")
+
+
+def test_a_run_again_by_its_place_by_its_record_and_by_a_spec(finished):
+    one = finished / "results/runs/one"
+    record = json.loads((one / "run.json").read_text())
+    spec = finished / "spec.json"
+    spec.write_text(json.dumps(record["job"]))
+    words = ("--data-folder", finished / "data", "--quiet", "--out")
+    run("train", one, *words, finished / "a")
+    run("train", "--spec", f"@{one / 'run.json'}", *words, finished / "b")
+    run("train", "--spec", f"@{spec}", *words, finished / "c")
+    run("redo", one, "--data-folder", finished / "data", "--out", finished / "d")
+    expected = torch.load(one / "checkpoints/step-6.pt")["model"]
+    for again in "abcd":
+        weights = torch.load(finished / again / "checkpoints/step-6.pt")["model"]
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert "--out is the run itself" in run("train", one, "--out", one, ok=False)
+
+
+WORDS = ("eigs", "--model", f"{HERE}:build", "--data", f"{HERE}:pair")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("eigs",), "give the folder of a run, or --model and --data"),
+        (("eigs", "--model", "nowhere:build", "--data", "digits"), "there is no module nowhere"),
+        ((*WORDS[:2], f"{HERE}:nothing", *WORDS[3:]), "module test_command has no function nothing"),
+        ((*WORDS[:2], f"{HERE}:not_a_model", *WORDS[3:]), "returned int, not a torch.nn.Module"),
+        ((*WORDS[:4], "mnst"), "'mnst' is no data set; there are: mnist"),
+        ((*WORDS[:4], "mnist", "--data-folder", "nowhere"), "curvspace data mnist --out nowhere/mnist"),
+        ((*WORDS[:4], f"{HERE}:not_a_model"), "returned int; wanted: (inputs, targets)"),
+        ((*WORDS, "--checkpoint", "none.pt"), "--checkpoint none.pt is not there"),
+        ((*WORDS, "--checkpoint", __file__), "is not readable as weights"),
+        ((*WORDS, "--matrix", "fisher"), "--matrix must be hessian or gauss-newton, got 'fisher'"),
+        ((*WORDS, "--loss", "hinge"), "unknown loss 'hinge'"),
+        ((*WORDS, "--which", "XX"), "which must be"),
+        ((*WORDS, "--examples", "0"), "--examples must be at least 1"),
+        ((*WORDS, "--device", "tpu"), "device = 'tpu' is not allowed"),
+        ((*WORDS, "--model-option", "width"), "'width' is no option; write NAME=VALUE"),
+        (("eigs", "nowhere"), "nowhere holds no finished run"),
+        (("train", "--out", "x"), "say what to train by one of"),
+        (("train", "--out", "x", "--model", "fc"), "--model needs --data too"),
+        (("train", "--out", "x", "--spec", "{"), "--spec is not readable as JSON"),
+        (("train", "--out", "x", "--spec", "@nowhere.json"), "nowhere.json is not readable: No such file"),
+        (("redo", "nowhere", "--out", "x"), "lies in none of the folders runs, measures"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in run(*words, ok=False)
+
+
+def test_weights_of_another_network(weights, tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
+    line = run(*WORDS, "--checkpoint", tmp_path / "other.pt", ok=False)
+    assert line.endswith("it lacks '0.bias' and 3 more, and it has 'bias' and 1 more, which the network has not")
+    line = run(*WORDS, "--checkpoint", weights, "--model-option", "width=6", ok=False)
+    assert "size mismatch for 0.weight" in line
+
+
+def test_data_lists_what_there_is():
+    assert run("data").startswith("mnist, fashion-mnist, cifar10")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["eigs", "--help"], ["train", "--help"], ["data"]])
+def test_help_starts_without_torch(words):
+    code = (
+        "import sys; from curvspace.cli.app import app\n"
+        f"try: app({words})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'pandas', 'matplotlib', 'scipy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(curvspace.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("command", ["eigs", "density", "sharpness", "train", "data", "redo"])
+def test_help_has_examples(command):
+    text = CliRunner().invoke(app, [command, "--help"]).stdout
+    assert "Example" in text
+    assert f"curvspace {command}" in text
+
+
+def test_verify_outside_of_a_clone_says_where_to_call_it(monkeypatch, tmp_path):
+    from curvspace.cli import stages
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stages, "__file__", str(tmp_path / "a/b/c/stages.py"))
+    assert "this needs the repository (a folder with workflow/verify.py); call it from inside a clone" in run(
+        "verify", ok=False
+    )
