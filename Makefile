@@ -44,7 +44,7 @@ report: $(READY)  ## one offline page with all results of the last run
 	$(SNAKEMAKE) --report report.html
 
 verify: $(READY)  ## which results are stale, whatever Snakemake remembers
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m curvspace.cli.verify
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m workflow.verify
 
 bench: $(READY)  ## speed of ours and of other libraries, side by side
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(CURDIR)[bench]"

@@ -12,6 +12,8 @@ import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
+from papers import registry
+
 SCHEMA = Path(__file__).parent / "schemas" / "config.schema.yaml"
 TYPES = {
     "string": "text",
@@ -36,7 +38,17 @@ BOUNDS = {
 
 @cache
 def schema() -> dict[str, Any]:
-    return yaml.safe_load(SCHEMA.read_text())
+    """The whole schema: the workflow's own part, and each study's block from the study's folder."""
+    total = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    for name, block in registry.schemas().items():
+        definitions = block.pop("$defs", {})
+        if twice := sorted(set(definitions) & set(total["$defs"])):
+            raise ValueError(f"the schema of study {name} defines {twice[0]}, which another one has defined")
+        total["$defs"] |= definitions
+        own = {key: {"$ref": f"#/$defs/{key}"} for key in ("enabled", "scale")}
+        properties = {**own, **block.get("properties", {})}
+        total["properties"]["studies"]["properties"][name] = {"type": "object", **block, "properties": properties}
+    return total
 
 
 def problems(config: Mapping[str, Any]) -> list[str]:

@@ -18,11 +18,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from curvspace.datasets.catalogue import KNOWN, folder_name, prepare_options
-from workflow import claims, options, study
+from papers.common.study import Artefact, Measure, Run, Study, StudyError
+from papers import registry
+from papers.common import claims
+from workflow import options
 from workflow.checks import problems
 from workflow.invalidation import Code, CodeError
-from workflow.study import Artefact, Measure, Run, Study, StudyError
 
 PAPERS = {
     "A": "A: class-gradient Newton",
@@ -108,7 +112,7 @@ class Plan:
     @cached_property
     def study(self) -> Study:
         """All enabled studies as one."""
-        return study.declare(self.config)
+        return registry.declare(self.config)
 
     def jobs(self) -> Iterator[Job]:
         """Every job of the graph."""
@@ -169,7 +173,7 @@ class Plan:
             "device": self.config["device"],
             "arrays": measure.arrays,
         }
-        code = self._code(["curvspace.cli.measure", measure.function], [models, spec["options"]])
+        code = self._code(["papers.cli.measure", measure.function], [models, spec["options"]])
         return Job("measure", measure.name, spec, code, self._path(measure.path))
 
     def artefact(self, artefact: Artefact) -> Job:
@@ -182,7 +186,7 @@ class Plan:
         }
         if artefact.kind == "figure":
             spec["style"] = self.config.get("style", {})
-        code = self.code.hash(f"curvspace.cli.{artefact.kind}", artefact.function)
+        code = self.code.hash(f"papers.cli.{artefact.kind}", artefact.function)
         return Job(artefact.kind, artefact.id, spec, code, self._path(artefact.path))
 
     @cached_property
@@ -191,13 +195,24 @@ class Plan:
         return [f"{self.results}/{table}" for table in claims.tables(self.claims.spec)]
 
     @cached_property
+    def claim_files(self) -> list[str]:
+        """The files in which the claims stand, from the repository's root."""
+        return [os.path.relpath(file, self.root) for file in registry.claim_files().values()]
+
+    @cached_property
     def claims(self) -> Job:
         """The ledger of claims. The claims themselves are a file; their digest stands for them."""
-        entries = claims.load()
+        written = {name: yaml.safe_load(file.read_text("utf-8")) for name, file in registry.claim_files().items()}
+        entries = [entry for part in written.values() for entry in part]
+        spec: dict[str, Any] = {key: {} for key in ("sources", "scale", "short", "link")}
+        for name, part in written.items():
+            scale = self.config["studies"].get(name, {}).get("scale", self.config["scale"])
+            for key, found in claims.bind(part, self.study, {**self.config, "scale": scale}).items():
+                spec[key] |= found
+        spec["claims"] = hashlib.sha256(canonical(entries).encode()).hexdigest()[:16]
         own = [entry["rule"] for entry in entries if ":" in entry.get("rule", "")]
-        digest = hashlib.sha256(canonical(entries).encode()).hexdigest()[:16]
-        spec = {**claims.bind(entries, self.study, self.config), "claims": digest}
-        return Job("claims", "claims", spec, self.code.hash("curvspace.cli.claims", *own), self._path("claims"))
+        code = self.code.hash("papers.cli.claims", *registry.verdict_modules(), *own)
+        return Job("claims", "claims", spec, code, self._path("claims"))
 
     def train_at(self, parts: Any) -> Job:
         """The training job that the wildcards of a path name; it need not be one that a study asks for."""
@@ -217,13 +232,18 @@ class Plan:
 
     def report(self, artefact: Artefact) -> dict[str, Any]:
         """Where and how an artefact stands in Snakemake's report."""
-        caption = self.root / "workflow" / "report" / f"{artefact.id}.rst"
+        template = self.root / "workflow" / "report" / "artefact.rst"
         return {
-            "caption": str(caption) if caption.is_file() else None,
+            "caption": str(template) if artefact.caption else None,
             "category": PAPERS.get(artefact.paper, artefact.paper or "Results"),
             "subcategory": f"{artefact.kind.capitalize()}s",
             "labels": {"id": artefact.id, "title": artefact.title, **artefact.labels},
         }
+
+    @property
+    def captions(self) -> dict[str, str]:
+        """The captions by the name of the rule that makes the artefact, for the report's template."""
+        return {artefact.rule: artefact.caption for artefact in self.study.artefacts}
 
     def _path(self, path: str, separator: str = ".run") -> str:
         return f"{self.results}/{path}{separator}.json"

@@ -33,8 +33,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def test_every_figure_and_table_is_there_with_its_record(done):
-    from curvspace.cli.verify import merged
     from workflow.specs import Plan
+    from workflow.verify import merged
 
     plan = Plan(merged([ROOT / "config.yaml", ROOT / PRESET[1]]), ROOT)
     assert {artefact.paper for artefact in plan.study.artefacts} >= {"A", "B", "C", "D"}

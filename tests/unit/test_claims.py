@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from curvspace.experiments import claims, claims_a
-from curvspace.experiments.claims import FAILS, HOLDS, INCONCLUSIVE, Case, Estimate, Outcome, Untested
+from papers.a import verdicts as claims_a
+from papers.common import verdicts as claims
+from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Case, Estimate, Outcome, Untested
 
 SEEDS = range(5)
 
@@ -251,5 +252,5 @@ def test_per_step() -> None:
 
 
 def test_rules_do_not_import_torch() -> None:
-    code = "import sys, curvspace.cli.claims; sys.exit('torch' in sys.modules)"
+    code = "import sys, papers.cli.claims; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

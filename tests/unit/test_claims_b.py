@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from curvspace.experiments import claims_b
-from curvspace.experiments.claims import FAILS, HOLDS, INCONCLUSIVE, Untested
+from papers.b import verdicts as claims_b
+from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Untested
 
 
 def overlaps(top: float, following: float, spread: float = 0.0) -> pd.DataFrame:

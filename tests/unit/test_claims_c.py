@@ -7,8 +7,8 @@ import math
 import pandas as pd
 import pytest
 
-from curvspace.experiments import claims_c
-from curvspace.experiments.claims import FAILS, HOLDS, INCONCLUSIVE, Untested
+from papers.c import verdicts as claims_c
+from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Untested
 
 CELL = {"where": {"solver": "SGD"}, "mean": "mean", "sd": "sd", "count": "solved", "runs": "runs", "least": 90}
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from curvspace.experiments import claims_d
-from curvspace.experiments.claims import FAILS, HOLDS, INCONCLUSIVE, Untested
+from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Untested
+from papers.d import verdicts as claims_d
 
 
 def spectra(late_top: float, late_bottom: dict[str, float]) -> pd.DataFrame:

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from curvspace.cli import claims as command
 from curvspace.errors import UserError
-from curvspace.experiments import ledger
-from curvspace.experiments.claims import UNTESTED, VERDICTS
+from papers.cli import claims as command
+from papers.common import ledger
+from papers.common.outcomes import UNTESTED, VERDICTS
+from papers.common.study import Artefact, Measure, Run, Study
 from workflow import claims as binding
-from workflow.study import Artefact, Measure, Run, Study
 
 ENTRY = {
     "id": "Z1",

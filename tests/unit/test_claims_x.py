@@ -7,8 +7,8 @@ import math
 import pandas as pd
 import pytest
 
-from curvspace.experiments.claims import FAILS, HOLDS, INCONCLUSIVE
-from curvspace.experiments.claims_x import given_interval
+from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE
+from papers.common.verdicts import given_interval
 
 COLUMNS = {"value": "ratio", "low": "low", "high": "high", "seeds": "n"}
 

@@ -13,10 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from curvspace.cli import figure, measure, table, tables, verify
 from curvspace.cli.common import json_object, load_function, provenance
 from curvspace.errors import UserError
-from curvspace.figures.style import Style
+from papers.cli import figure, measure, table
+from papers.common import tables
+from papers.common.style import Style
+from workflow import verify
 
 HERE = "test_commands"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from papers.common.study import StudyError
 from workflow import checks, study
 from workflow.specs import Plan, load
-from workflow.study import StudyError
 
 ROOT = Path(__file__).parents[2]
 MINI = ROOT / "tests" / "pipeline" / "mini"
@@ -90,7 +90,7 @@ def test_several_wrong_values_are_a_line_each(text):
 
 @pytest.mark.parametrize("preset", [[], ["smoke"], ["paper"]])
 def test_presets_are_right(preset):
-    from curvspace.cli.verify import merged
+    from workflow.verify import merged
 
     files = [ROOT / "config.yaml", *(ROOT / "workflow" / "presets" / f"{name}.yaml" for name in preset)]
     plan = load(merged(files), ROOT)

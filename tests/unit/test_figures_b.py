@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from curvspace.experiments.tables_b import in_order
-from curvspace.figures import paper_b, spectra_b
-from curvspace.figures.style import Style
+from papers.b import figures as paper_b
+from papers.b import figures_spectra as spectra_b
+from papers.b.tables import in_order
+from papers.common.style import Style
 
 K, P = 3, 1234
 IDENTITY = {"dataset": "made-up", "model": "net", "optimizer": "sgd", "batch_size": 8, "lr": 0.1, "seed": 0}
@@ -181,6 +182,6 @@ def test_learning_figure_smooths_the_minibatch_loss():
 def test_no_figure_of_paper_b_imports_torch():
     import subprocess
 
-    modules = "curvspace.figures.paper_b, curvspace.figures.spectra_b, curvspace.figures.toy_b"
-    code = f"import {modules}, curvspace.experiments.tables_b, sys; assert 'torch' not in sys.modules"
+    modules = "papers.b.figures, papers.b.figures_spectra, papers.b.figures_toy"
+    code = f"import {modules}, papers.b.tables, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from curvspace.figures import paper_d
-from curvspace.figures.style import Style, save
+from papers.common.style import Style, save
+from papers.d import figures as paper_d
 
 RUN = {"dataset": "d", "model": "m", "optimizer": "o", "batch_size": 1, "lr": 0.1, "seed": 0, "examples": 10}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace import Objective
-from curvspace.experiments.landscape import LossScanner, fit_quadratic, line_search, search_grid
+from curvspace.landscape import LossScanner, fit_quadratic, line_search, search_grid
 
 
 class Point(nn.Module):

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from curvspace import class_gradients
-from curvspace.experiments import paper_a, tables_a
-from curvspace.experiments.context import Context
-from curvspace.figures import paper_a as figures
-from curvspace.figures.style import Style
 from curvspace.training.run import train
 from curvspace.training.spec import RunSpec
+from papers.a import figures
+from papers.a import measures as paper_a
+from papers.a import tables as tables_a
+from papers.common.context import Context
+from papers.common.style import Style
 
 
 @pytest.fixture(scope="module")

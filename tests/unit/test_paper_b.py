@@ -8,11 +8,13 @@ import pandas as pd
 import pytest
 import torch
 
-from curvspace.experiments import paper_b, spectra_b, tables_b
-from curvspace.experiments.context import Context
 from curvspace.functional import flatten
 from curvspace.training.run import train
 from curvspace.training.spec import RunSpec
+from papers.b import measures as paper_b
+from papers.b import measures_spectra as spectra_b
+from papers.b import tables as tables_b
+from papers.common.context import Context
 
 EXAMPLES = 80
 CLASSES = 10

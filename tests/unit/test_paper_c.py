@@ -13,11 +13,11 @@ import torch
 import yaml
 from torch import nn
 
-from curvspace.experiments import paper_c, tables_c
-from curvspace.figures import paper_c as figures
-from curvspace.figures.style import Style, save
-from workflow.studies import paper_c as study
-from workflow.study import Run
+from papers.c import figures, study
+from papers.c import measures as paper_c
+from papers.c import tables as tables_c
+from papers.common.study import Run
+from papers.common.style import Style, save
 
 GRIDS = {
     "sgd": {"lr": [1e-3, 10.0], "momentum": [0.95]},

@@ -10,10 +10,11 @@ from oracles import dense_hessian
 from scipy import stats
 
 from curvspace.errors import UserError
-from curvspace.experiments import paper_d, tables_d
-from curvspace.experiments.context import Context
 from curvspace.training.run import train
 from curvspace.training.spec import RunSpec
+from papers.common.context import Context
+from papers.d import measures as paper_d
+from papers.d import tables as tables_d
 
 FRACTION = 0.25
 

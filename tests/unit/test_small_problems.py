@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from curvspace.experiments import small_solvers
-from curvspace.experiments.small_problems import PROBLEMS, Rosenbrock, TwoLayerLinear, build_problem
 from curvspace.optim.curveball import CurveBall
 from curvspace.optim.levenberg_marquardt import LevenbergMarquardt
+from papers.c import small_solvers
+from papers.c.small_problems import PROBLEMS, Rosenbrock, TwoLayerLinear, build_problem
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

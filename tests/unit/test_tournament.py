@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from curvspace.datasets import DataSet, Split
-from curvspace.experiments.context import Context
-from curvspace.experiments.intervals import interval
-from curvspace.experiments.tables_tournament import arrivals, ranking, speed_ups, stable_rates, targets
-from curvspace.experiments.tournament import COLUMNS, edge_of_stability, largest_stable_lr, race
-from curvspace.figures.style import Style
-from curvspace.figures.tournament import ablation_bars, curves, speed_up_bars, stability_ladder
+from papers.common.context import Context
+from papers.common.intervals import interval
+from papers.common.style import Style
+from papers.tournament.figures import ablation_bars, curves, speed_up_bars, stability_ladder
+from papers.tournament.measures import COLUMNS, edge_of_stability, largest_stable_lr, race
+from papers.tournament.tables import arrivals, ranking, speed_ups, stable_rates, targets
 
 
 def made_up_race(optimizer: str, rate: float, seed: int, phase: str = "final", lr: float = 0.1) -> pd.DataFrame:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from curvspace.datasets.generated import gaussian_mixture
-from curvspace.experiments import toy
-from curvspace.experiments.context import Context
-from curvspace.experiments.tables_b import toy_checks
-from curvspace.experiments.toy_measure import toy_model
+from papers.b import toy
+from papers.b.measures_toy import toy_model
+from papers.b.tables import toy_checks
+from papers.common.context import Context
 
 
 def points(classes: int, dimension: int = 30, bias: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 rule claims:
     input:
         tables=PLAN.claim_tables,
-        claims="workflow/claims.yaml",
+        claims=PLAN.claim_files,
     output:
         csv=f"{RESULTS}/claims.csv",
         markdown=f"{RESULTS}/claims.md",
@@ -26,5 +26,5 @@ rule claims:
     params:
         **PLAN.claims.params,
     shell:
-        "python -m curvspace.cli.claims --spec {params.spec:q} --code {params.code:q}"
+        "python -m papers.cli.claims --spec {params.spec:q} --code {params.code:q}"
         f" --claims {{input.claims:q}} --results {RESULTS} --out {{output.csv}} > {{log}} 2>&1"

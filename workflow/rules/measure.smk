@@ -30,5 +30,5 @@ for measure in PLAN.study.measures:
         params:
             **job.params,
         shell:
-            "python -m curvspace.cli.measure --spec {params.spec:q} --code {params.code:q} --threads {threads}"
+            "python -m papers.cli.measure --spec {params.spec:q} --code {params.code:q} --threads {threads}"
             f" --results {RESULTS} --data data --out {{output.csv}} > {{log}} 2>&1"

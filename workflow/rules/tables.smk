@@ -29,5 +29,5 @@ for artefact in PLAN.study.artefacts:
         params:
             **job.params,
         shell:
-            "python -m curvspace.cli.table --spec {params.spec:q} --code {params.code:q}"
+            "python -m papers.cli.table --spec {params.spec:q} --code {params.code:q}"
             f" --results {RESULTS} --out {{output.csv}} > {{log}} 2>&1"

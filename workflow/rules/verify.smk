@@ -12,4 +12,4 @@ rule verify:
     params:
         config=canonical(config),
     shell:
-        f"python -m curvspace.cli.verify --root {ROOT} --config {{params.config:q}} 2>&1 | tee {{log}}"
+        f"python -m workflow.verify --config {{params.config:q}} 2>&1 | tee {{log}}"

@@ -24,9 +24,9 @@ from curvspace.errors import UserError
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "matplotlib", "seaborn")
 
 
-def parser(stage: str, description: str) -> argparse.ArgumentParser:
+def parser(stage: str, description: str, package: str = "curvspace") -> argparse.ArgumentParser:
     """The command's options that all stages have: ``--spec``, ``--code`` and ``--threads``."""
-    result = argparse.ArgumentParser(f"python -m curvspace.cli.{stage}", description=description)
+    result = argparse.ArgumentParser(f"python -m {package}.cli.{stage}", description=description)
     result.add_argument("--spec", required=True, type=json_object, help="what to do, as JSON, or @FILE with JSON in it")
     result.add_argument("--code", default="", help="hash of the code that runs; kept in the record beside the outputs")
     result.add_argument("--threads", type=int, help="CPU threads (default: the library's own choice)")

@@ -1,6 +1,6 @@
 """Two optimisers at two learning rates, one measure, two figures and a table."""
 
-from workflow.study import Artefact, Measure, Run, Study
+from papers.common.study import Artefact, Measure, Run, Study
 
 
 def declare(config):

@@ -1,1 +1,0 @@
-"""Experiments: pure functions from finished runs to tidy tables, one module a paper."""

@@ -1,0 +1,1 @@
+"""The papers that are rebuilt on the library: one folder each, and what they share in ``common``."""

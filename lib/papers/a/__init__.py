@@ -1,0 +1,1 @@
+"""Paper A: Newton's method in the class-gradient subspace."""

@@ -1,0 +1,242 @@
+"""Figures of paper A: pure functions from tidy tables."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from papers.a.tables import crossovers
+from papers.common.style import Style
+
+Tables = dict[str, pd.DataFrame]
+QUANTITIES = {
+    "share of gradient": "|g|²",
+    "share of trace G": "Tr G",
+    "share of trace H": "Tr H",
+}
+
+
+def loss_over_training(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
+    """A-F1: validation loss over epochs, one line an optimiser (median over seeds, band their range)."""
+    runs = tables["runs"].dropna(subset=["val_loss"])
+    figure, axes = style.panels()
+    axis = axes[0, 0]
+    drawn = []
+    for name, colour in style.colours(runs["optimizer"]).items():
+        part = runs[runs["optimizer"] == name]
+        band = style.band(axis, part, "epoch", "val_loss", label=name, colour=colour, marker="o")
+        drawn.append(band.assign(optimizer=name))
+    clip_to_start(axis, runs["val_loss"], runs.loc[runs["step"] == 0, "val_loss"])
+    axis.set(xlabel="epoch", ylabel="validation loss", title=describe(runs))
+    axis.legend()
+    return figure, pd.concat(drawn, ignore_index=True)
+
+
+def clip_to_start(axis: Axes, values: pd.Series, start: pd.Series) -> None:
+    """Keep the scale readable when a run blows up: no more than three times the untrained loss is shown."""
+    limit = 3 * start.median()
+    if (values > limit).any() or values.isna().any():
+        axis.set_ylim(0, limit)
+        axis.annotate(
+            "curves that leave the top have diverged",
+            (0.98, 0.98),
+            xycoords="axes fraction",
+            ha="right",
+            va="top",
+            fontsize="small",
+            color="0.35",
+        )
+
+
+def describe(runs: pd.DataFrame) -> str:
+    """Scale of a set of runs in a title: data, network, batch, learning rate, seeds."""
+    parts = [f"{runs['dataset'].iloc[0]}, {runs['model'].iloc[0]}"]
+    if runs["batch_size"].nunique() == 1:
+        parts.append(f"batch {runs['batch_size'].iloc[0]}")
+    if runs["lr"].nunique() == 1:
+        parts.append(f"η = {runs['lr'].iloc[0]:g}")
+    seeds = runs["seed"].nunique()
+    parts.append(f"{seeds} seed{'s' if seeds > 1 else ''}")
+    return ", ".join(parts)
+
+
+def loss_by_batch_size(
+    tables: Tables, style: Style, overtaking: str, overtaken: list[str]
+) -> tuple[Figure, pd.DataFrame]:
+    """A-F2: training loss against step by batch size; crossovers between the optimisers are marked.
+
+    A dotted line stands where ``overtaking`` falls below one of ``overtaken`` for good.
+    """
+    runs = tables["runs"].dropna(subset=["eval_train_loss"])
+    sizes = sorted(runs["batch_size"].unique())
+    colours = style.colours([overtaking, *overtaken])
+    figure, axes = style.panels(2, -(-len(sizes) // 2), sharey=True)
+    drawn = []
+    for axis, size in zip(axes.flat, sizes, strict=False):
+        part = runs[runs["batch_size"] == size]
+        for name, colour in colours.items():
+            one = part[part["optimizer"] == name]
+            band = style.band(axis, one, "step", "eval_train_loss", label=name, colour=colour)
+            drawn.append(band.assign(batch_size=size, optimizer=name))
+        notes = [_mark_crossover(axis, part, overtaking, name, colours[name]) for name in overtaken]
+        full = part.loc[part["step"] > 0, "epoch"].min() == part.loc[part["step"] > 0, "step"].min()
+        note = "; ".join(filter(None, notes)) or "no crossover"
+        axis.set_title(f"batch {size}{' (full)' if full else ''}: {note}")
+        axis.set(xlabel="step", ylabel="training loss")
+        axis.set_xlim(left=0)
+    start = runs.loc[runs["step"] == 0, "eval_train_loss"].median()
+    axes[0, 0].set_ylim(0, 1.5 * start)
+    for axis in list(axes.flat)[len(sizes) :]:
+        axis.set_visible(False)
+    axes[0, 0].legend()
+    figure.suptitle(f"{describe(runs)} (curves that leave the top have diverged)", fontsize=style.font_size)
+    return figure, pd.concat(drawn, ignore_index=True)
+
+
+def _mark_crossover(axis: Axes, part: pd.DataFrame, overtaking: str, overtaken: str, colour: object) -> str:
+    found = crossovers(part, overtaking, overtaken).iloc[0]
+    if not np.isfinite(found["crossover_step"]):
+        return ""
+    axis.axvline(found["crossover_step"], color=colour, linestyle=":")
+    epoch = found["crossover_epoch"]
+    return f"crossover at epoch {epoch:.0f}" if epoch >= 10 else f"crossover at epoch {epoch:.2g}"
+
+
+def top_eigenvalues(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
+    """A-F3: the largest eigenvalues of the Hessian after training; the number of classes is marked."""
+    values = tables["measure"]
+    figure, axes = style.panels()
+    axis = axes[0, 0]
+    axis.plot(values["index"], values["eigenvalue"], "o-", markersize=4)
+    classes = int(values["classes"].iloc[0])
+    axis.axvline(classes + 0.5, color="0.4", linestyle=":", label=f"number of classes, {classes}")
+    gaps = -values["eigenvalue"].diff().to_numpy()[1:]
+    largest = int(values["index"].iloc[int(np.argmax(gaps))])
+    axis.set(xlabel="index of the eigenvalue", ylabel="eigenvalue of the Hessian", yscale="log")
+    axis.set_title(f"{title_of(values)}\nlargest gap after eigenvalue {largest}")
+    axis.legend()
+    return figure, values
+
+
+def title_of(measure: pd.DataFrame) -> str:
+    """Scale of a measure in a title: data, network, step, examples."""
+    first = measure.iloc[0]
+    text = f"{first['dataset']}, {first['model']}"
+    if measure["step"].nunique() == 1:
+        text += f", step {first['step']}"
+    return f"{text}, {first['examples']} examples"
+
+
+def early_steps(axis: Axes) -> None:
+    """An axis of steps which gives the first ones room: linear to 10, logarithmic from there."""
+    axis.set_xscale("symlog", linthresh=10)
+    axis.set_xlim(left=0)
+
+
+def rank_of_union(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
+    """A-F4a: rank of class gradients and final eigenvectors together through training, by tolerance."""
+    measure = tables["measure"]
+    ranks = measure[measure["quantity"] == "rank"]
+    profile = measure[measure["quantity"] == "singular value"]
+    figure, axes = style.panels(1, 2)
+    tolerances = sorted(ranks["tolerance"].unique())
+    for tolerance, colour in zip(tolerances, style.sequence(len(tolerances)), strict=True):
+        part = ranks[ranks["tolerance"] == tolerance]
+        axes[0, 0].plot(part["step"], part["value"], "o-", color=colour, label=f"tolerance {tolerance:g}")
+    classes = int(measure["classes"].iloc[0])
+    for height, name in ((classes, "C"), (2 * classes + 1, "2C + 1: full")):
+        axes[0, 0].axhline(height, color="0.4", linestyle=":")
+        axes[0, 0].annotate(name, (0.01, height), xycoords=("axes fraction", "data"), va="bottom")
+    axes[0, 0].set(xlabel="step", ylabel="rank of [v, e]", title=title_of(measure))
+    axes[0, 0].set_ylim(0, 2.6 * classes)
+    early_steps(axes[0, 0])
+    axes[0, 0].legend(loc="lower left")
+    steps = sorted(profile["step"].unique())
+    for step, colour in zip(steps, style.sequence(len(steps)), strict=True):
+        part = profile[profile["step"] == step]
+        label = f"step {step}" if step in (steps[0], steps[len(steps) // 2], steps[-1]) else None
+        axes[0, 1].plot(part["index"], part["value"] / part["value"].max(), color=colour, label=label)
+    axes[0, 1].set(xlabel="index", ylabel="singular value / largest", yscale="log", title="singular values of [v, e]")
+    axes[0, 1].legend()
+    return figure, measure
+
+
+def cosine_matrix(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
+    """A-F4b: |cos| of each class gradient with each top eigenvector; the best assignment is outlined."""
+    measure = tables["measure"]
+    matrix = measure.pivot_table(index="class", columns="index", values="cosine")
+    figure, axes = style.panels()
+    axis = axes[0, 0]
+    axis.grid(visible=False)
+    image = axis.imshow(matrix.to_numpy(), vmin=0, vmax=1, cmap="viridis")
+    for _, row in measure[measure["assigned"]].iterrows():
+        i, j = matrix.index.get_loc(row["class"]), matrix.columns.get_loc(row["index"])
+        axis.plot(j, i, "s", markersize=11, markerfacecolor="none", markeredgecolor="white", markeredgewidth=1.5)
+    axis.set_xticks(range(matrix.shape[1]), matrix.columns)
+    axis.set_yticks(range(matrix.shape[0]), matrix.index)
+    axis.set(xlabel="eigenvector of the Hessian", ylabel="class")
+    first = measure.iloc[0]
+    axis.set_title(
+        f"{title_of(measure)}\nmean |cos| of the assignment {first['mean_cosine']:.2f}"
+        f" (random vectors {first['null']:.1e})"
+    )
+    figure.colorbar(image, ax=axis, label="|cos|")
+    return figure, measure
+
+
+def diagnosis(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
+    """A-X1: by network, along training: λ_k against the curvature, cosines of the v_k, shares, principal angles."""
+    measure = tables["measure"]
+    keys = measure[["dataset", "model", "optimizer"]].drop_duplicates().itertuples(index=False)
+    networks = [tuple(key) for key in keys]
+    figure, axes = style.panels(len(networks), 4, height=2.7)
+    for row, (dataset, model, optimizer) in zip(axes, networks, strict=True):
+        part = measure[(measure["dataset"] == dataset) & (measure["model"] == model)]
+        part = part[part["optimizer"] == optimizer]
+        _ratio_panel(row[0], part, style)
+        row[0].set_title(f"{dataset}, {model}")
+        _cosine_panel(row[1], part)
+        _share_panel(row[2], part, style)
+        _angle_panel(row[3], part, style)
+        for axis in row:
+            early_steps(axis)
+            axis.set_xlabel("step")
+    return figure, measure
+
+
+def _ratio_panel(axis: Axes, part: pd.DataFrame, style: Style) -> None:
+    ratios = part[part["quantity"] == "ratio"]
+    axis.plot(ratios["step"], ratios["value"], ".", color="0.6", markersize=3)
+    style.band(axis, ratios, "step", "value", label="median over classes", low=0.25, high=0.75)
+    axis.axhline(1, color="0.3", linestyle=":")
+    axis.set(ylabel=r"$\lambda_k\,/\,v_k^\top G v_k$", yscale="log")
+    axis.legend()
+
+
+def _cosine_panel(axis: Axes, part: pd.DataFrame) -> None:
+    cosines = part[part["quantity"] == "cosine"]
+    axis.plot(cosines["step"], cosines["value"], ".", color="0.6", markersize=3)
+    axis.plot(cosines.groupby("step")["value"].median(), label="median over pairs")
+    axis.axhline(0, color="0.3", linestyle=":")
+    axis.set(ylabel=r"$v_j^\top v_k$", ylim=(-1, 1))
+    axis.legend()
+
+
+def _share_panel(axis: Axes, part: pd.DataFrame, style: Style) -> None:
+    for quantity, name in QUANTITIES.items():
+        one = part[part["quantity"] == quantity]
+        axis.plot(one["step"], one["value"], "o-", label=name)
+        axis.plot(one["step"], one["null"], ":", color="0.4")
+    axis.set(ylabel="share in the span", ylim=(0, 1.02))
+    axis.legend(title="dotted: random span")
+
+
+def _angle_panel(axis: Axes, part: pd.DataFrame, style: Style) -> None:
+    for quantity in ("angle to H", "angle to G"):
+        one = part[part["quantity"] == quantity]
+        label = f"top-C space of {quantity[-1]}"
+        style.band(axis, one, "step", "value", label=label, low=0.0, high=1.0)
+    axis.set(ylabel="principal angles (degrees)", ylim=(0, 92))
+    axis.legend(title="median and range")

@@ -1,0 +1,138 @@
+"""Paper A: Newton's method in the class-gradient subspace. What the study asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from papers.common.study import Artefact, Measure, Run, Study
+
+FIGURES = "papers.a.figures"
+TABLES = "papers.a.tables"
+MEASURES = "papers.a.measures"
+
+
+def declare(config: Mapping[str, Any]) -> Study:
+    """A-F1 … A-X1 at the scale of ``studies.a``."""
+    a = config["studies"]["a"]
+    return Study(artefacts=[*_learning_rates(a), *_batch_sizes(a), *_subspaces(a), _diagnosis(a)])
+
+
+def _optimizers(a: Mapping[str, Any]) -> list[str]:
+    """The first-order optimiser, and the paper's method in its variants (the first is as printed)."""
+    return [a["first_order"], *a["newton"]]
+
+
+def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
+    block = a["learning_rates"]
+
+    def runs(lrs: list[float], seeds: list[int]) -> tuple[Run, ...]:
+        return tuple(
+            Run(block["dataset"], block["model"], optimizer, block["batch_size"], lr, seed)
+            for optimizer in _optimizers(a)
+            for lr in lrs
+            for seed in seeds
+        )
+
+    labels = {"data": block["dataset"], "model": block["model"]}
+    highest = max(block["lrs"])
+    accuracy = f"{TABLES}:accuracy_by_lr"
+    return [
+        Artefact(
+            "A-F1",
+            "figure",
+            f"{FIGURES}:loss_over_training",
+            {"runs": runs([highest], block["seeds"])},
+            paper="A",
+            title="Validation loss of SGD and class-gradient Newton",
+            labels=labels,
+        ),
+        Artefact(
+            "A-T1",
+            "table",
+            accuracy,
+            {"runs": runs(block["lrs"], block["seeds"])},
+            paper="A",
+            title="Validation accuracy by learning rate",
+            labels=labels,
+        ),
+        Artefact(
+            "A-T2",
+            "table",
+            f"{TABLES}:loss_by_lr",
+            {"runs": runs(block["lrs"], block["seeds"])},
+            paper="A",
+            title="Validation loss by learning rate",
+            labels=labels,
+        ),
+        Artefact(
+            "A-D",
+            "table",
+            f"{TABLES}:divergence",
+            {"runs": runs(block["diverging_lrs"], block["seeds"][:1])},
+            paper="A",
+            title="Divergence above the paper's learning rate",
+            labels=labels,
+        ),
+    ]
+
+
+def _batch_sizes(a: Mapping[str, Any]) -> list[Artefact]:
+    block = a["batch_sizes"]
+    runs = tuple(
+        Run(block["dataset"], block["model"], optimizer, size, block["lr"], seed)
+        for size in block["sizes"]
+        for optimizer in _optimizers(a)
+        for seed in block["seeds"]
+    )
+    labels = {"data": block["dataset"], "model": block["model"]}
+    spec = {"overtaking": a["first_order"], "overtaken": a["newton"]}
+    return [
+        Artefact(
+            "A-F2",
+            "figure",
+            f"{FIGURES}:loss_by_batch_size",
+            {"runs": runs},
+            spec=spec,
+            paper="A",
+            title="Loss by batch size, with the crossover",
+            labels=labels,
+        )
+    ]
+
+
+def _subspaces(a: Mapping[str, Any]) -> list[Artefact]:
+    block = a["subspace"]
+    run = Run(block["dataset"], block["model"], a["first_order"], block["batch_size"], block["lr"], block["seed"])
+    common = {"examples": block["examples"], "tol": block["tol"]}
+    spectrum = Measure("a/spectrum", f"{MEASURES}:spectrum", (run,), spec={**common, "k": block["eigenvalues"]})
+    span_spec = {**common, "minibatch": block["batch_size"], "tolerances": block["tolerances"]}
+    span = Measure("a/span", f"{MEASURES}:span_along_training", (run,), spec=span_spec)
+    cosines = Measure("a/cosines", f"{MEASURES}:cosines", (run,), spec=common)
+    labels = {"data": block["dataset"], "model": block["model"]}
+    figures = [
+        ("A-F3", "top_eigenvalues", spectrum, "Top eigenvalues of the Hessian after training"),
+        ("A-F4a", "rank_of_union", span, "Rank of class gradients and eigenvectors together"),
+        ("A-F4b", "cosine_matrix", cosines, "Cosines between class gradients and eigenvectors"),
+    ]
+    return [
+        Artefact(id, "figure", f"{FIGURES}:{name}", {"measure": (measure,)}, paper="A", title=title, labels=labels)
+        for id, name, measure, title in figures
+    ]
+
+
+def _diagnosis(a: Mapping[str, Any]) -> Artefact:
+    measures = []
+    for block in a["diagnosis"]:
+        run = Run(block["dataset"], block["model"], block["optimizer"], block["batch_size"], block["lr"], block["seed"])
+        spec = {key: block[key] for key in ("examples", "trace_products", "state", "tol", "steps") if key in block}
+        name = f"a/diagnosis/{run.dataset}-{run.model}-{run.optimizer}"
+        measures.append(Measure(name, f"{MEASURES}:diagnosis", (run,), spec=spec))
+    return Artefact(
+        "A-X1",
+        "figure",
+        f"{FIGURES}:diagnosis",
+        {"measure": tuple(measures)},
+        paper="A",
+        title="What eq. 12 claims of the span, and what holds",
+    )

@@ -1,0 +1,1 @@
+"""Paper B: gradient descent happens in a tiny subspace."""

@@ -1,0 +1,166 @@
+"""Verdict rules of paper C's claims, where the general ones of :mod:`papers.common.verdicts` do not do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from papers.common.intervals import half_width
+from papers.common.outcomes import (
+    HOLDS,
+    INCONCLUSIVE,
+    Case,
+    Estimate,
+    Outcome,
+    Untested,
+    estimate,
+    estimate_ratio,
+    judge,
+    number,
+)
+from papers.common.verdicts import Tables, Where, cases_of, pick
+
+
+def cell(
+    tables: Tables,
+    *,
+    reference: float,
+    reference_sd: float,
+    where: Where,
+    mean: str,
+    sd: str,
+    count: str,
+    runs: str,
+    least: int,
+    table: str | None = None,
+) -> Outcome:
+    """C1 to C20: a mean over many runs lies within one of the paper's standard deviations of the paper's mean.
+
+    The interval of our mean is Student's t from its standard deviation and the number of runs that got there. Fewer
+    than ``least`` runs in all are no test; where fewer than ``least`` got there, the claim does not hold, since a mean
+    over the others alone would flatter.
+    """
+    row = pick(tables, table, where).iloc[0]
+    n, tried, value, spread = int(row[count]), int(row[runs]), float(row[mean]), float(row[sd])
+    if tried < least:
+        raise Untested(f"{number(value)}, s.d. {number(spread)}, {n} of {tried} runs" if n else f"0 of {tried} runs")
+    half = half_width(spread, n)
+    measured = Estimate(value if n > 1 else math.nan, value - half, value + half, n)
+    verdict = judge(measured, reference - reference_sd, reference + reference_sd)
+    if n < least and verdict == HOLDS:
+        verdict = INCONCLUSIVE
+    return Outcome((Case("", measured, verdict, f"s.d. {number(spread)}, {n} of {tried} runs"),))
+
+
+def at_every_epoch(
+    tables: Tables,
+    *,
+    first: str,
+    second: Sequence[str],
+    column: str,
+    where: Where | None = None,
+    table: str | None = None,
+) -> Outcome:
+    """C21: ``first`` has the lower training error after every epoch, each optimiser at its best learning rate.
+
+    Measured is the share of epochs (after the first evaluation) at which it is lower, by seed.
+    """
+    found = []
+    for name, part in cases_of(pick(tables, table, where), apart=["optimizer", "lr"]):
+        curves = _best_curves(part, column, "epoch")
+        for other in second:
+            if first not in curves or other not in curves:
+                continue
+            shares = []
+            for seed in curves[first].columns.intersection(curves[other].columns):
+                both = pd.concat([curves[first][seed], curves[other][seed]], axis=1, keys=["own", "other"]).dropna()
+                both = both[both.index > 0]
+                if len(both):
+                    shares.append(float((both["own"] < both["other"]).mean()))
+            measured = estimate(shares)
+            found.append(Case(f"{name} {first} below {other}".strip(), measured, judge(measured, at_least=1.0)))
+    return Outcome(tuple(found))
+
+
+def at_equal_seconds(
+    tables: Tables,
+    *,
+    first: str,
+    second: Sequence[str],
+    column: str,
+    at_most: float,
+    margin: float = 0.0,
+    where: Where | None = None,
+    table: str | None = None,
+) -> Outcome:
+    """C23: training error of ``first`` over the best first-order one's, when the quickest optimiser has finished.
+
+    Each optimiser is at its best learning rate; errors are linear in wall-clock between evaluations.
+    """
+    found = []
+    for name, part in cases_of(pick(tables, table, where), apart=["optimizer", "lr"]):
+        curves = _best_curves(part, column, "wall_s")
+        if first not in curves or not any(other in curves for other in second):
+            continue
+        names = [first, *(other for other in second if other in curves)]
+        budget = min(float(curves[n][s].dropna().index.max()) for n in names for s in curves[n])
+        errors = pd.DataFrame({n: {s: _at(curves[n][s].dropna(), budget) for s in curves[n]} for n in names})
+        best = errors[names[1:]].mean().idxmin()
+        measured = estimate_ratio((errors[first] / errors[best]).dropna().tolist(), margin)
+        note = f"after {number(budget)} s"
+        found.append(Case(f"{name} {first} / {best}".strip(), measured, judge(measured, at_most=at_most), note))
+    return Outcome(tuple(found))
+
+
+def insensitive(
+    tables: Tables,
+    *,
+    column: str,
+    key: str,
+    at_most: float,
+    where: Where | None = None,
+    table: str | None = None,
+    margin: float = 0.0,
+) -> Outcome:
+    """C25: the largest final value of ``column`` over the settings ``key``, as a multiple of the smallest, by seed.
+
+    A setting that diverged makes the multiple infinite.
+    """
+    rows = pick(tables, table, where)
+    found = []
+    for name, part in cases_of(rows, apart=[key, "optimizer"]):
+        last = part[part[column].notna()].sort_values("step").groupby([key, "seed"])[column].last().unstack(key)
+        if last.shape[1] < 2:
+            raise Untested(f"two values of {key} or more are needed")
+        complete = last.fillna(math.inf)
+        measured = estimate_ratio((complete.max(axis=1) / complete.min(axis=1)).tolist(), margin)
+        found.append(Case(name, measured, judge(measured, at_most=at_most), f"over {last.shape[1]} settings"))
+    return Outcome(tuple(found))
+
+
+def _best_curves(runs: pd.DataFrame, column: str, against: str) -> dict[str, pd.DataFrame]:
+    """For each optimiser, at its learning rate of lowest final mean: the error (1 − accuracy) by seed.
+
+    ``column`` is an accuracy. Rows are values of ``against``, columns seeds.
+    """
+    rows = runs[runs[column].notna()].assign(error=1 - runs[column]).sort_values("step")
+    if rows.empty:
+        raise Untested(f"column {column} is empty")
+    found = {}
+    for optimizer, part in rows.groupby("optimizer"):
+        last = part.groupby(["lr", "seed"])["error"].last().groupby("lr").mean()
+        best = part[part["lr"] == last.idxmin()]
+        found[str(optimizer)] = best.pivot_table(index=against, columns="seed", values="error", aggfunc="last")
+    return found
+
+
+def _at(curve: pd.Series, x: float) -> float:
+    """The curve at x, linear between its points, constant beyond them."""
+    below, above = curve[curve.index <= x], curve[curve.index >= x]
+    if below.empty or above.empty:
+        return float((above if below.empty else below).iloc[0 if below.empty else -1])
+    x0, x1 = float(below.index[-1]), float(above.index[0])
+    share = 0.0 if x1 == x0 else (x - x0) / (x1 - x0)
+    return float((1 - share) * below.iloc[-1] + share * above.iloc[0])

@@ -1,0 +1,71 @@
+"""One measure: finished runs and data sets in, one tidy table out.
+
+The spec has ``function`` (``module:function``), ``options`` (its keyword arguments), ``runs`` (their folders below
+``--results``), ``datasets`` (their config blocks by name), ``device`` and ``arrays`` (whether it returns arrays too).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from curvspace.cli import common
+from curvspace.device import arithmetic, use
+from curvspace.errors import UserError
+from curvspace.files import write_record, writing
+from curvspace.training.record import RunRecord
+from papers.common.context import Context
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.parser("measure", __doc__ or "", "papers")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the prepared data sets")
+    parser.add_argument("--out", type=Path, required=True, help="path of the CSV; all else stands beside it")
+    options = parser.parse_args(arguments)
+    with common.one_line_errors("measure"):
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Run the function and write its table, its arrays if it has any, and the record."""
+    spec: dict[str, Any] = options.spec
+    function = common.load_function(spec["function"])
+    common.set_threads(options.threads)
+    common.spare_the_compiler()
+    with use(spec.get("device", "cpu")) as device:
+        context = Context(
+            runs=[RunRecord(options.results / path) for path in spec.get("runs", [])],
+            device=device,
+            data_dir=options.data,
+            settings=spec.get("datasets", {}),
+        )
+        table, arrays = _split(function(context, **spec.get("options", {})), spec)
+        record = {**common.provenance(spec, options.code, device), "arithmetic": arithmetic()}
+    outputs = [options.out, *([options.out.with_suffix(".npz")] if arrays is not None else [])]
+    with writing(options.out):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(options.out, index=False)
+        if arrays is not None:
+            np.savez_compressed(outputs[1], **arrays)  # type: ignore[arg-type]
+    write_record(options.out.with_suffix(".run.json"), record, outputs)
+
+
+def _split(result: Any, spec: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, np.ndarray] | None]:
+    """(table, arrays) of what a measure returned; arrays is None unless the measure declares them."""
+    table, arrays = result if isinstance(result, tuple) else (result, None)
+    if not isinstance(table, pd.DataFrame):
+        raise UserError(f"{spec['function']} returned {type(table).__name__}; a DataFrame is wanted")
+    if (arrays is not None) != bool(spec.get("arrays")):
+        wanted = "(DataFrame, arrays)" if spec.get("arrays") else "a DataFrame alone"
+        raise UserError(f"{spec['function']} is declared to return {wanted}, and did not")
+    return table, arrays
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The claims of the papers bound to one config: which tables each reads here, and at what scale they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from papers.common.study import Artefact, Measure, Run, Source, Study
+
+PAGES = {"figure": ".png", "table": ".html"}
+
+
+def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec of the ledger's job: ``sources`` (tables below the results folder), and by claim ``scale``, ``short``
+    and ``link``.
+
+    A source that the graph does not have is left out. ``short`` says which part of a claim's ``requires`` this config
+    does not reach.
+    """
+    spec: dict[str, dict[str, Any]] = {"sources": {}, "scale": {}, "short": {}, "link": {}}
+    artefacts = {artefact.id: artefact for artefact in study.artefacts}
+    for entry in entries:
+        behind: list[Source] = []
+        for source in _listed(entry["reads"].values()):
+            if found := _resolve(source, study, artefacts):
+                spec["sources"][source] = [table for table, _ in found]
+                behind += [s for _, sources in found for s in sources]
+        if not behind:
+            continue
+        runs, datasets = _behind(behind)
+        parts = [*_scale(runs, config), *_own_training(behind, config), *_examples(behind)]
+        spec["scale"][entry["id"]] = f"{config['scale']}: {'; '.join(parts) or 'generated data'}"
+        if short := _short(entry.get("requires", {}), runs, datasets, config):
+            spec["short"][entry["id"]] = short
+        if artefact := artefacts.get(entry.get("figure", "")):
+            spec["link"][entry["id"]] = artefact.path + PAGES[artefact.kind]
+    return spec
+
+
+def tables(spec: Mapping[str, Any]) -> list[str]:
+    """All tables that the ledger reads, each once, below the results folder."""
+    return list(dict.fromkeys(table for found in spec["sources"].values() for table in found))
+
+
+def _listed(values: Iterable[Any]) -> Iterator[str]:
+    for value in values:
+        yield from [value] if isinstance(value, str) else value
+
+
+def _resolve(source: str, study: Study, artefacts: Mapping[str, Artefact]) -> list[tuple[str, list[Source]]]:
+    """(table, runs and measures behind it) for ``ID``, ``ID:label`` (``*``: all) or ``measure:pattern``; else empty."""
+    kind, _, rest = source.partition(":")
+    if kind == "measure":
+        return [(m.table, [m]) for m in study.measures if fnmatchcase(m.name, rest)]
+    artefact = artefacts.get(kind)
+    if artefact is None:
+        return []
+    if not rest:
+        return [(f"{artefact.path}.csv", list(artefact.sources))]
+    return [(s.table, [s]) for s in (artefact.sources if rest == "*" else artefact.inputs.get(rest, ()))]
+
+
+def _behind(sources: Iterable[Source]) -> tuple[list[Run], list[str]]:
+    """The training runs behind some sources, and the data sets of measures that need none."""
+    runs: dict[str, Run] = {}
+    datasets: dict[str, None] = {}
+    for source in sources:
+        if isinstance(source, Measure):
+            datasets |= dict.fromkeys(source.datasets)
+            runs |= {run.path: run for run in source.runs}
+        else:
+            runs[source.path] = source
+    return list(runs.values()), list(datasets)
+
+
+def _scale(runs: list[Run], config: Mapping[str, Any]) -> list[str]:
+    """What was run, in words: networks, data, epochs, learning rates if they are few."""
+    pairs: dict[tuple[str, str], set[float]] = {}
+    for run in runs:
+        pairs.setdefault((run.dataset, run.model), set()).add(run.lr)
+    parts = [
+        f"{model} on {_data(dataset, config)}, {_length(dataset, model, config)}{_rates(lrs)}"
+        for (dataset, model), lrs in pairs.items()
+    ]
+    return parts
+
+
+def _rates(lrs: set[float]) -> str:
+    return f", η = {' or '.join(f'{lr:g}' for lr in sorted(lrs))}" if len(lrs) <= 3 else ""
+
+
+def _own_training(sources: Iterable[Source], config: Mapping[str, Any]) -> list[str]:
+    """Measures that train networks themselves (the tournament): which, on what, and for how long."""
+    found: dict[str, None] = {}
+    for source in sources:
+        if isinstance(source, Measure) and {"model", "task"} <= set(source.spec):
+            model, epochs = source.spec["model"]["name"], source.spec["task"]["epochs"]
+            found |= {f"{model} on {_data(name, config)}, {epochs:g} epochs": None for name in source.datasets}
+    return list(found)
+
+
+def _examples(sources: Iterable[Source]) -> list[str]:
+    """How many examples the curvature was measured on."""
+    counts = sorted({s.spec["examples"] for s in sources if isinstance(s, Measure) and s.spec.get("examples")})
+    return [f"measured on {' or '.join(f'{n:,}' for n in counts)} examples"] if counts else []
+
+
+def _data(name: str, config: Mapping[str, Any]) -> str:
+    block = config["datasets"][name]
+    size = f"{block['train']:,} of " if isinstance(block.get("train"), int) else ""
+    labels = "" if block.get("labels", "true") in ("true", True) else f" ({block['labels']} labels)"
+    return f"{size}{block['source']}{labels}"
+
+
+def _length(dataset: str, model: str, config: Mapping[str, Any]) -> str:
+    task = config["tasks"][f"{dataset}/{model}"]
+    epochs = f"{task['epochs']:g} epoch{'' if task['epochs'] == 1 else 's'}"
+    if task.get("min_steps"):
+        epochs += f" or {task['min_steps']} steps"
+    return f"{epochs}, at most {task['max_steps']} steps" if task.get("max_steps") else epochs
+
+
+def _short(requires: Mapping[str, Any], runs: list[Run], datasets: list[str], config: Mapping[str, Any]) -> str:
+    """What the claim requires and this config does not have; empty if it has all.
+
+    ``data``: original data sets, all of which must be there. ``train``, ``epochs``, ``seeds``: the least of each.
+    ``parameters`` of a model block: ``models: {kind: {option: value}}``.
+    """
+    names = {run.dataset for run in runs} | set(datasets)
+    blocks = [config["datasets"][name] for name in sorted(names)]
+    sources = {block["source"] for block in blocks}
+    missing = []
+    if absent := [d for d in _listed([requires.get("data", [])]) if d not in sources]:
+        missing.append(f"{', '.join(sorted(sources)) or 'no data'} instead of {', '.join(absent)}")
+    sizes = [block["train"] for block in blocks if isinstance(block.get("train"), int)]
+    if sizes and min(sizes) < requires.get("train", 0):
+        missing.append(f"{min(sizes):,} training examples")
+    tasks = [config["tasks"][f"{run.dataset}/{run.model}"] for run in runs]
+    epochs = [task["epochs"] for task in tasks]
+    if epochs and min(epochs) < requires.get("epochs", 0):
+        missing.append(f"{min(epochs):g} epochs")
+    if len({run.seed for run in runs}) < requires.get("seeds", 0):
+        missing.append(f"{len({run.seed for run in runs})} seeds")
+    models = [config["models"][run.model] for run in runs]
+    for kind, options in requires.get("models", {}).items():
+        if not any(m["kind"] == kind and all(m.get(k, v) == v for k, v in options.items()) for m in models):
+            missing.append(f"no {kind} of full size")
+    return ", ".join(missing)

@@ -1,0 +1,222 @@
+"""The claims ledger: each checkable statement of the papers, what was measured, and whether it held.
+
+A claim is data (one entry of a ``claims.yaml``); its verdict is a rule of :mod:`papers.common.verdicts` or of the
+``verdicts.py`` beside the file, or ``module:function`` of the reader's own. No torch here.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from curvspace.errors import UserError
+from papers.common import verdicts
+from papers.common.outcomes import UNTESTED, VERDICTS, Outcome, Untested
+
+COLUMNS = (
+    *("id", "paper", "where", "statement", "reference", "measured", "value", "low", "high"),
+    *("seeds", "scale", "verdict", "needs", "figure"),
+)
+COLOURS = {"holds": "#d5efd5", "fails": "#f6d5d3", "inconclusive": "#fbefc5", UNTESTED: "#e8e8e8"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement that a measurement can confirm or refute.
+
+    where: section, figure or table of the paper. reference: the paper's own number, as text. reads: label -> sources
+    of tables (an artefact's id, ``ID:label`` or ``ID:*`` for what feeds it, ``measure:pattern``). rule and options:
+    how the verdict is reached. requires: the least scale at which it means something. needs: that, in words.
+    """
+
+    id: str
+    paper: str
+    where: str
+    statement: str
+    reference: str
+    reads: Mapping[str, Any]
+    rule: str
+    needs: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    figure: str = ""
+
+    @property
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        """Sources by label."""
+        return {label: (s,) if isinstance(s, str) else tuple(s) for label, s in self.reads.items()}
+
+
+def load(files: Iterable[Path]) -> list[Claim]:
+    """The claims of several files, by paper and number; what is wrong with one is a ``UserError`` that names it."""
+    found: dict[str, Claim] = {}
+    for file in files:
+        try:
+            entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise UserError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from None
+        beside = file.with_name("verdicts.py").is_file()
+        for claim in parse(entries, f"papers.{file.absolute().parent.name}.verdicts" if beside else ""):
+            if claim.id in found:
+                raise UserError(f"claim {claim.id} stands in two files, {file} being the second")
+            found[claim.id] = claim
+    return sorted(found.values(), key=lambda claim: (claim.paper, _number(claim.id)))
+
+
+def _number(name: str) -> int:
+    """10 of A10."""
+    digits = re.search(r"\d+", name)
+    return int(digits[0]) if digits else 0
+
+
+def parse(entries: Any, own: str = "") -> list[Claim]:
+    """Claims of a parsed YAML file; a wrong entry is a ``UserError`` that names it.
+
+    own: the module in which a rule's bare name is looked up before the general rules.
+    """
+    if not isinstance(entries, list):
+        raise UserError("the claims file must be a list of claims")
+    allowed = {f.name for f in fields(Claim)}
+    found: dict[str, Claim] = {}
+    for number, entry in enumerate(entries, start=1):
+        name = entry.get("id", f"entry {number}") if isinstance(entry, Mapping) else f"entry {number}"
+        if not isinstance(entry, Mapping):
+            raise UserError(f"claim {name} must be a mapping")
+        if unknown := sorted(set(entry) - allowed):
+            raise UserError(f"claim {name}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
+        try:
+            claim = Claim(**entry)
+        except TypeError as error:
+            raise UserError(f"claim {name}: {str(error).rpartition('__init__() ')[2]}") from None
+        if name in found:
+            raise UserError(f"claim {name} stands in the file twice")
+        if own and ":" not in claim.rule and hasattr(importlib.import_module(own), claim.rule):
+            claim = replace(claim, rule=f"{own}:{claim.rule}")
+        rule_of(claim.rule)
+        found[name] = claim
+    return list(found.values())
+
+
+def rule_of(name: str) -> Callable[..., Outcome]:
+    """A general rule by its name, or ``module:function``."""
+    if ":" in name:
+        module_name, _, function = name.partition(":")
+        try:
+            rule = getattr(importlib.import_module(module_name), function, None)
+        except ModuleNotFoundError:
+            rule = None
+    else:
+        rule = getattr(verdicts, name, None)
+    if not callable(rule):
+        raise UserError(f"there is no verdict rule {name!r}")
+    return rule
+
+
+def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Several tables as one; empty ones (of runs or measures without a row) add nothing."""
+    filled = [table for table in tables if len(table)] or list(tables[:1])
+    return filled[0] if len(filled) == 1 else pd.concat(filled, ignore_index=True)
+
+
+def row(claim: Claim, tables: Mapping[str, pd.DataFrame], scale: str = "", short: str = "", link: str = "") -> dict:
+    """One row of the ledger.
+
+    tables: by the claim's labels; a label that is missing means that its tables are not in the graph. short: why this
+    scale is too small for a verdict; what was measured is listed all the same.
+    """
+    common = {
+        **{key: getattr(claim, key) for key in ("id", "paper", "where", "statement", "reference")},
+        **{"measured": "", "value": math.nan, "low": math.nan, "high": math.nan, "seeds": 0},
+        **{"scale": scale, "verdict": UNTESTED, "needs": claim.needs, "figure": link},
+    }
+    if missing := [label for label in claim.sources if label not in tables]:
+        return {**common, "scale": "", "measured": f"no table for {missing[0]}"}
+    try:
+        outcome = rule_of(claim.rule)(tables, **claim.options)
+    except Untested as reason:
+        return {**common, "measured": str(reason)}
+    decided = outcome.deciding.estimate
+    measured = {"measured": outcome.measured, "value": decided.value, "low": decided.low, "high": decided.high}
+    verdict = UNTESTED if short else outcome.verdict
+    needs = f"{claim.needs} (here: {short})" if short else ""
+    return {**common, **measured, "seeds": outcome.seeds, "verdict": verdict, "needs": needs}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The ledger, in the order of the file."""
+    return pd.DataFrame(list(rows), columns=list(COLUMNS))
+
+
+def records(ledger: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as dictionaries."""
+    return [{str(key): value for key, value in entry.items()} for entry in ledger.to_dict("records")]
+
+
+def counts(ledger: pd.DataFrame) -> dict[str, int]:
+    """How many claims have each verdict."""
+    found = ledger["verdict"].value_counts()
+    return {verdict: int(found.get(verdict, 0)) for verdict in VERDICTS}
+
+
+def markdown(ledger: pd.DataFrame) -> str:
+    """The ledger for reading, one section a paper."""
+    lines = ["# Claims ledger", "", _summary(ledger), ""]
+    for paper, part in ledger.groupby("paper", sort=False):
+        lines += [f"## Paper {paper}" if len(str(paper)) == 1 else f"## {paper}", ""]
+        lines += ["| id | statement | where | reference | measured | seeds | scale | verdict |", "|" + " --- |" * 8]
+        for claim in records(part):
+            identity = f"[{claim['id']}]({claim['figure']})" if claim["figure"] else claim["id"]
+            keys = ("statement", "where", "reference", "measured", "seeds", "scale")
+            cells = [identity, *(_plain(claim[key]) for key in keys), _plain(_verdict(claim))]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _summary(ledger: pd.DataFrame) -> str:
+    parts = [f"{n} {verdict}" for verdict, n in counts(ledger).items()]
+    return f"{len(ledger)} claims: {', '.join(parts)}."
+
+
+def _verdict(claim: Mapping[str, Any]) -> str:
+    return f"{claim['verdict']}; needs {claim['needs']}" if claim["verdict"] == UNTESTED else str(claim["verdict"])
+
+
+def _plain(value: Any) -> str:
+    """One line without a bar that would end the cell."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def page(ledger: pd.DataFrame) -> str:
+    """The ledger as one HTML page without outside resources."""
+    head = "".join(f"<th>{c}</th>" for c in ("id", *COLUMNS[1:6], "seeds", "scale", "verdict"))
+    body = "\n".join(_html_row(claim) for claim in records(ledger))
+    style = (
+        "body{font:14px/1.4 sans-serif;margin:1.5em;color:#222}table{border-collapse:collapse}"
+        "th,td{padding:.35em .7em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}"
+        "thead th{border-bottom:2px solid #222;position:sticky;top:0;background:#fff}"
+        + "".join(f".v{i}{{background:{COLOURS[v]}}}" for i, v in enumerate(VERDICTS))
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Claims ledger</title>'
+        f"<style>{style}</style></head><body><h1>Claims ledger</h1><p>{_summary(ledger)}</p>\n"
+        f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></body></html>\n"
+    )
+
+
+def _html_row(claim: Mapping[str, Any]) -> str:
+    name = html.escape(str(claim["id"]))
+    link = f'<a href="{html.escape(str(claim["figure"]))}">{name}</a>' if claim["figure"] else name
+    keys = (*COLUMNS[1:6], "seeds", "scale")
+    cells = "".join(f"<td>{html.escape(str(claim[key]))}</td>" for key in keys)
+    tone = VERDICTS.index(claim["verdict"])
+    return f'<tr><td>{link}</td>{cells}<td class="v{tone}">{html.escape(_verdict(claim))}</td></tr>'

@@ -1,0 +1,372 @@
+"""Verdicts on claims: from tidy tables to "holds", "fails" or "inconclusive".
+
+A rule is a function ``rule(tables, **options) -> Outcome``: it picks rows, reduces each run to one number, puts an
+interval around the mean over seeds, and compares the interval with the range that the claim allows:
+
+- the interval lies inside the range: the claim holds;
+- it lies outside: the claim fails;
+- it straddles an end: inconclusive.
+
+A claim about several networks has one case for each; it holds if it holds for all, and fails if it fails for one.
+No rule imports torch: the ledger is made from tables alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from papers.common.outcomes import (
+    FAILS,
+    HOLDS,
+    INCONCLUSIVE,
+    Case,
+    Estimate,
+    Outcome,
+    Untested,
+    estimate,
+    estimate_ratio,
+    judge,
+    number,
+)
+
+IDENTITY = ("dataset", "model", "optimizer", "batch_size", "lr")
+"""Columns that tell runs apart, besides the seed: where they vary, each value is a case of its own."""
+
+Tables = Mapping[str, pd.DataFrame]
+Where = Mapping[str, Any]
+
+
+def pick(tables: Tables, table: str | None = None, where: Where | None = None) -> pd.DataFrame:
+    """The rows of one table (the only one, if not named) that ``where`` describes.
+
+    A condition is a value, a list of values, or ``{above:, below:, at_least:, at_most:}``. Raises ``Untested`` if a
+    column is not there or no row is left.
+    """
+    if table is None and len(tables) != 1:
+        raise ValueError(f"the claim reads several tables; name one of {', '.join(tables)}")
+    rows = tables[table] if table is not None else next(iter(tables.values()))
+    for column, condition in (where or {}).items():
+        if column not in rows:
+            raise Untested(f"the table has no column {column}")
+        rows = rows[_matches(rows[column], condition)]
+        if rows.empty:
+            raise Untested(f"no row with {column} {condition}")
+    return rows
+
+
+def _matches(column: pd.Series, condition: Any) -> pd.Series:
+    if isinstance(condition, Mapping):
+        tests = {"above": column.gt, "below": column.lt, "at_least": column.ge, "at_most": column.le}
+        keep = pd.Series(True, index=column.index)
+        for name, bound in condition.items():
+            keep &= tests[name](bound)
+        return keep
+    return column.isin(condition if isinstance(condition, list) else [condition])
+
+
+STATISTICS: dict[str, Callable[[pd.Series], float]] = {
+    "mean": lambda x: float(x.mean()),
+    "median": lambda x: float(x.median()),
+    "first": lambda x: float(x.iloc[0]),
+    "last": lambda x: float(x.iloc[-1]),
+    "min": lambda x: float(x.min()),
+    "max": lambda x: float(x.max()),
+    "sum": lambda x: float(x.sum()),
+    "count": lambda x: float(len(x)),
+    "mean_abs": lambda x: float(x.abs().mean()),
+    # mean over the later half of the rows
+    "late_mean": lambda x: float(x.iloc[len(x) // 2 :].mean()),
+    # volatility: standard deviation of the change from one evaluation to the next
+    "sd_of_changes": lambda x: float(x.diff().std(ddof=1)),
+}
+
+
+def per_run(
+    rows: pd.DataFrame, column: str, statistic: str, extra: Sequence[str] = (), ignore: Sequence[str] = ()
+) -> pd.DataFrame:
+    """One row a run: its identity, ``extra`` columns, and ``result``, the statistic of ``column`` in step order.
+
+    Empty cells are left out; infinite ones count.
+    """
+    if column not in rows:
+        raise Untested(f"the table has no column {column}")
+    keys = [c for c in dict.fromkeys((*IDENTITY, "seed", *extra)) if c in rows and c not in ignore]
+    rows = rows[rows[column].notna()]
+    if rows.empty:
+        raise Untested(f"column {column} is empty")
+    if "step" in rows:
+        rows = rows.sort_values("step", kind="stable")
+    if not keys:
+        return pd.DataFrame({"result": [STATISTICS[statistic](rows[column])]})
+    grouped = rows.groupby(keys, sort=False, dropna=False)[column]
+    return grouped.apply(STATISTICS[statistic]).rename("result").reset_index()
+
+
+def cases_of(
+    runs: pd.DataFrame, by: Sequence[str] = (), apart: Sequence[str] = ()
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(name, runs) of each case: by the columns named, and by each column of a run's identity that varies.
+
+    ``apart`` columns are what a case compares, so they do not make cases.
+    """
+    open_columns = [c for c in IDENTITY if c in runs and c not in (*by, *apart)]
+    varying = [c for c in open_columns if runs[c].nunique(dropna=False) > 1]
+    columns = [c for c in (*by, *varying) if c in runs]
+    if not columns:
+        yield "", runs
+        return
+    for key, part in runs.groupby(columns, sort=False, dropna=False):
+        yield " ".join(_label(c, v) for c, v in zip(columns, key, strict=True)), part
+
+
+def _label(column: str, value: Any) -> str:
+    text = number(value) if isinstance(value, float) else str(value)
+    return text if isinstance(value, str) else f"{column} {text}"
+
+
+def threshold(
+    tables: Tables,
+    *,
+    column: str = "value",
+    table: str | None = None,
+    where: Where | None = None,
+    statistic: str = "mean",
+    by: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    at_least: float | None = None,
+    at_most: float | None = None,
+    margin: float = 0.0,
+) -> Outcome:
+    """One number a run, its mean over seeds against the allowed range.
+
+    ``statistic`` reduces a run's rows (``STATISTICS``). A count that must be exact is a range of ± 0.5 around it.
+    """
+    runs = per_run(pick(tables, table, where), column, statistic, by, ignore)
+    found = []
+    for name, part in cases_of(runs, by):
+        measured = estimate(part["result"].tolist(), margin)
+        found.append(Case(name, measured, judge(measured, at_least, at_most)))
+    return Outcome(tuple(found))
+
+
+def ordering(
+    tables: Tables,
+    *,
+    first: str | Sequence[str],
+    second: str | Sequence[str],
+    column: str,
+    key: str = "optimizer",
+    table: str | None = None,
+    where: Where | None = None,
+    statistic: str = "last",
+    relation: str = "difference",
+    tuned: str | None = None,
+    lower_is_better: bool = True,
+    by: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    at_least: float | None = None,
+    at_most: float | None = None,
+    margin: float = 0.0,
+) -> Outcome:
+    """``first`` against each ``second`` of the column ``key``: difference or ratio (first / second), paired by seed.
+
+    Ratios are averaged on the log scale. ``tuned`` names a column (the learning rate) over which each side takes its
+    best value: the one with the best mean over seeds, by ``lower_is_better``; runs that did not finish count as worst.
+    """
+    if relation not in ("difference", "ratio"):
+        raise ValueError(f"relation must be 'difference' or 'ratio', got {relation!r}")
+    runs = per_run(pick(tables, table, where), column, statistic, (*by, key), ignore)
+    found = []
+    for name, part in cases_of(runs, by, apart=[key, *([tuned] if tuned else [])]):
+        for one in _names(first):
+            for other in _names(second):
+                sides = [_side(part[part[key] == side], tuned, lower_is_better) for side in (one, other)]
+                if any(side.empty for side in sides):
+                    continue
+                measured = _compare(sides[0], sides[1], relation, margin)
+                label = f"{name} {one} / {other}" if relation == "ratio" else f"{name} {one} - {other}"
+                found.append(Case(label.strip(), measured, judge(measured, at_least, at_most)))
+    return Outcome(tuple(found))
+
+
+def _names(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _side(runs: pd.DataFrame, tuned: str | None, lower_is_better: bool) -> pd.Series:
+    """Results by seed, at the best value of ``tuned``."""
+    if tuned and not runs.empty:
+        worst = math.inf if lower_is_better else -math.inf
+        means = runs.assign(result=runs["result"].fillna(worst)).groupby(tuned)["result"].mean()
+        runs = runs[runs[tuned] == (means.idxmin() if lower_is_better else means.idxmax())]
+    seeds = runs["seed"] if "seed" in runs else pd.Series(range(len(runs)), index=runs.index)
+    return pd.Series(runs["result"].to_numpy(float), index=seeds.to_numpy())
+
+
+def _compare(first: pd.Series, second: pd.Series, relation: str, margin: float) -> Estimate:
+    common = first.index.intersection(second.index)
+    a, b = first[common].to_numpy(), second[common].to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return estimate((a - b).tolist(), margin) if relation == "difference" else estimate_ratio(a / b, margin)
+
+
+def share(
+    tables: Tables,
+    *,
+    column: str,
+    above: float | str,
+    table: str | None = None,
+    where: Where | None = None,
+    by: Sequence[str] = (),
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Outcome:
+    """Share of rows in which ``column`` is above a number or above another column, with Wilson's 95 % interval."""
+    rows = pick(tables, table, where)
+    found = []
+    for name, part in cases_of(rows, by):
+        if isinstance(above, str) and above not in part:
+            raise Untested(f"the table has no column {above}")
+        limit = part[above] if isinstance(above, str) else above
+        measured = proportion(int((part[column] > limit).sum()), int(part[column].notna().sum()), _seeds(part))
+        found.append(Case(name, measured, judge(measured, at_least, at_most), f"{len(part)} rows"))
+    return Outcome(tuple(found))
+
+
+def proportion(successes: int, total: int, seeds: int) -> Estimate:
+    """A share with Wilson's 95 % interval."""
+    if not total:
+        return Estimate(math.nan, math.nan, math.nan, seeds)
+    interval = stats.binomtest(successes, total).proportion_ci(method="wilson")
+    return Estimate(successes / total, float(interval.low), float(interval.high), seeds)
+
+
+def _seeds(rows: pd.DataFrame) -> int:
+    return int(rows["seed"].nunique()) if "seed" in rows else 1
+
+
+def rank_correlation(
+    tables: Tables,
+    *,
+    x: str,
+    y: str,
+    table: str | None = None,
+    where: Where | None = None,
+    by: Sequence[str] = (),
+    at_least: float | None = None,
+    at_most: float | None = None,
+    least_rows: int = 5,
+) -> Outcome:
+    """Spearman's rank correlation of two columns over rows; 95 % interval by Fisher's z with s.d. 1.03/√(n − 3)."""
+    rows = pick(tables, table, where)
+    found = []
+    for name, part in cases_of(rows, by):
+        measured = spearman(part, x, y, least_rows)
+        found.append(Case(name, measured, judge(measured, at_least, at_most), f"{len(part)} rows"))
+    return Outcome(tuple(found))
+
+
+def spearman(rows: pd.DataFrame, x: str, y: str, least_rows: int = 5) -> Estimate:
+    """Spearman's correlation with Fisher's interval; no number below ``least_rows`` finite rows."""
+    if missing := [c for c in (x, y) if c not in rows]:
+        raise Untested(f"the table has no column {missing[0]}")
+    pairs = rows[[x, y]].replace([np.inf, -np.inf], np.nan).dropna()
+    if len(pairs) < max(least_rows, 4) or pairs[x].nunique() < 2 or pairs[y].nunique() < 2:
+        return Estimate(math.nan, math.nan, math.nan, _seeds(rows))
+    rho = float(stats.spearmanr(pairs[x], pairs[y]).statistic)
+    z, half = math.atanh(np.clip(rho, -0.999999, 0.999999)), 1.96 * 1.03 / math.sqrt(len(pairs) - 3)
+    return Estimate(rho, math.tanh(z - half), math.tanh(z + half), _seeds(rows))
+
+
+def per_step(
+    tables: Tables,
+    *,
+    column: str,
+    table: str | None = None,
+    where: Where | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Outcome:
+    """A cost that a run adds up (passes, products), for one step: its last value over the number of steps."""
+    rows = pick(tables, table, where)
+    found = []
+    for name, part in cases_of(rows):
+        last = part.sort_values("step").groupby("seed").tail(1)
+        measured = estimate((last[column] / last["step"]).tolist())
+        found.append(Case(name, measured, judge(measured, at_least, at_most)))
+    return Outcome(tuple(found))
+
+
+def against_reference(
+    tables: Tables,
+    *,
+    column: str | Sequence[str],
+    reference: str | Sequence[str],
+    tolerance: float,
+    by: Sequence[str],
+    table: str | None = None,
+) -> Outcome:
+    """B13, B15, C22: each row's value within ``tolerance`` of the paper's, which stands in the column ``reference``.
+
+    Several columns have as many references.
+    """
+    rows = pick(tables, table)
+    pairs = [(column, reference)] if isinstance(column, str) else list(zip(column, reference, strict=True))
+    found = []
+    for own, other in pairs:
+        known = rows[rows[other].notna() & rows[own].notna()]
+        for name, part in cases_of(known, by, apart=IDENTITY):
+            expected = float(part[other].iloc[0])
+            measured = estimate(part[own].tolist())
+            verdict = judge(measured, expected - tolerance, expected + tolerance)
+            label = name if len(pairs) == 1 else f"{name} {own}"
+            found.append(Case(label, measured, verdict, f"paper {expected:g}"))
+    return Outcome(tuple(found))
+
+
+def given_interval(
+    tables: Tables,
+    *,
+    value: str,
+    low: str,
+    high: str,
+    seeds: str,
+    by: Sequence[str],
+    where: Where | None = None,
+    bound: str | None = None,
+    best_of: str | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    table: str | None = None,
+) -> Outcome:
+    """X1 to X3: each row's interval, as its table gives it, against the allowed range.
+
+    A row without an interval (one seed) has no verdict. ``bound`` names a column that marks values which are upper
+    bounds only: they can fail, not hold. With ``best_of`` the rows that differ in that column alone are variants of
+    one method, and the one with the best verdict speaks for all.
+    """
+    rows = pick(tables, table, where)
+    found: dict[str, list[Case]] = {}
+    for name, part in cases_of(rows, [*by, *([best_of] if best_of else [])]):
+        row = part.iloc[0]
+        middle, lower, upper = (float(row[column]) for column in (value, low, high))
+        known = not (math.isnan(lower) or math.isnan(upper))
+        limited = bound is not None and bool(row[bound])
+        measured = Estimate(middle, lower if known else middle, upper if known else middle, int(row[seeds]))
+        verdict = judge(measured, at_least, at_most) if known else INCONCLUSIVE
+        if limited and verdict == HOLDS:
+            verdict = INCONCLUSIVE
+        key = " ".join(str(row[column]) for column in by)
+        found.setdefault(key, []).append(Case(name, measured, verdict, "at most" if limited else ""))
+    order = (HOLDS, INCONCLUSIVE, FAILS)
+    return Outcome(tuple(case for cases in found.values() for case in _chosen(cases, best_of is not None, order)))
+
+
+def _chosen(cases: list[Case], best: bool, order: Sequence[str]) -> list[Case]:
+    return [min(cases, key=lambda case: order.index(case.verdict))] if best else cases

@@ -1,0 +1,1 @@
+"""Paper D: negative eigenvalues of the Hessian."""

@@ -1,0 +1,75 @@
+"""The folders of this package, each a paper or a study of its own, found by its ``study.py``; nothing is listed by hand.
+
+A folder may have beside it ``claims.yaml``, ``captions.yaml``, ``schema.yaml`` (what its block of the config may hold)
+and ``settings/{scale}.yaml``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import papers
+from papers.common.study import Study
+
+COMMON = "common"
+
+
+def folders() -> dict[str, Path]:
+    """Name -> folder of each study, by name."""
+    found = {file.parent.name: file.parent for place in papers.__path__ for file in Path(place).glob("*/study.py")}
+    return {name: found[name] for name in sorted(found) if name != COMMON}
+
+
+def scales() -> set[str]:
+    """All scales for which some study has settings."""
+    return {file.stem for folder in folders().values() for file in folder.glob("settings/*.yaml")}
+
+
+def settings(name: str, scale: str) -> dict[str, Any] | None:
+    """The settings of a study, or of ``common``, at one scale, as the file has them; None where there is no file."""
+    place = Path(papers.__path__[0]) / COMMON if name == COMMON else folders()[name]
+    file = place / "settings" / f"{scale}.yaml"
+    return _content(file) if file.is_file() else None
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """The schema of each study's block of the config."""
+    return {name: _content(folder / "schema.yaml") for name, folder in folders().items()}
+
+
+def claim_files() -> dict[str, Path]:
+    """The file of claims of each study that has one."""
+    files = {name: folder / "claims.yaml" for name, folder in folders().items()}
+    return {name: file for name, file in files.items() if file.is_file()}
+
+
+def verdict_modules() -> list[str]:
+    """The modules of verdict rules, besides the general ones."""
+    return [f"papers.{name}.verdicts" for name, folder in folders().items() if (folder / "verdicts.py").is_file()]
+
+
+def declare(config: Mapping[str, Any]) -> Study:
+    """All enabled studies of the config as one, their artefacts with captions."""
+    total = Study()
+    for name, block in (config.get("studies") or {}).items():
+        if not block.get("enabled", True):
+            continue
+        part: Study = importlib.import_module(f"papers.{name}.study").declare(config)
+        captions = _content(folders()[name] / "captions.yaml")
+        total.runs += part.runs
+        total.measures += part.measures
+        total.artefacts += [replace(a, caption=captions.get(a.id, "")) for a in part.artefacts]
+    return total.close()
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """A YAML file's content; empty where there is no file. What it names twice by an anchor is two things here."""
+    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return json.loads(json.dumps(found or {}))

@@ -1,0 +1,1 @@
+"""All optimisers at their own best learning rates: our own study."""

@@ -1,1 +1,0 @@
-"""One module per study; each has ``declare(config) -> Study``."""
