@@ -31,7 +31,7 @@ test: $(READY)  ## the test suite
 	$(BIN)/python -m pytest -m smoke
 
 test-quick: $(READY)  ## the unit tests only
-	$(BIN)/python -m pytest -n 2 tests/unit
+	$(BIN)/python -m pytest -n 2 tests/unit tests/papers
 
 lint: $(READY)  ## formatters, linters, types
 	$(BIN)/ruff check .

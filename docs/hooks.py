@@ -11,12 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-CAPTIONS = ROOT / "workflow" / "report"
+PAPERS = ROOT / "lib" / "papers"
 PLACE = "<!-- figures -->"
 
 
@@ -65,14 +66,12 @@ def gallery(found: dict[str, Path]) -> str:
     return "\n".join(lines) or "No figure has been made yet: `make run` makes them."
 
 
-def caption(name: str, folder: Path = CAPTIONS) -> str:
+def caption(name: str, folder: Path = PAPERS) -> str:
     """The report's caption of a figure as Markdown; empty if it has none."""
-    file = folder / f"{name}.rst"
-    if not file.is_file():
-        return ""
-    text = re.sub(r"\{[{%].*?[}%]\}", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
-    text = re.sub(r":math:`([^`]*)`", r"`\1`", text.replace("``", "`"))
-    return text.strip()
+    for file in folder.glob("*/captions.yaml"):
+        if text := yaml.safe_load(file.read_text(encoding="utf-8")).get(name):
+            return re.sub(r":math:`([^`]*)`", r"`\1`", text.replace("``", "`")).strip()
+    return ""
 
 
 def _order(place: str) -> list[Any]:

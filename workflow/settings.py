@@ -72,9 +72,9 @@ def _studies(value: Any, scale: str) -> dict[str, dict[str, Any]]:
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        value = dict.fromkeys(value, {})
+        value = {name: {} for name in value}
     if not isinstance(value, Mapping):
-        raise UserError(f"studies = {value!r} is not allowed; allowed: names of studies, or a block with a key for each")
+        raise UserError(f"studies = {value!r} is not allowed; allowed: a list of names, or a block with keys")
     blocks = {}
     for name, block in value.items():
         block = {"scale": block} if isinstance(block, str) else block or {}

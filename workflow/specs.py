@@ -21,9 +21,9 @@ from typing import Any
 import yaml
 
 from curvspace.datasets.catalogue import KNOWN, folder_name, prepare_options
-from papers.common.study import Artefact, Measure, Run, Study, StudyError
 from papers import registry
 from papers.common import claims
+from papers.common.study import Artefact, Measure, Run, Study, StudyError
 from workflow import options
 from workflow.checks import problems
 from workflow.invalidation import Code, CodeError

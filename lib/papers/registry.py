@@ -1,4 +1,4 @@
-"""The folders of this package, each a paper or a study of its own, found by its ``study.py``; nothing is listed by hand.
+"""The folders of this package, each a paper or a study of our own, found by its ``study.py``: no list to keep.
 
 A folder may have beside it ``claims.yaml``, ``captions.yaml``, ``schema.yaml`` (what its block of the config may hold)
 and ``settings/{scale}.yaml``.

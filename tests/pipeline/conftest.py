@@ -10,17 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).parents[2]
 MINI = Path(__file__).parent / "mini"
-PLACES = {
-    "config.yaml": "config.yaml",
-    "study.py": "workflow/studies/mini.py",
-    "experiments.py": "lib/curvspace/experiments/mini.py",
-    "figures.py": "lib/curvspace/figures/mini.py",
-    "tables.py": "lib/curvspace/experiments/tables_mini.py",
-}
 
 
 class Project:
@@ -64,12 +56,8 @@ def copy(to: Path) -> Project:
     for folder in ("workflow", "lib", "envs"):
         shutil.copytree(ROOT / folder, to / folder, ignore=ignore)
     shutil.copy(ROOT / "Snakefile", to)
-    for source, target in PLACES.items():
-        shutil.copy(MINI / source, to / target)
-    schema = to / "workflow" / "schemas" / "config.schema.yaml"
-    content = yaml.safe_load(schema.read_text())
-    content["properties"]["studies"]["properties"]["mini"] = {"type": "object"}
-    schema.write_text(yaml.safe_dump(content))
+    shutil.copytree(MINI, to / "lib" / "papers" / "mini", ignore=ignore)
+    shutil.move(to / "lib" / "papers" / "mini" / "config.yaml", to / "config.yaml")
     return Project(to)
 
 

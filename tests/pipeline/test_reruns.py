@@ -82,21 +82,21 @@ CASES: dict[str, tuple[Edit, set[str]]] = {
     "comments, docstrings and blank lines": (
         lambda project: (
             append("lib/curvspace/training/loop.py", "\n\n# A remark.\n")(project),
-            replace("lib/curvspace/figures/mini.py", '"""Two figures', '"""A pair of figures')(project),
+            replace("lib/papers/mini/figures.py", '"""Two figures', '"""A pair of figures')(project),
         ),
         set(),
     ),
     "one figure's function": (
-        replace("lib/curvspace/figures/mini.py", "axvline(WIDTH)", "axvline(WIDTH, color='red')"),
+        replace("lib/papers/mini/figures.py", "axvline(WIDTH)", "axvline(WIDTH, color='red')"),
         FROM_MEASURE,
     ),
-    "a constant of one figure": (replace("lib/curvspace/figures/mini.py", "WIDTH = 2.0", "WIDTH = 3.0"), FROM_MEASURE),
+    "a constant of one figure": (replace("lib/papers/mini/figures.py", "WIDTH = 2.0", "WIDTH = 3.0"), FROM_MEASURE),
     "a helper of both figures": (
-        replace("lib/curvspace/figures/mini.py", '["train_loss"])', '["train_loss"], "o")'),
+        replace("lib/papers/mini/figures.py", '["train_loss"])', '["train_loss"], "o")'),
         {"figure_M_F1", "figure_M_F2"},
     ),
     "another function of the measure's module": (
-        replace("lib/curvspace/experiments/mini.py", "return context\n", "return None\n"),
+        replace("lib/papers/mini/measures.py", "return context\n", "return None\n"),
         set(),
     ),
     "the style": (replace("config.yaml", "dpi: 100", "dpi: 200"), {"figure_M_F1", "figure_M_F2"}),
@@ -106,7 +106,7 @@ CASES: dict[str, tuple[Edit, set[str]]] = {
         set(),
     ),
     "dates alone": (
-        touch("lib/curvspace/**/*.py", "workflow/**/*.py", "config.yaml", "results/runs/**/*.csv", "data/digits/*"),
+        touch("lib/**/*.py", "workflow/**/*.py", "config.yaml", "results/runs/**/*.csv", "data/digits/*"),
         set(),
     ),
     "a setting, when Snakemake's memory is lost": (lose_provenance, set()),

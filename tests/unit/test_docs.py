@@ -41,13 +41,13 @@ def test_commands_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"(?<!\w)make ([a-z][a-z-]*)", "\n".join(blocks(page, "bash"))):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
-        for stage in re.findall(r"curvspace\.cli\.([a-z]+)", page.read_text()):
-            assert (ROOT / "lib/curvspace/cli" / f"{stage}.py").is_file(), f"{page.name}: {stage}"
+        for package, stage in re.findall(r"(curvspace|papers)\.cli\.([a-z]+)", page.read_text()):
+            assert (ROOT / "lib" / package / "cli" / f"{stage}.py").is_file(), f"{page.name}: {package} {stage}"
 
 
 def test_example_claim_is_the_shipped_one() -> None:
     (shown,) = yaml.safe_load(blocks(ROOT / "docs/claims.md", "yaml")[0])
-    shipped = {claim["id"]: claim for claim in yaml.safe_load((ROOT / "workflow/claims.yaml").read_text())}
+    shipped = {claim["id"]: claim for claim in yaml.safe_load((ROOT / "lib/papers/a/claims.yaml").read_text())}
     assert shown == shipped[shown["id"]]
 
 
@@ -83,8 +83,9 @@ def test_gallery_has_the_figures_that_were_made_with_their_captions(tmp_path: Pa
         *("Reference: d-mnist", "D-F1", "The default study", "A-F2", "A-F10"),
     ]
     assert "![D-F1](gallery/d-mnist/D-F1.png)" in page
-    (tmp_path / "X.rst").write_text("The ``loss`` {{ snakemake.config }} by :math:`x^2`.")
-    assert hooks.caption("X", tmp_path) == "The `loss`  by `x^2`."
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "captions.yaml").write_text("X: |\n  The ``loss`` by :math:`x^2`.\n")
+    assert hooks.caption("X", tmp_path) == "The `loss` by `x^2`."
     assert hooks.caption("Y", tmp_path) == ""
 
 

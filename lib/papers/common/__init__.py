@@ -1,1 +1,1 @@
-"""What the papers share: declarations of a study, the context of a measure, verdicts, the ledger, the look of figures."""
+"""What the papers share: declaring a study, a measure's context, verdicts, the ledger, the look of figures."""

@@ -94,8 +94,8 @@ class Artefact:
 
     ``function`` is ``module:function``: for a figure ``f(tables, style, **spec) -> (Figure, DataFrame drawn)``, for a
     table ``f(tables, **spec) -> DataFrame``. ``inputs`` maps the label of each table to the run or measure, or the
-    several of them, whose tables are concatenated under it; it is kept as tuples. ``caption`` is its text in the report, filled
-    in from the folder's ``captions.yaml``.
+    several of them, whose tables are concatenated under it; it is kept as tuples. ``caption`` is its text in the
+    report, filled in from the folder's ``captions.yaml``.
     """
 
     id: str

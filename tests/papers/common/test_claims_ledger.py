@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from curvspace.errors import UserError
+from papers import registry
 from papers.cli import claims as command
+from papers.common import claims as binding
 from papers.common import ledger
 from papers.common.outcomes import UNTESTED, VERDICTS
 from papers.common.study import Artefact, Measure, Run, Study
-from workflow import claims as binding
 
 ENTRY = {
     "id": "Z1",
@@ -30,6 +31,7 @@ ENTRY = {
     "figure": "Z-F1",
 }
 CONFIG = {
+    "scale": "smoke",
     "results": "results/smoke",
     "datasets": {"small": {"source": "mnist", "train": 1000}, "digits": {"source": "digits"}},
     "models": {"fc": {"kind": "fc"}},
@@ -146,7 +148,22 @@ def test_broken_yaml_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err.count("\n") == 1
 
 
-SHIPPED = ledger.parse(binding.load())
+def test_a_claim_in_two_files_is_refused(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one.yaml", "two.yaml")]
+    for file in files:
+        file.write_text(yaml.safe_dump([ENTRY]))
+    with pytest.raises(UserError, match=r"claim Z1 stands in two files, .*two\.yaml being the second"):
+        ledger.load(files)
+
+
+def test_a_bare_rule_is_looked_up_beside_the_claims_first() -> None:
+    (claim,) = ledger.parse([ENTRY | {"rule": "crossover"}], "papers.a.verdicts")
+    assert claim.rule == "papers.a.verdicts:crossover"
+    with pytest.raises(UserError, match="no verdict rule 'crossover'"):
+        ledger.parse([ENTRY | {"rule": "crossover"}], "papers.b.verdicts")
+
+
+SHIPPED = ledger.load(registry.claim_files().values())
 
 
 def test_shipped_claims_are_the_whole_list() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from curvspace.cli.common import json_object, load_function, provenance
+from curvspace.cli.common import json_object, load_function
 from curvspace.errors import UserError
 from papers.cli import figure, measure, table
 from papers.common import tables
 from papers.common.style import Style
-from workflow import verify
 
 HERE = "test_commands"
 
@@ -154,7 +152,7 @@ def test_a_module_that_fails_to_import_is_not_taken_for_an_absent_one(tmp_path, 
 
 
 def test_figures_and_tables_are_made_without_torch():
-    code = "import sys, curvspace.cli.{0}; sys.exit('torch' in sys.modules or 'seaborn' in sys.modules)"
+    code = "import sys, papers.cli.{0}; sys.exit('torch' in sys.modules or 'seaborn' in sys.modules)"
     for stage in ("figure", "table", "claims"):
         done = subprocess.run([sys.executable, "-c", code.format(stage)], check=False)
         assert done.returncode == 0, stage
@@ -164,55 +162,3 @@ def test_colours_are_distinct_however_many():
     for names in (range(4), range(25)):
         assert len(set(Style().colours(names).values())) == len(names)
     assert len(set(Style().sequence(12))) == 12
-
-
-@dataclass
-class Job:
-    name: str
-    record: str
-    spec: dict[str, Any]
-    code: str = "new"
-    stage: str = "train"
-
-    @property
-    def params(self) -> dict[str, str]:
-        return {"spec": json.dumps(self.spec), "code": self.code}
-
-
-def test_verify_tells_current_stale_and_missing_results(tmp_path):
-    def record(name: str, **values: Any) -> None:
-        (tmp_path / name).write_text(json.dumps({**provenance({"lr": 0.1, "task": {"epochs": 2}}, "new"), **values}))
-
-    record("good.json")
-    record("good2.json")
-    record("settings.json", job={"lr": 0.2, "task": {"epochs": 2}})
-    record("code.json", code="old")
-    record("torch.json", versions={"torch": "1.0"})
-    (tmp_path / "broken.json").write_text("{")
-    names = ("good", "good2", "settings", "code", "torch", "broken", "absent")
-    jobs = [Job(name, f"{name}.json", {"task": {"epochs": 2}, "lr": 0.1}) for name in names]
-    found = {name.split()[1]: (state, why) for state, name, why in verify.compare(iter(jobs), tmp_path)}
-    assert found["good"] == ("current", "")
-    assert found["settings"] == ("stale", "settings differ in lr")
-    assert found["code"] == ("stale", "the code has changed")
-    assert found["torch"][0] == "stale"
-    assert "torch 1.0" in found["torch"][1]
-    assert found["broken"][0] == "stale"
-    assert found["absent"] == ("missing", "absent.json is not there")
-
-
-def test_presets_are_laid_over_as_snakemake_does(tmp_path):
-    (tmp_path / "a.yaml").write_text("x: {y: 1, z: [1, 2]}\nw: 1\n")
-    (tmp_path / "b.yaml").write_text("x: {z: [3]}\n")
-    ours = verify.merged([tmp_path / "a.yaml", tmp_path / "b.yaml"])
-    assert ours == {"x": {"y": 1, "z": [3]}, "w": 1}
-    snakemake = pytest.importorskip("snakemake.utils")
-    theirs = {"x": {"y": 1, "z": [1, 2]}, "w": 1}
-    snakemake.update_config(theirs, {"x": {"z": [3]}})
-    assert ours == theirs
-
-
-def test_verify_outside_of_the_repository_says_so(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        verify.main(["--root", str(tmp_path), "--config", "{}"])
-    assert "is not the repository" in capsys.readouterr().err

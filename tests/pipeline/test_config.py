@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+import papers
+from papers.common import study
 from papers.common.study import StudyError
-from workflow import checks, study
+from workflow import checks, settings
 from workflow.specs import Plan, load
 
 ROOT = Path(__file__).parents[2]
@@ -19,25 +20,18 @@ MINI = ROOT / "tests" / "pipeline" / "mini"
 
 @pytest.fixture
 def text() -> str:
-    return (MINI / "config.yaml").read_text()
+    return "scale: default\n" + (MINI / "config.yaml").read_text()
 
 
 @pytest.fixture(autouse=True)
-def _mini(monkeypatch: pytest.MonkeyPatch) -> None:
+def _mini(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The tests' study beside the repository's own; its functions are not part of the library."""
-    import importlib.util
-
-    schema = copy.deepcopy(checks.schema())
-    schema["properties"]["studies"]["properties"]["mini"] = {"type": "object"}
-    monkeypatch.setattr(checks, "schema", lambda: schema)
-    specification = importlib.util.spec_from_file_location("workflow.studies.mini", MINI / "study.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, "workflow.studies.mini", module)
+    monkeypatch.setattr(papers, "__path__", [*papers.__path__, str(MINI.parent)])
+    checks.schema.cache_clear()
     monkeypatch.setattr(Plan, "artefact", lambda self, artefact: None)
     monkeypatch.setattr(Plan, "measure", lambda self, measure: None)
+    yield
+    checks.schema.cache_clear()
 
 
 def said(text: str) -> list[str]:
@@ -90,10 +84,8 @@ def test_several_wrong_values_are_a_line_each(text):
 
 @pytest.mark.parametrize("preset", [[], ["smoke"], ["paper"]])
 def test_presets_are_right(preset):
-    from workflow.verify import merged
-
     files = [ROOT / "config.yaml", *(ROOT / "workflow" / "presets" / f"{name}.yaml" for name in preset)]
-    plan = load(merged(files), ROOT)
+    plan = load(settings.whole(settings.files(files)), ROOT)
     assert plan.study.artefacts
 
 
@@ -113,7 +105,7 @@ def test_every_key_of_the_schema_is_described():
         for inner in (*part.get("allOf", []), *part.get("anyOf", []), *part.get("oneOf", [])):
             yield from undescribed(inner, path)
 
-    schema = yaml.safe_load(checks.SCHEMA.read_text())
+    schema = checks.schema()
     definitions = schema["$defs"]
     parts = {"": schema, **{f"$defs.{name}": part for name, part in definitions.items()}}
     assert [key for path, part in parts.items() for key in undescribed(part, path)] == []

@@ -247,8 +247,8 @@ def test_rank_falls() -> None:
 
 def test_per_step() -> None:
     table = pd.DataFrame({"seed": [0, 0, 1, 1], "step": [1, 10, 1, 10], "backward": [2, 20, 2, 20]})
-    assert claims_a.per_step({"t": table}, column="backward", at_least=10).verdict == FAILS
-    assert claims_a.per_step({"t": table}, column="backward", at_most=2).verdict == HOLDS
+    assert claims.per_step({"t": table}, column="backward", at_least=10).verdict == FAILS
+    assert claims.per_step({"t": table}, column="backward", at_most=2).verdict == HOLDS
 
 
 def test_rules_do_not_import_torch() -> None:
