@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from papers.b import verdicts as claims_b
+from papers.common import verdicts
 from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Untested
 
 
@@ -63,21 +64,21 @@ def test_break_point_of_an_exact_bend() -> None:
 def test_against_reference() -> None:
     table = pd.DataFrame({"labels": ["true", "even/odd", "other"], "outliers": [10, 2, 7], "paper": [10, 2, np.nan]})
     options = {"column": "outliers", "reference": "paper", "tolerance": 0.5, "by": ["labels"]}
-    assert claims_b.against_reference({"t": table}, **options).verdict == HOLDS
-    assert len(claims_b.against_reference({"t": table}, **options).cases) == 2
-    assert claims_b.against_reference({"t": table.assign(outliers=[9, 2, 7])}, **options).verdict == FAILS
+    assert verdicts.against_reference({"t": table}, **options).verdict == HOLDS
+    assert len(verdicts.against_reference({"t": table}, **options).cases) == 2
+    assert verdicts.against_reference({"t": table.assign(outliers=[9, 2, 7])}, **options).verdict == FAILS
     seeds = pd.DataFrame({"labels": "true", "outliers": [9, 10, 11], "paper": 10})
-    assert claims_b.against_reference({"t": seeds}, **options).verdict == INCONCLUSIVE
+    assert verdicts.against_reference({"t": seeds}, **options).verdict == INCONCLUSIVE
 
 
 def test_against_several_references() -> None:
     table = pd.DataFrame({"network": ["a", "b"], "train": [14.0, 7.0], "val": [20.0, 16.0]})
     table = table.assign(paper_train=[14.1, 7.6], paper_val=[19.9, np.nan])
     options = {"column": ["train", "val"], "reference": ["paper_train", "paper_val"], "by": ["network"]}
-    outcome = claims_b.against_reference({"t": table}, tolerance=1.5, **options)
+    outcome = verdicts.against_reference({"t": table}, tolerance=1.5, **options)
     assert [case.name for case in outcome.cases] == ["a train", "b train", "a val"]
     assert outcome.verdict == HOLDS
-    assert claims_b.against_reference({"t": table}, tolerance=0.2, **options).verdict == FAILS
+    assert verdicts.against_reference({"t": table}, tolerance=0.2, **options).verdict == FAILS
 
 
 def edge(dip: float, seeds: int = 4, noise: float = 0.001) -> pd.DataFrame:

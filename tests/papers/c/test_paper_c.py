@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from torch import nn
 
+from papers import registry
 from papers.c import figures, study
 from papers.c import measures as paper_c
 from papers.c import tables as tables_c
@@ -140,8 +140,9 @@ def test_figures_draw_what_they_return(name, small, tmp_path):
 
 
 def config() -> dict:
-    with open("config.yaml") as file:
-        return yaml.safe_load(file)
+    """What the study reads at the default scale."""
+    shared, own = (registry.settings(name, "default") for name in ("common", "c"))
+    return {section: {**shared.get(section, {}), **own.get(section, {})} for section in {*shared, *own}}
 
 
 def test_study_leaves_out_what_is_not_configured_and_says_so(capsys):
