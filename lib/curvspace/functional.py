@@ -10,16 +10,18 @@ Everything in the library that moves in parameter space goes through these few f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """What a model is called with: a tensor (``model(x)``), a tuple (``model(*x)``) or a mapping (``model(**x)``)."""
+
+Batched = Collection[int | str] | None
+"""Which inputs have the batch as their first dimension, by position or name; ``None``: those of that length."""
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -28,11 +30,16 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     Raises
     ------
     ValueError
-        If there are none.
+        If there are none, or one is complex.
     """
     found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True; nothing to differentiate")
+    for name, p in found.items():
+        if p.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is complex; keep its real and imaginary parts in a real one (torch.view_as_real)"
+            )
     return found
 
 
@@ -76,22 +83,84 @@ def assign_parameters(model: nn.Module, vector: Tensor) -> None:
         p.copy_(value)
 
 
-def call(model: nn.Module, inputs: Inputs) -> Tensor:
-    """``model(x)``, ``model(*x)`` or ``model(**x)`` for a tensor, a sequence or a mapping."""
-    if isinstance(inputs, Tensor):
-        return model(inputs)
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside ``torch.compile`` and data-parallel wrappers: the same parameters, same order."""
+    while True:
+        if type(model).__name__ == "OptimizedModule" and isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """``model(x)``, ``model(*x)`` or ``model(**x)`` for a tensor (or an object of another kind), a tuple, a mapping."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs)
+    if isinstance(inputs, list | tuple):
+        return model(*inputs)
+    return model(inputs)
 
 
-def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+@contextmanager
+def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the named parameters and buffers of the model are these tensors, under all of their names.
+
+    What ``torch.func.functional_call`` does, but the loss may read the model's parameters too, and a module that
+    has two names keeps its own ``nn.Parameter`` objects (there they come back as plain tensors).
+
+    Raises
+    ------
+    ValueError
+        If a name is not one of the model's.
+    """
+    present = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    unknown = [name for name in tensors if name not in present]
+    if unknown:
+        raise ValueError(f"{type(model).__name__} has no parameter or buffer named {unknown[0]!r}")
+    replacements = {id(present[name]): tensor for name, tensor in tensors.items()}
+    swapped: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in model.modules():
+            for store in (module._parameters, module._buffers):
+                for name, value in store.items():
+                    if value is not None and id(value) in replacements:
+                        swapped.append((store, name, value))
+                        store[name] = replacements[id(value)]  # type: ignore[assignment]
+        yield
+    finally:
+        for store, name, value in swapped:
+            store[name] = value
+
+
+def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
     """Call the model with the named parameters and buffers replaced by ``tensors``."""
-    if isinstance(inputs, Tensor):
-        return functional_call(model, dict(tensors), (inputs,))
-    if isinstance(inputs, Mapping):
-        return functional_call(model, dict(tensors), (), dict(inputs))
-    return functional_call(model, dict(tensors), tuple(inputs))
+    with substituted(model, tensors):
+        return call(model, inputs)
+
+
+@contextmanager
+def preserved_attributes(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward pass inside sets on the modules (caches, counters, buffers anew) is undone on exit."""
+    saved = [
+        (module, dict(module.__dict__), dict(module._parameters), dict(module._buffers), dict(module._modules))
+        for module in model.modules()
+    ]
+    for module, attributes, *_ in saved:
+        for name, value in attributes.items():  # plain tensors could be changed in place
+            if type(value) is Tensor and not value.requires_grad and value.nbytes <= 2**20:
+                module.__dict__[name] = value.clone()
+    try:
+        yield
+    finally:
+        for module, attributes, *stores in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+            for store, entries in zip(own, stores, strict=True):
+                store.clear()
+                store.update(entries)
 
 
 def pull_back(
@@ -115,35 +184,99 @@ def pull_back(
     return torch.autograd.grad(inner, inputs, **options)
 
 
-def batch_size(inputs: Inputs) -> int:
-    """Number of examples: the first dimension of the first tensor among the inputs."""
-    if isinstance(inputs, Tensor):
-        return inputs.shape[0]
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    for value in values:
-        if isinstance(value, Tensor):
-            return value.shape[0]
-    raise ValueError("a batch's inputs hold no tensor, so its number of examples is unknown")
+def map_tensors(f: Callable[[Tensor], Any], value: Any) -> Any:
+    """``f`` of each tensor of a value that may nest tuples, lists and mappings; other things as they are."""
+    if isinstance(value, Tensor):
+        return f(value)
+    if isinstance(value, Mapping):
+        return {k: map_tensors(f, v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(map_tensors(f, v) for v in value)
+    return value
 
 
-def select(inputs: Inputs, index: Tensor | slice) -> Inputs:
-    """The examples ``index`` of a batch's inputs, whatever their form."""
-    if isinstance(inputs, Tensor):
-        return inputs[index]
-    if isinstance(inputs, Mapping):
-        return {k: v[index] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    return tuple(v[index] if isinstance(v, Tensor) else v for v in inputs)
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a value that may nest tuples, lists and mappings, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return found
+
+
+def batch_size(value: Any) -> int:
+    """Number of examples: the first dimension of the first tensor that has one, among inputs or targets.
+
+    Raises
+    ------
+    ValueError
+        If there is no such tensor.
+    """
+    for tensor in tensors_in(value):
+        if tensor.ndim:
+            return tensor.shape[0]
+    raise ValueError("a batch holds no tensor with a first dimension, so its number of examples is unknown")
+
+
+def batch_flags(value: Any, size: int, batched: Batched = None) -> tuple[bool, ...]:
+    """Which tensors of inputs (or targets) have ``size`` examples along their first dimension, in order.
+
+    Those in the entries that ``batched`` names by position or key; without it, those whose first dimension is ``size``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such entry, or it is not ``size`` long.
+    """
+    if batched is None:
+        return tuple(t.ndim > 0 and t.shape[0] == size for t in tensors_in(value))
+    entries = dict(value) if isinstance(value, Mapping) else dict(enumerate(value if _is_sequence(value) else [value]))
+    unknown = [key for key in batched if key not in entries]
+    if unknown:
+        raise ValueError(f"batched names {unknown[0]!r}, but the inputs are {list(entries)}")
+    flags: list[bool] = []
+    for key, entry in entries.items():
+        for t in tensors_in(entry):
+            if key in batched and (t.ndim == 0 or t.shape[0] != size):
+                raise ValueError(f"batched names {key!r} of shape {tuple(t.shape)}, but there are {size} targets")
+            flags.append(key in batched)
+    return tuple(flags)
+
+
+def take(value: Any, index: Tensor | slice, flags: Sequence[bool]) -> Any:
+    """The examples ``index`` of inputs or targets: tensors with a flag are cut, the others (masks, scalars) stay."""
+    remaining = iter(flags)
+
+    def one(t: Tensor) -> Tensor:
+        if not next(remaining):
+            return t
+        return t[index.to(t.device) if isinstance(index, Tensor) else index]
+
+    return map_tensors(one, value)
+
+
+def select(value: Any, index: Tensor | slice, *, size: int | None = None, batched: Batched = None) -> Any:
+    """The examples ``index`` of inputs (or targets) of ``size`` examples, by default that of the first tensor."""
+    return take(value, index, batch_flags(value, batch_size(value) if size is None else size, batched))
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """Whatever forward passes inside do to the buffers (running statistics), they leave as they were."""
-    saved = [(b, b.detach().clone()) for b in model.buffers()]
+    saved = [
+        (module._buffers, name, b, b.detach().clone())
+        for module in model.modules()
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in saved:
+            for store, name, buffer, value in saved:
+                store[name] = buffer
                 buffer.copy_(value)
 
 

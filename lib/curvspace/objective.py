@@ -1,25 +1,30 @@
 r"""A model, a loss and weighted batches as one function of the parameters.
 
-.. math:: L(\theta) = \sum_b \frac{n_b}{N}\, L_b(\theta), \qquad N = \sum_b n_b,
+.. math:: L(\theta) = \sum_b w_b L_b(\theta), \qquad w_b = W_b / \sum_{b'} W_{b'},
 
-with L_b the mean loss over the n_b examples of batch b.
+with L_b the mean loss of batch b and W_b its weight: its number of examples, or, for the losses known by name, what
+their mean divides by (labels that count, class weights, entries). Then L is the loss of all examples at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from curvspace.batches import as_pairs, layout
 from curvspace.curvature.frozen import FrozenModel, State
 from curvspace.curvature.linearisation import Batch, Point
 from curvspace.curvature.operators import Engine, GaussNewtonOperator, HessianOperator
-from curvspace.curvature.split import cache_friendly_size, split, within_memory
-from curvspace.functional import Inputs, batch_size, flatten
+from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, independent, within_memory
+from curvspace.functional import Batched, flatten, replayed_randomness
 from curvspace.losses import Loss, get_loss
+from curvspace.outputs import output_tensors
 
 SPLIT_ABOVE = 256
 """Batches up to this size are never cut for the processor's caches: finding the best size would not pay."""
@@ -33,10 +38,13 @@ class Objective:
     model
         Any ``nn.Module``; its trainable parameters are the P coordinates, in ``named_parameters()`` order.
     batches
-        Pairs (inputs, targets). Inputs: a tensor (``model(x)``), a tuple (``model(*x)``), a mapping (``model(**x)``).
+        Pairs (inputs, targets), or one such pair. Inputs: a tensor (``model(x)``), a tuple (``model(*x)``), a mapping
+        (``model(**x)``). A mapping with an entry ``labels`` is such a pair too.
     loss
-        ``"cross_entropy"``, ``"mse"`` (half the squared distance), or a callable(outputs, targets) -> mean over
-        the examples.
+        ``"cross_entropy"``, ``"mse"`` (half the squared distance), another name of :data:`curvspace.losses.KNOWN`, one
+        of torch's losses, or a callable(outputs, targets) -> mean over the examples. Outputs that are mappings, tuples
+        or objects go to a callable as they are, to the others by their ``logits``. A callable may read the model's
+        parameters (a penalty).
     engine, memory_budget
         ``"linearize"`` keeps each batch's gradient graph, ``"recompute"`` rebuilds it for each product,
         ``"auto"`` keeps as many as ``memory_budget`` bytes allow (default: a share of the free memory).
@@ -49,17 +57,22 @@ class Objective:
         Evaluate in this floating type, for example ``torch.float64``.
     microbatch
         Evaluate at most this many examples at a time; ``None``: batches as they are; ``"auto"``: on a CPU, as many
-        as suit its caches. Only where examples do not interact (no batch statistics).
+        as suit its caches, where that does not change the function.
+    batched
+        Which inputs have the examples along their first dimension, by position or key; ``()``: none. By default those
+        as long as the targets.
+    parameters
+        Names or patterns (``"head.*"``) of the parameters that are the P coordinates; ``None``: all trainable ones.
     group
-        A ``torch.distributed`` process group whose ranks each hold a shard of the batches; ``"auto"``: the default
-        group where one is initialised; ``None``: this process alone.
+        A ``torch.distributed`` process group whose ranks each hold a shard of the batches; ``None``: this process
+        alone.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[tuple[Inputs, Tensor]],
-        loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        batches: Iterable[Any],
+        loss: str | Loss | Callable[[Any, Any], Tensor] = "cross_entropy",
         *,
         engine: Engine = "auto",
         state: State = None,
@@ -67,30 +80,35 @@ class Objective:
         dtype: torch.dtype | None = None,
         microbatch: int | Literal["auto"] | None = "auto",
         memory_budget: int | None = None,
-        group: Any = "auto",
+        batched: Batched = None,
+        parameters: str | Sequence[str] | None = None,
+        group: Any = None,
     ):
         self.model = model
-        self.function = FrozenModel(model, state, dropout_seed, dtype)
+        self.function = FrozenModel(model, state, dropout_seed, dtype, parameters)
         self.loss_function = get_loss(loss)
         self.engine: Engine = engine
         self.memory_budget = memory_budget
-        self.group = _default_group() if group == "auto" else group
+        self.group = group
         self._microbatch = microbatch
         if isinstance(microbatch, int) and self.function.examples_interact:
             raise ValueError("microbatch would change batch statistics or dropout masks; pass smaller batches instead")
-        pairs = [_checked(i, *pair) for i, pair in enumerate(batches)]
-        if not pairs:
-            raise ValueError("an objective needs at least one batch, got none")
-        local = sum(batch_size(x) for x, _ in pairs)
-        self.num_examples = int(self._summed(torch.tensor(local, device=self.function.device)))
-        self._given = [
-            Batch(x, y, batch_size(x) / self.num_examples, i, batch_size(x)) for i, (x, y) in enumerate(pairs)
-        ]
+        given = []
+        for i, (x, y) in enumerate(as_pairs(batches)):
+            size, flags = layout(i, x, y, batched)
+            given.append(Batch(x, y, self.loss_function.weight(y), i, size, flags))
+        self.num_examples = int(self._summed(self._scalar(sum(b.size for b in given))))
+        total = 1.0
+        if self.loss_function.reduction == "mean":
+            total = float(self._summed(self._scalar(sum(b.weight for b in given))))
+            if total == 0:
+                raise ValueError(f"{self.loss_function.name}: no target counts, all are ignored or have weight 0")
+        self._given = [replace(b, weight=b.weight / total) for b in given if b.weight]
 
     @property
     def num_parameters(self) -> int:
         """P."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return self.function.size
 
     @property
     def policy(self) -> dict[str, str]:
@@ -99,26 +117,43 @@ class Objective:
 
     @cached_property
     def batches(self) -> list[Batch]:
-        """What is evaluated at a time, with weights that sum to 1."""
-        if isinstance(self._microbatch, int):
-            return split(self._given, self._microbatch)
-        largest = max(self._given, key=lambda b: b.size)
-        alone = self.function.examples_interact or self.function.device.type != "cpu" or largest.size <= SPLIT_ABOVE
-        if self._microbatch is None or alone:
-            return self._given
-        return split(self._given, cache_friendly_size(self._point(), largest))
+        """What is evaluated at a time, with weights that sum to 1.
 
+        Raises
+        ------
+        ValueError
+            If a ``microbatch`` is asked for that would change the function.
+        """
+        if isinstance(self._microbatch, int):
+            parts = cut(self._point(), self._given, self._microbatch)
+            if parts is None:
+                raise ValueError(
+                    f"microbatch={self._microbatch} would change the function: the model or the loss does not treat "
+                    "examples one by one (compared on whole and parts); pass microbatch=None"
+                )
+            return parts
+        largest = max((b.size for b in self._given), default=0)
+        if self._microbatch is None or self.function.device.type != "cpu" or largest <= SPLIT_ABOVE:
+            return self._given
+        point = self._point()
+        batch = next(b for b in self._given if b.size == largest)
+        if self.function.examples_interact or not independent(self.function, batch.inputs, largest, batch.flags):
+            return self._given
+        return cut(point, self._given, cache_friendly_size(point, batch)) or self._given
+
+    @torch.inference_mode(False)
     def loss(self) -> float:
         """The mean loss L at the model's present parameters."""
         point = self._point()
 
         def total(batches: list[Batch]) -> Tensor:
             with torch.no_grad():
-                parts = [b.weight * point.loss_of(point.outputs(b), b).double() for b in batches]
-            return torch.stack(parts).sum()
+                parts = [b.weight * point.value(b).double() for b in batches]
+            return torch.stack(parts).sum() if parts else self._scalar(0)
 
         return float(self._summed(self._within_memory(total)))
 
+    @torch.inference_mode(False)
     def gradient(self) -> Tensor:
         """The gradient of L at the model's present parameters, (P,)."""
         point = self._point()
@@ -127,28 +162,49 @@ class Objective:
             result = torch.zeros(self.num_parameters, dtype=self.function.dtype, device=self.function.device)
             for b in batches:
                 with torch.enable_grad():
-                    value = b.weight * point.finite_loss_of(point.outputs(b), b)
-                result += flatten(torch.autograd.grad(value, point.parameters, materialize_grads=True))
+                    value = b.weight * point.finite(point.value(b), b)
+                    found = point.gradient(value)
+                result += flatten(
+                    torch.zeros_like(p) if g is None else g.detach()
+                    for g, p in zip(found, point.parameters, strict=True)
+                )
             return result
 
         return self._summed(self._within_memory(total))
 
     def hessian(self) -> HessianOperator:
-        """The Hessian of L at the present parameters (copies: later changes of the model do not matter)."""
+        """The Hessian of L, a copy at the time of the call: later changes of the model need ``H.refresh()``.
+
+        A loss that reads the parameters itself (a penalty) has its share in it.
+        """
         self._require_deterministic()
         return HessianOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
 
     def gauss_newton(self) -> GaussNewtonOperator:
-        """The generalised Gauss-Newton matrix of L at the present parameters (copies, as for the Hessian)."""
+        """The generalised Gauss-Newton matrix of L, a copy at the time of the call, as for the Hessian.
+
+        Of a loss that reads the parameters itself it has the Hessian with respect to them, too. Zero by definition for
+        a loss that is linear in the outputs (``nll_loss``), which a warning says.
+        """
         self._require_deterministic()
+        if self.loss_function.linear:
+            warnings.warn(
+                f"{self.loss_function.name} is linear in the outputs: its Gauss-Newton matrix is 0 by definition; "
+                'for the usual one leave the log-softmax out of the model and take "cross_entropy"',
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return GaussNewtonOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
 
     def _point(self) -> Point:
         return Point.here(self.function, self.loss_function)
 
+    def _scalar(self, value: float) -> Tensor:
+        dtype = torch.float32 if self.function.device.type == "mps" else torch.float64
+        return torch.tensor(value, dtype=dtype, device=self.function.device)
+
     def _within_memory(self, compute: Callable[[list[Batch]], Tensor]) -> Tensor:
-        divisible = not self.function.examples_interact
-        result, self.batches = within_memory(compute, self.batches, divisible=divisible)
+        result, self.batches = within_memory(compute, self.batches, self._point)
         return result
 
     def _summed(self, value: Tensor) -> Tensor:
@@ -156,31 +212,30 @@ class Objective:
             torch.distributed.all_reduce(value, group=self.group)
         return value
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _require_deterministic(self) -> None:
-        """Evaluate a few examples twice: a product with a kept graph would hide that the model draws at random."""
-        few = split(self._given[:1], 4)[0]
+        """Evaluate a few examples twice: a product with a kept graph would hide that the model draws at random.
+
+        All of a batch where the model does not treat examples one by one.
+        """
+        if not self._given:
+            return
+        batch = self._given[0]
+        if batch.size > SAMPLE and independent(self.function, batch.inputs, batch.size, batch.flags):
+            batch = batch.examples(slice(0, SAMPLE // 2))
         point = self._point()
-        first, second = point.outputs(few), point.outputs(few)
-        tolerance = 1e3 * torch.finfo(first.dtype).eps * first.abs().max()
-        if (first - second).abs().max() > tolerance:
-            raise RuntimeError(
-                f"{type(self.model).__name__} is not deterministic: two evaluations of the same "
-                f"{few.size} examples of batch 0 differ by {float((first - second).abs().max()):.1e}"
-            )
+        first, second = (self._drawn_anew(i, point, batch) for i in range(2))
+        for a, b in zip(first, second, strict=True):
+            if not a.is_floating_point():
+                continue
+            difference = float((a - b).abs().max())
+            if difference > 1e3 * torch.finfo(a.dtype).eps * float(a.abs().max()):
+                raise RuntimeError(
+                    f"{type(self.function.model).__name__} is not deterministic: two evaluations of the same "
+                    f"{batch.size} examples of batch 0 differ by {difference:.1e}"
+                )
 
-
-def _default_group() -> Any:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return distributed.group.WORLD
-    return None
-
-
-def _checked(index: int, inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
-    n = batch_size(inputs)
-    if n == 0:
-        raise ValueError(f"batch {index} is empty")
-    if targets.shape[0] != n:
-        raise ValueError(f"batch {index} has {n} inputs but {targets.shape[0]} targets")
-    return inputs, targets
+    def _drawn_anew(self, seed: int, point: Point, batch: Batch) -> list[Tensor]:
+        with replayed_randomness(self.function.device, seed):  # an evaluation alone leaves the generators as they were
+            return output_tensors(point.outputs(batch))

@@ -1,51 +1,161 @@
-"""Derivatives of the losses in the outputs, against autograd."""
+"""The losses' closed forms: value, gradient and Hessian product against torch's function and autograd of it."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from curvspace.losses import CrossEntropy, Loss, SquaredError, get_loss
+from curvspace import Objective
+from curvspace.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError, SquaredError, get_loss
+from curvspace.outputs import logits, pack
+
+W = torch.tensor([0.1, 2.0, 5.0], dtype=torch.float64)
+
+
+def _labels(*shape: int, ignore: int | None = None, dtype: torch.dtype = torch.int64) -> Tensor:
+    y = torch.randint(3, shape, generator=torch.Generator().manual_seed(2))
+    if ignore is not None:
+        y.reshape(-1)[::3] = ignore
+    return y.to(dtype)
+
+
+def _soft(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).double().softmax(1)
+
+
+def _half_squared_distance(z: Tensor, y: Tensor) -> Tensor:
+    return 0.5 * (z - y).square().sum() / len(z)
+
+
+cross_entropy, bce = F.cross_entropy, F.binary_cross_entropy_with_logits
+REALS = torch.randn(5, 3, generator=torch.Generator().manual_seed(4)).double()
+CASES = {  # ours, torch's own, targets
+    "index": ("cross_entropy", cross_entropy, _labels(5)),
+    "positions": ("cross_entropy", cross_entropy, _labels(5, 2, 4)),
+    "uint8": ("cross_entropy", lambda z, y: cross_entropy(z, y.long()), _labels(5, dtype=torch.uint8)),
+    "int32": ("cross_entropy", lambda z, y: cross_entropy(z, y.long()), _labels(5, 2, dtype=torch.int32)),
+    "soft": ("cross_entropy", cross_entropy, _soft(5, 3)),
+    "soft positions": ("cross_entropy", cross_entropy, _soft(5, 3, 2)),
+    "ignored": ("cross_entropy", cross_entropy, _labels(5, 2, ignore=-100)),
+    "ignored uint8": (
+        CrossEntropy(ignore_index=255),
+        lambda z, y: cross_entropy(z, y.long(), ignore_index=255),
+        _labels(5, 2, ignore=255, dtype=torch.uint8),
+    ),
+}
+for _name, _targets in {"index": _labels(5), "ignored": _labels(5, 2, ignore=-100), "soft": _soft(5, 3, 2)}.items():
+    for _options in (
+        {"weight": W},
+        {"label_smoothing": 0.2},
+        {"weight": W, "label_smoothing": 0.2},
+        {"reduction": "sum"},
+    ):
+        _module = nn.CrossEntropyLoss(**_options)
+        CASES[f"{_name} {' '.join(_options)}"] = (_module, _module.forward, _targets)
+_BCE = nn.BCEWithLogitsLoss(weight=W, pos_weight=W.flip(0))
+CASES |= {
+    "nll": ("nll_loss", F.nll_loss, _labels(5)),
+    "nll ignored weight": (nn.NLLLoss(W), functools.partial(F.nll_loss, weight=W), _labels(5, 2, ignore=-100)),
+    "bce": ("binary_cross_entropy_with_logits", bce, REALS.sigmoid()),
+    "bce weights": (_BCE, _BCE.forward, REALS.sigmoid()),
+    "bce sum": (BinaryCrossEntropy(reduction="sum"), functools.partial(bce, reduction="sum"), REALS.sigmoid()),
+    "mse": ("mse", _half_squared_distance, REALS),
+    "mse_loss": ("mse_loss", F.mse_loss, REALS),
+    "mse module": (nn.MSELoss(), F.mse_loss, REALS),
+    "callable": (lambda z, y: (z.square().sum(1) ** 1.5).mean(), lambda z, y: (z.square().sum(1) ** 1.5).mean(), REALS),
+    "linear": (lambda z, y: z.sum(1).mean(), lambda z, y: z.sum(1).mean(), REALS),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "targets"), CASES.values(), ids=CASES.keys())
+def test_value_gradient_and_hessian_product(ours, theirs, targets):
+    loss = get_loss(ours)
+    shape = targets.shape if targets.is_floating_point() else (5, 3, *targets.shape[1:])
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    u = torch.randn(shape, generator=generator, dtype=torch.float64)
+    value = theirs(z, targets)
+    (gradient,) = torch.autograd.grad(value, z, create_graph=True)
+    product = torch.zeros_like(u)
+    if gradient.requires_grad:
+        (product,) = torch.autograd.grad(gradient, z, u, materialize_grads=True)
+    torch.testing.assert_close(loss(z, targets), value, rtol=0, atol=1e-10)
+    torch.testing.assert_close(loss.gradient(z.detach(), targets), gradient.detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(loss.hessian_product(z.detach(), targets, u), product, rtol=0, atol=1e-10)
+    if loss.closed_form:  # parts are put together by their weights
+        parts = [(loss(z[p], targets[p]), loss.weight(targets[p])) for p in (slice(0, 2), slice(2, 5))]
+        total = sum(w for _, w in parts) if loss.reduction == "mean" else 1.0
+        torch.testing.assert_close(sum(v * w for v, w in parts if w) / total, value, rtol=0, atol=1e-10)
+
+
+def test_one_example_without_a_batch_dimension():
+    z, y = torch.randn(3).double(), torch.tensor(1)
+    expected = torch.autograd.functional.hessian(lambda z: F.cross_entropy(z, y), z)
+    found = torch.stack([CrossEntropy().hessian_product(z, y, u) for u in torch.eye(3).double()])
+    torch.testing.assert_close(found, expected)
+
+
+def test_normalisations_of_the_squared_error():
+    z, y = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.zeros(2, 2)
+    assert float(SquaredError()(z, y)) == 0.5 * 5 / 2
+    assert float(MeanSquaredError()(z, y)) == 5 / 4
+
+
+def test_names_callables_and_what_is_recognised():
+    assert isinstance(get_loss("cross_entropy"), CrossEntropy)
+    assert isinstance(get_loss("mse"), SquaredError)
+    loss = CrossEntropy()
+    assert get_loss(loss) is loss
+    smooth = get_loss(functools.partial(F.cross_entropy, label_smoothing=0.1))
+    assert isinstance(smooth, CrossEntropy)
+    assert smooth.label_smoothing == 0.1
+    assert type(get_loss(F.l1_loss)) is Loss
+    assert type(get_loss(functools.partial(F.cross_entropy, size_average=False))) is Loss
+
+    class Focal(nn.CrossEntropyLoss):
+        def forward(self, z, y):
+            return super().forward(z, y) ** 2
+
+    assert type(get_loss(Focal())) is Loss
 
 
 @pytest.mark.parametrize(
-    ("loss", "shape"),
+    ("make", "message"),
     [
-        (CrossEntropy(), (5, 3)),
-        (CrossEntropy(), (5, 3, 2)),
-        (CrossEntropy(label_smoothing=0.1), (5, 3)),
-        (SquaredError(), (5, 3)),
-        (SquaredError(), (5, 3, 2)),
-        (Loss(lambda z, y: (z.square().sum(1) ** 1.5).mean()), (5, 3)),
-        (Loss(lambda z, y: z.sum(1).mean()), (5, 3)),
+        (lambda: get_loss("hinge"), "unknown loss 'hinge'"),
+        (lambda: get_loss(3), "a loss is a name or a callable"),
+        (lambda: CrossEntropy(1.5), r"label_smoothing must be in \[0, 1\), got 1.5"),
+        (lambda: get_loss(nn.CrossEntropyLoss(reduction="none")), 'reduction must be "mean" or "sum"'),
+        (lambda: get_loss("mse")(torch.zeros(3, 1), torch.zeros(3)), r"mse needs targets of shape \(3, 1\)"),
+        (lambda: logits((torch.zeros(1), torch.zeros(1))), "outputs are a tuple without one tensor or .logits"),
     ],
 )
-def test_gradient_and_hessian_product(loss, shape):
-    torch.manual_seed(0)
-    z = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    u = torch.randn(shape, dtype=torch.float64)
-    y = torch.randn(shape).double() if isinstance(loss, SquaredError) else torch.randint(3, (5, *shape[2:]))
-    (gradient,) = torch.autograd.grad(loss(z, y), z, create_graph=True)
-    torch.testing.assert_close(loss.gradient(z.detach(), y), gradient.detach())
-    product = torch.zeros_like(u)
-    if gradient.requires_grad:
-        (product,) = torch.autograd.grad(gradient, z, u)
-    torch.testing.assert_close(loss.hessian_product(z.detach(), y, u), product)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
-def test_normalisation_of_the_squared_error():
-    z, y = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.zeros(2, 2)
-    assert float(SquaredError()(z, y)) == 0.5 * 5 / 2
+def test_nll_says_that_gauss_newton_is_zero_by_definition():
+    model = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1)).double()
+    x, y = torch.randn(6, 4).double(), _labels(6)
+    with pytest.warns(RuntimeWarning, match="its Gauss-Newton matrix is 0 by definition"):
+        G = Objective(model, (x, y), nn.NLLLoss()).gauss_newton()
+    assert not (G @ torch.ones(15).double()).any()
+    H = Objective(model, (x, y), "nll_loss").hessian()
+    expected = Objective(model[0], (x, y)).hessian()
+    v = torch.randn(15).double()
+    torch.testing.assert_close(H @ v, expected @ v, rtol=0, atol=1e-14)
 
 
-def test_names_and_callables():
-    assert get_loss("cross_entropy").name == "cross_entropy"
-    assert get_loss("mse").name == "mse"
-    assert get_loss(F.mse_loss).name == "mse_loss"
-    loss = CrossEntropy()
-    assert get_loss(loss) is loss
-    with pytest.raises(ValueError, match="unknown loss 'hinge'"):
-        get_loss("hinge")
-    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\)"):
-        CrossEntropy(1.5)
+def test_outputs_of_several_tensors_are_packed_and_unpacked():
+    outputs = {"a": torch.randn(2, 3), "b": [torch.randn(2), torch.tensor([1, 2])]}
+    z, unpack = pack(outputs)
+    assert z.shape == (8,)
+    again = unpack(2 * z)
+    assert torch.equal(again["a"], 2 * outputs["a"])
+    assert torch.equal(again["b"][0], 2 * outputs["b"][0])
+    assert again["b"][1] is outputs["b"][1]

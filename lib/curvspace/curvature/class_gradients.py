@@ -8,16 +8,18 @@ and all rows together cost about one backward pass over the batch, not C.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from curvspace.curvature.frozen import FrozenModel, State
-from curvspace.functional import Inputs, batch_size, call, flatten, select, trainable_parameters
+from curvspace.curvature.split import independent
+from curvspace.functional import Batched, Inputs, batch_flags, batch_size, call, flatten, take, trainable_parameters
 from curvspace.losses import Loss, get_loss
+from curvspace.outputs import joined, logits
 
 Method = Literal["auto", "split", "vjp"]
 
@@ -42,34 +44,46 @@ class ClassPass:
     probabilities: Tensor
 
 
+def splits_exactly(model: nn.Module, x: Inputs, y: Tensor, *, batched: Batched = None, state: State = None) -> bool:
+    """Whether the model treats the examples one by one, so that a batch may be split by class, or a part of it taken.
+
+    Tried once for a model and its modes, on a few examples; see :func:`~curvspace.curvature.split.independent`.
+    """
+    n = y.shape[0]
+    return n == 1 or independent(FrozenModel(model, state), x, n, batch_flags(x, n, batched))
+
+
 def split_pass(
     model: nn.Module,
     x: Inputs,
     y: Tensor,
     num_classes: int,
-    loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    loss: str | Loss | Callable[[Any, Any], Tensor] = "cross_entropy",
+    *,
+    batched: Batched = None,
 ) -> ClassPass:
     """Loss, gradient and class gradients by one forward and two backward passes over the batch, class by class.
 
-    The model is called in its present mode. Exact only where examples do not interact (no batch statistics).
+    The model is called in its present mode. Exact only where :func:`splits_exactly` says so. The loss is taken of all
+    outputs together, so it may be any.
     """
     loss = get_loss(loss)
     parameters = list(trainable_parameters(model).values())
-    counts = _class_counts(x, y, num_classes)
+    flags, counts = _layout(x, y, num_classes, batched)
     c = parameters[0].new_zeros(num_classes, sum(p.numel() for p in parameters))
-    own = parameters[0].new_zeros(len(y))
-    parts = []
-    for k, members, xk in _by_class(x, y, counts):
+    outputs, order = [], []
+    for k, members, xk in _by_class(x, y, counts, flags):
         with torch.enable_grad():
-            z = _checked_outputs(call(model, xk), num_classes)
-            logit = z[:, k].mean()
-            parts.append(loss(z, y[members]) * (len(members) / len(y)))
-        c[k] = flatten(torch.autograd.grad(logit, parameters, retain_graph=True, materialize_grads=True))
-        own[members] = z.detach().softmax(1)[:, k].to(own.dtype)
+            raw = call(model, xk)
+            logit = _checked_outputs(raw, num_classes)[:, k].mean()
+        c[k] = _gradient(logit, parameters, retain_graph=True)
+        outputs.append(raw)
+        order.append(members)
     with torch.enable_grad():
-        value = torch.stack(parts).sum()
-    gradient = flatten(torch.autograd.grad(value, parameters, materialize_grads=True))
-    return ClassPass(value.detach(), gradient, c, counts, own)
+        raw = joined(outputs, torch.argsort(torch.cat(order)))
+        value = loss(raw, y)
+    gradient = _gradient(value, parameters)
+    return ClassPass(value.detach(), gradient, c, counts, _own_probabilities(logits(raw), y))
 
 
 def vjp_pass(
@@ -77,23 +91,23 @@ def vjp_pass(
     x: Inputs,
     y: Tensor,
     num_classes: int,
-    loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    loss: str | Loss | Callable[[Any, Any], Tensor] = "cross_entropy",
 ) -> ClassPass:
     """The same by one forward pass and one backward pass per class present: exact with batch statistics too."""
     loss = get_loss(loss)
     parameters = list(trainable_parameters(model).values())
-    counts = _class_counts(x, y, num_classes)
+    counts = _class_counts(y, num_classes)
     with torch.enable_grad():
-        z = _checked_outputs(call(model, x), num_classes)
-        value = loss(z, y)
-    gradient = flatten(torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True))
+        raw = call(model, x)
+        z = _checked_outputs(raw, num_classes, len(y))
+        value = loss(raw, y)
+    gradient = _gradient(value, parameters, retain_graph=True)
     c = gradient.new_zeros(num_classes, gradient.numel())
-    for k, members, _ in _by_class(x, y, counts):
+    for k, members in _members(y, counts):
         with torch.enable_grad():
             logit = z[members, k].mean()
-        c[k] = flatten(torch.autograd.grad(logit, parameters, retain_graph=True, materialize_grads=True))
-    own = z.detach().softmax(1).gather(1, y[:, None])[:, 0]
-    return ClassPass(value.detach(), gradient, c, counts, own)
+        c[k] = _gradient(logit, parameters, retain_graph=True)
+    return ClassPass(value.detach(), gradient, c, counts, _own_probabilities(z, y))
 
 
 def class_gradients(
@@ -105,6 +119,7 @@ def class_gradients(
     *,
     state: State = None,
     dtype: torch.dtype | None = None,
+    batched: Batched = None,
 ) -> tuple[Tensor, Tensor]:
     """Class gradients (C, P), with zero rows for absent classes, and the counts (C,).
 
@@ -115,27 +130,33 @@ def class_gradients(
         ``"vjp"``: one vector-Jacobian product per class through the shared graph. ``"auto"``: split where exact.
     state
         Batch normalisation by ``"batch"`` or ``"running"`` statistics (None: the module's mode).
+    batched
+        Which inputs have the examples along their first dimension, as for an objective.
 
     Raises
     ------
     ValueError
-        If targets are not class indices below C, or ``"split"`` is asked for with batch statistics.
+        If targets are not class indices below C, or ``"split"`` is asked for where examples interact.
     """
     function = FrozenModel(model, state, None, dtype)
     if method not in ("auto", "split", "vjp"):
         raise ValueError(f'method must be "auto", "split" or "vjp", got {method!r}')
     if method == "split" and function.uses_batch_statistics:
         raise ValueError('method="split" is not exact with batch statistics; use method="vjp" or state="running"')
-    theta, constants = function.parameters(), function.constants()
-    x, y = function.cast(x), y.to(function.device)
-    counts = _class_counts(x, y, num_classes)
-    c = torch.zeros(num_classes, sum(p.numel() for p in theta), dtype=function.dtype, device=function.device)
-    shared = function.uses_batch_statistics or method == "vjp"
-    with torch.enable_grad(), function.policy_in_force():
-        z = _checked_outputs(function.evaluate(theta, constants, x), num_classes) if shared else None
-        for k, members, xk in _by_class(x, y, counts):
-            zk = _checked_outputs(function.evaluate(theta, constants, xk), num_classes) if z is None else z[members]
-            c[k] = flatten(torch.autograd.grad(zk[:, k].mean(), theta, retain_graph=shared, materialize_grads=True))
+    with torch.inference_mode(False):
+        x, y = function.cast(x), function.cast(y)
+        flags, counts = _layout(x, y, num_classes, batched)
+        apart = method != "vjp" and (len(y) == 1 or independent(function, x, len(y), flags))
+        if method == "split" and not apart:
+            raise ValueError('method="split" is not exact: the model does not treat examples one by one; use "vjp"')
+        theta, constants = function.parameters(), function.constants()
+        c = torch.zeros(num_classes, function.size, dtype=function.dtype, device=function.device)
+        with torch.enable_grad(), function.policy_in_force():
+            z = None if apart else _checked_outputs(function.evaluate(theta, constants, x), num_classes, len(y))
+            for k, members, xk in _by_class(x, y, counts, flags if apart else [False] * len(flags)):
+                zk = z[members] if z is not None else function.evaluate(theta, constants, xk)
+                zk = _checked_outputs(zk, num_classes)
+                c[k] = _flat(function.gradient(zk[:, k].mean(), theta), theta)
     return c, counts
 
 
@@ -150,7 +171,14 @@ def class_curvatures(c: Tensor, probabilities: Tensor, y: Tensor) -> Tensor:
 
 
 def cross_class_gradients(
-    model: nn.Module, x: Inputs, y: Tensor, num_classes: int, *, state: State = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    x: Inputs,
+    y: Tensor,
+    num_classes: int,
+    *,
+    state: State = None,
+    dtype: torch.dtype | None = None,
+    batched: Batched = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The mean gradient of every logit over every class.
 
@@ -159,44 +187,72 @@ def cross_class_gradients(
     Shape (C, C, P), first the examples' class j, then the logit k; the counts are (C,). Costs about C passes.
     """
     function = FrozenModel(model, state, None, dtype)
-    theta, constants = function.parameters(), function.constants()
-    x, y = function.cast(x), y.to(function.device)
-    counts = _class_counts(x, y, num_classes)
-    size = sum(p.numel() for p in theta)
-    c = torch.zeros(num_classes, num_classes, size, dtype=function.dtype, device=function.device)
-    with torch.enable_grad():
-        z = _checked_outputs(function(theta, constants, x), num_classes) if function.uses_batch_statistics else None
-        for j, members, xj in _by_class(x, y, counts):
-            zj = function(theta, constants, xj) if z is None else z[members]
-            for k, mean in enumerate(_checked_outputs(zj, num_classes).mean(0)):
-                c[j, k] = flatten(torch.autograd.grad(mean, theta, retain_graph=True, materialize_grads=True))
+    with torch.inference_mode(False):
+        x, y = function.cast(x), function.cast(y)
+        flags, counts = _layout(x, y, num_classes, batched)
+        apart = len(y) == 1 or independent(function, x, len(y), flags)
+        theta, constants = function.parameters(), function.constants()
+        shape = (num_classes, num_classes, function.size)
+        c = torch.zeros(shape, dtype=function.dtype, device=function.device)
+        with torch.enable_grad(), function.policy_in_force():
+            z = None if apart else _checked_outputs(function.evaluate(theta, constants, x), num_classes, len(y))
+            for j, members, xj in _by_class(x, y, counts, flags if apart else [False] * len(flags)):
+                zj = z[members] if z is not None else function.evaluate(theta, constants, xj)
+                for k, mean in enumerate(_checked_outputs(zj, num_classes).mean(0)):
+                    c[j, k] = _flat(function.gradient(mean, theta), theta)
     return c, counts
 
 
-def _class_counts(x: Inputs, y: Tensor, num_classes: int) -> Tensor:
+def _gradient(value: Tensor, parameters: list[Tensor], retain_graph: bool = False) -> Tensor:
+    return flatten(torch.autograd.grad(value, parameters, retain_graph=retain_graph, materialize_grads=True))
+
+
+def _flat(gradient: list[Tensor | None], like: tuple[Tensor, ...]) -> Tensor:
+    return flatten(torch.zeros_like(p) if g is None else g for g, p in zip(gradient, like, strict=True))
+
+
+def _own_probabilities(z: Tensor, y: Tensor) -> Tensor:
+    return z.detach().softmax(1).gather(1, y.long()[:, None])[:, 0]
+
+
+def _layout(x: Inputs, y: Tensor, num_classes: int, batched: Batched) -> tuple[tuple[bool, ...], Tensor]:
+    """Which inputs are cut with the batch, and the counts of the classes."""
+    counts = _class_counts(y, num_classes)
+    flags = batch_flags(x, len(y), batched)
+    if batched is None and not any(flags):
+        raise ValueError(f"a batch of {batch_size(x)} inputs has {len(y)} targets")
+    return flags, counts
+
+
+def _class_counts(y: Tensor, num_classes: int) -> Tensor:
     if y.ndim != 1 or y.is_floating_point():
         raise ValueError(f"class gradients need integer targets of shape (N,), got {y.dtype} {tuple(y.shape)}")
-    if len(y) != batch_size(x) or len(y) == 0:
-        raise ValueError(f"a batch of {batch_size(x)} inputs has {len(y)} targets")
+    if len(y) == 0:
+        raise ValueError("a batch of class gradients is empty")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= num_classes:
         raise ValueError(f"targets must be in 0..{num_classes - 1}, got {low}..{high}")
-    return torch.bincount(y, minlength=num_classes)
+    return torch.bincount(y.long(), minlength=num_classes)
 
 
-def _by_class(x: Inputs, y: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor, Inputs]]:
+def _members(y: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each class present, with the positions of its examples."""
+    parts = torch.argsort(y, stable=True).split(counts.tolist())
+    yield from ((k, part) for k, part in enumerate(parts) if len(part))
+
+
+def _by_class(x: Inputs, y: Tensor, counts: Tensor, flags: Sequence[bool]) -> Iterator[tuple[int, Tensor, Inputs]]:
     """Each class present, with the positions of its examples and their inputs (sorted once, then views)."""
-    order = torch.argsort(y, stable=True)
-    ordered = select(x, order)
+    ordered = take(x, torch.argsort(y, stable=True), flags)
     start = 0
-    for k, count in enumerate(counts.tolist()):
-        if count:
-            part = slice(start, start + count)
-            yield k, order[part], select(ordered, part)
-        start += count
+    for k, members in _members(y, counts):
+        part = slice(start, start + len(members))
+        yield k, members, take(ordered, part, flags)
+        start += len(members)
 
 
-def _checked_outputs(z: Tensor, num_classes: int) -> Tensor:
-    if z.ndim != 2 or z.shape[1] != num_classes:
+def _checked_outputs(outputs: Any, num_classes: int, size: int | None = None) -> Tensor:
+    z = logits(outputs, "class gradients need one tensor (N, C)")
+    if z.ndim != 2 or z.shape[1] != num_classes or (size is not None and z.shape[0] != size):
         raise ValueError(f"the model's outputs have shape {tuple(z.shape)}; class gradients need (N, {num_classes})")
     return z

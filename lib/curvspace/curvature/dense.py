@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from curvspace.curvature.eigensolver import SymmetricOperator
-from curvspace.curvature.linearisation import JacobianLinearisation
+from curvspace.curvature.linearisation import GaussNewtonLinearisation, OutputCurvature
 from curvspace.curvature.operators import GaussNewtonOperator
 from curvspace.functional import flatten
 
@@ -55,36 +55,45 @@ def gram_eigh(G: GaussNewtonOperator, tol: float = 1e-10) -> tuple[Tensor, Tenso
     Raises
     ------
     ValueError
-        If the loss is not convex in the outputs, so that G has no real factor.
+        If the loss is not convex in the outputs, so that G has no real factor, or is no sum over the examples.
     """
-    point = G.point
-    columns = []
-    for batch in G.batches:
-        jacobian = JacobianLinearisation(point.parameters, lambda b=batch: point.outputs(b))  # type: ignore[misc]
-        z = jacobian.z.detach()
-        for u in _square_root_columns(point.loss, z, point.function.cast(batch.targets)):
-            columns.append(flatten(jacobian.backward(u)) * batch.weight**0.5)
-    factor = torch.stack(columns, dim=1)
     if G.group is not None:
         raise ValueError("gram_eigh works within one process: collect the batches first")
+    columns = []
+    for batch in G.batches:
+        linearisation = GaussNewtonLinearisation(G.point, batch)
+        for u in _square_root_columns(linearisation.curvature):
+            columns.append(flatten(linearisation.jacobian.backward(u)) * batch.weight**0.5)
+    factor = torch.stack(columns, dim=1)
     values, small = torch.linalg.eigh(factor.T.double() @ factor.double())
     keep = values > tol * values[-1].clamp_min(0)
     values, small = values[keep].flip(0), small[:, keep].flip(1)
     return values.to(G.dtype), (factor.double() @ small / values.sqrt()).to(G.dtype)
 
 
-def _square_root_columns(loss: object, z: Tensor, targets: Tensor) -> list[Tensor]:
+def _square_root_columns(curvature: OutputCurvature) -> list[Tensor]:
     """Columns s of a factor of the loss's Hessian in the outputs, each of z's shape, one per example and direction.
 
-    The loss is a mean of terms of one example each, so a unit vector in the same output of every example probes
-    all examples' (C, C) blocks at once.
+    The loss is a sum of terms of one example each, so a unit vector in the same output of every example probes
+    all examples' (C, C) blocks at once. A random vector shows whether it is.
     """
+    z = curvature.z.detach()
+    if curvature.read or z.ndim < 2:
+        raise ValueError(
+            "gram_eigh needs outputs (N, ...) in one tensor and a loss of nothing but them and the targets"
+        )
     n, c = z.shape[0], z[0].numel()
     blocks = torch.empty(n, c, c, dtype=z.dtype, device=z.device)
     for j in range(c):
         unit = torch.zeros(n, c, dtype=z.dtype, device=z.device)
         unit[:, j] = 1
-        blocks[:, :, j] = loss.hessian_product(z, targets, unit.view_as(z)).reshape(n, c)  # type: ignore[attr-defined]
+        blocks[:, :, j] = curvature.product(unit.view_as(z), [])[0].reshape(n, c)
+    probe = torch.randn(n, c, generator=torch.Generator().manual_seed(0)).to(z)
+    product, of_blocks = curvature.product(probe.view_as(z), [])[0].reshape(n, c), (blocks @ probe[:, :, None])[:, :, 0]
+    if (product - of_blocks).norm() > 1e3 * torch.finfo(z.dtype).eps * product.norm():
+        raise ValueError(
+            "the loss is no sum over the examples: its Gauss-Newton matrix has no Gram matrix of this form"
+        )
     values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
     if values.min() < -1e-6 * values.abs().max():
         raise ValueError("the loss is not convex in the outputs: its Gauss-Newton matrix has no Gram matrix")

@@ -2,12 +2,16 @@ r"""A module as a deterministic pure function :math:`z = \phi(\theta, x)` under 
 
 Curvature is a property of a function. A module becomes one when it is said how its batch normalisation behaves
 (``state``), when dropout is off or replays fixed draws, and when running statistics are read but never written.
+An evaluation changes nothing of the module: parameters, buffers, attributes, modes, generators.
 """
 
 from __future__ import annotations
 
+import copy
+import fnmatch
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -15,7 +19,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
-from curvspace.functional import Inputs, call_with, replayed_randomness, trainable_parameters
+from curvspace.functional import (
+    Inputs,
+    call,
+    map_tensors,
+    preserved_attributes,
+    replayed_randomness,
+    substituted,
+    tensors_in,
+    trainable_parameters,
+    unwrapped,
+)
 
 State = Literal["batch", "running"] | None
 
@@ -26,30 +40,39 @@ class FrozenModel:
     Parameters
     ----------
     model
-        Any ``nn.Module``. Parameters with ``requires_grad=False`` and buffers are constants.
+        Any ``nn.Module``. Parameters with ``requires_grad=False`` and buffers are constants. Of a compiled or
+        data-parallel one the module inside is taken.
     state
         How normalisation layers with running statistics behave: ``"batch"`` uses the statistics of the batch,
         ``"running"`` the stored ones, ``None`` whatever the module's present mode says. Never written.
     dropout_seed
         ``None`` turns dropout off. An integer leaves it on with the same masks for every evaluation of a batch.
     dtype
-        Evaluate in this floating type instead of the parameters' own.
+        Evaluate in this floating type instead of the parameters' own (the widest of them).
+    parameters
+        Names or patterns (``"head.*"``) of the parameters that are coordinates, the others being constants;
+        ``None``: all that are trainable.
     """
 
     def __init__(
-        self, model: nn.Module, state: State = None, dropout_seed: int | None = None, dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        state: State = None,
+        dropout_seed: int | None = None,
+        dtype: torch.dtype | None = None,
+        parameters: str | Sequence[str] | None = None,
     ):
         if state not in ("batch", "running", None):
             raise ValueError(f'state must be "batch", "running" or None (the module\'s present mode), got {state!r}')
-        parameters = trainable_parameters(model)
-        first = next(iter(parameters.values()))
-        self.model = model
-        self.names = list(parameters)
-        self.dtype = dtype or first.dtype
-        self.device = first.device
+        self.model = model = unwrapped(model)
+        found = trainable_parameters(model)
+        self.names = _chosen(list(found), parameters)
+        self.dtype = dtype or _widest(found.values())
+        self.device = _only_device(found)
         self.dropout_seed = dropout_seed
         self._modes = [(m, self._training_flag(m, state, dropout_seed is not None)) for m in model.modules()]
         self.uses_batch_statistics = any(_normalises_by_batch(m, mode) for m, mode in self._modes)
+        self._writes_inputs: bool | None = None
 
     @staticmethod
     def _training_flag(module: nn.Module, state: State, dropout: bool) -> bool:
@@ -65,8 +88,19 @@ class FrozenModel:
 
     @property
     def examples_interact(self) -> bool:
-        """Whether an example's output depends on which others are in its batch (batch statistics, shared draws)."""
+        """Whether it is known that outputs depend on which examples share a batch (batch statistics, shared draws)."""
         return self.uses_batch_statistics or self.dropout_seed is not None
+
+    @property
+    def size(self) -> int:
+        """P, the number of coordinates."""
+        found = trainable_parameters(self.model)
+        return sum(found[name].numel() for name in self.names)
+
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """The training flags under the policy, module by module."""
+        return tuple(mode for _, mode in self._modes)
 
     @property
     def policy(self) -> dict[str, str]:
@@ -76,60 +110,154 @@ class FrozenModel:
             "dropout": "off" if self.dropout_seed is None else f"seed {self.dropout_seed}",
         }
 
+    def in_dtype(self, dtype: torch.dtype) -> FrozenModel:
+        """The same function in another floating type."""
+        other = copy.copy(self)
+        other.dtype = dtype
+        return other
+
+    def originals(self) -> tuple[Tensor, ...]:
+        """The model's own trainable parameters, which no evaluation may depend on."""
+        return tuple(trainable_parameters(self.model).values())
+
     def parameters(self) -> tuple[Tensor, ...]:
-        """Copies of the trainable parameters as fresh leaves that require gradients."""
+        """Copies of the chosen parameters as fresh leaves that require gradients."""
         found = trainable_parameters(self.model)
-        return tuple(p.detach().to(self.dtype, copy=True).requires_grad_() for p in found.values())
+        with torch.inference_mode(False):
+            return tuple(
+                found[name].detach().to(self.device, self.dtype, copy=True).requires_grad_() for name in self.names
+            )
 
     def constants(self) -> dict[str, Tensor]:
-        """Copies of everything else that the model holds: buffers and frozen parameters."""
-        frozen = {n: p.detach() for n, p in self.model.named_parameters() if not p.requires_grad}
-        return {n: self.cast(t).clone() for n, t in {**frozen, **dict(self.model.named_buffers())}.items()}
+        """Copies of everything else that the model holds: buffers and the other parameters."""
+        chosen = set(self.names)
+        others = {n: p.detach() for n, p in self.model.named_parameters() if n not in chosen}
+        with torch.inference_mode(False):
+            return {n: self.cast(t).clone() for n, t in {**others, **dict(self.model.named_buffers())}.items()}
 
     def cast(self, value: Any) -> Any:
         """Tensors (also inside tuples and mappings) on the model's device, floating ones in its type."""
-        if isinstance(value, Tensor):
-            return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
-        if isinstance(value, Mapping):
-            return {k: self.cast(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return tuple(self.cast(v) for v in value)
-        return value
+
+        def move(t: Tensor) -> Tensor:
+            t = t.to(self.device, self.dtype if t.is_floating_point() else t.dtype)
+            return t.clone() if t.is_inference() else t
+
+        return map_tensors(move, value)
 
     def __call__(
         self, parameters: Sequence[Tensor], constants: Mapping[str, Tensor], inputs: Inputs, index: int = 0
-    ) -> Tensor:
+    ) -> Any:
         """The outputs at these parameters; ``index`` numbers the batch, so that each has its own dropout masks."""
         with self.policy_in_force():
             return self.evaluate(parameters, constants, inputs, index)
 
     def evaluate(
         self, parameters: Sequence[Tensor], constants: Mapping[str, Tensor], inputs: Inputs, index: int = 0
-    ) -> Tensor:
+    ) -> Any:
         """The same inside :meth:`policy_in_force`, for many small calls in a row."""
-        if self.uses_batch_statistics:  # the layers write their running statistics: into copies
-            constants = {n: t.clone() for n, t in constants.items()}
-        tensors = {**constants, **dict(zip(self.names, parameters, strict=True))}
-        seed = self.dropout_seed
-        draws = nullcontext() if seed is None else replayed_randomness(self.device, seed + index)
-        with draws:
-            return call_with(self.model, tensors, inputs)
+        with self.at(parameters, constants, index):
+            return self.outputs(inputs)
+
+    @contextmanager
+    def at(self, parameters: Sequence[Tensor], constants: Mapping[str, Tensor], index: int = 0) -> Iterator[None]:
+        """The model at these parameters, for whoever calls it or reads it inside; afterwards as it was."""
+        buffers = {name for name, _ in self.model.named_buffers()}  # layers may write them: into copies
+        own = {n: t.clone() if n in buffers else t for n, t in constants.items()}
+        tensors = {**own, **dict(zip(self.names, parameters, strict=True))}
+        with ExitStack() as stack:
+            if self.dropout_seed is not None:
+                stack.enter_context(replayed_randomness(self.device, self.dropout_seed + index))
+            stack.enter_context(preserved_attributes(self.model))
+            stack.enter_context(substituted(self.model, tensors))
+            yield
+
+    def outputs(self, inputs: Inputs) -> Any:
+        """The module's outputs inside :meth:`at`. A model that writes into its inputs gets copies of them."""
+        if self._writes_inputs is False:
+            return call(self.model, inputs)
+        inputs = map_tensors(Tensor.clone, inputs)
+        before = [t._version for t in tensors_in(inputs)]
+        outputs = call(self.model, inputs)
+        self._writes_inputs = before != [t._version for t in tensors_in(inputs)]
+        return outputs
+
+    def gradient(
+        self, value: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False
+    ) -> list[Tensor | None]:
+        """The derivative in each parameter of a scalar made from outputs; None where there is none. Keeps the graph.
+
+        Raises
+        ------
+        ValueError
+            If it depends on none of the parameters, or on the model's own ones, which the function cannot replace.
+        """
+        name, originals = type(self.model).__name__, self.originals()
+        if not value.requires_grad:
+            reason = "held outside of the modules, or cut off by detach or no_grad"
+            raise ValueError(f"what is computed from {name} depends on none of its trainable parameters ({reason}?)")
+        found = torch.autograd.grad(
+            value, [*parameters, *originals], create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+        own = [p for p, g in zip(originals, found[len(parameters) :], strict=True) if g is not None]
+        if own:
+            found_names = [n for n, p in self.model.named_parameters() if any(p is q for q in own)]
+            names = ", ".join(found_names[:4]) + ", …" * (len(found_names) > 4)
+            raise ValueError(
+                f"{name}, its loss or its inputs use {names} by references kept outside of the modules (a list, a "
+                "closure, inputs computed with them), where they cannot be replaced: read them as attributes of their "
+                "modules each time, or detach them"
+            )
+        return list(found[: len(parameters)])
 
     @contextmanager
     def policy_in_force(self) -> Iterator[None]:
-        """Train/eval flags by the policy, attention by kernels that have all derivatives; restored on exit."""
+        """Train/eval flags by the policy, attention by kernels that have all derivatives; restored on exit.
+
+        Checkpointing and compilation are off: both would come back to the module when it is itself again.
+        """
         changed = [(m, mode) for m, mode in self._modes if m.training != mode]
         fast_path = torch.backends.mha.get_fastpath_enabled()
-        try:
-            for module, mode in changed:
-                module.training = mode
-            torch.backends.mha.set_fastpath_enabled(False)
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            for module, mode in changed:
-                module.training = not mode
+        with ExitStack() as stack:
+            if self.dropout_seed is None:  # whatever the model draws, it leaves no trace
+                stack.enter_context(replayed_randomness(self.device))
+            stack.enter_context(_without_checkpointing())
+            stack.enter_context(_without_compilation())
+            try:
+                for module, mode in changed:
+                    module.training = mode
+                torch.backends.mha.set_fastpath_enabled(False)
+                with sdpa_kernel(SDPBackend.MATH):
+                    yield
+            finally:
+                torch.backends.mha.set_fastpath_enabled(fast_path)
+                for module, mode in changed:
+                    module.training = not mode
+
+
+def _chosen(names: list[str], patterns: str | Sequence[str] | None) -> list[str]:
+    if patterns is None:
+        return names
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"no trainable parameter is named {pattern!r}; there are {', '.join(names[:8])}, …")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _widest(parameters: Any) -> torch.dtype:
+    widest: torch.dtype | None = None
+    for p in parameters:
+        widest = p.dtype if widest is None else torch.promote_types(widest, p.dtype)
+    assert widest is not None
+    return widest
+
+
+def _only_device(parameters: Mapping[str, Tensor]) -> torch.device:
+    devices = {p.device: name for name, p in parameters.items()}
+    if len(devices) > 1:
+        where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise ValueError(f"the model's parameters lie on several devices ({where}); put them on one")
+    return next(iter(devices))
 
 
 def _normalises_by_batch(module: nn.Module, training: bool) -> bool:
@@ -137,3 +265,44 @@ def _normalises_by_batch(module: nn.Module, training: bool) -> bool:
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         return False
     return training or module.running_mean is None
+
+
+@contextmanager
+def _without_checkpointing() -> Iterator[None]:
+    """Activations are kept: recomputing them would call the module outside of the evaluation, as it is then."""
+    checkpoint = sys.modules.get("torch.utils.checkpoint")
+    generators = [name for name in vars(checkpoint or object) if name.startswith("_checkpoint_without_reentrant_gen")]
+    stand_ins: dict[str, Any] = dict.fromkeys(generators, _nothing_around)
+    if hasattr(checkpoint, "CheckpointFunction"):
+        stand_ins["CheckpointFunction"] = _PlainCall
+    saved = {name: getattr(checkpoint, name) for name in stand_ins}
+    try:
+        for name, value in stand_ins.items():
+            setattr(checkpoint, name, value)
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(checkpoint, name, value)
+
+
+def _nothing_around(*_: Any, **__: Any) -> Iterator[None]:
+    """What a checkpointed call does before and after it: nothing."""
+    yield
+
+
+class _PlainCall:
+    """Stands in for ``torch.utils.checkpoint.CheckpointFunction``."""
+
+    @staticmethod
+    def apply(function: Any, preserve: bool, *inputs: Any) -> Any:
+        return function(*inputs)
+
+
+@contextmanager
+def _without_compilation() -> Iterator[None]:
+    """Compiled parts run as written: what the compiler makes has no second derivatives."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

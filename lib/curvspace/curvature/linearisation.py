@@ -13,28 +13,45 @@ normalisation layers, and tracing a linearisation costs as much as several produ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvspace.curvature.convolution import FastConvolutions
 from curvspace.curvature.frozen import FrozenModel
-from curvspace.functional import Inputs, pull_back
+from curvspace.curvature.second_order import SecondOrderLayers
+from curvspace.functional import Inputs, pull_back, take, tensors_in
 from curvspace.losses import Loss
+from curvspace.outputs import pack
 
 Tensors = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples that are evaluated together, and their weight in the objective (their share of all examples)."""
+    """Examples that are evaluated together, and their weight in the objective (their share of all examples).
+
+    ``flags``: which tensors of inputs and targets have the examples along their first dimension, in order.
+    """
 
     inputs: Inputs
-    targets: Tensor
+    targets: Any
     weight: float
     index: int
     size: int
+    flags: tuple[bool, ...]
+
+    def examples(self, index: slice | Tensor) -> Batch:
+        """Some of the examples, with the weight and number of all."""
+        inputs, targets = take((self.inputs, self.targets), index, self.flags)
+        size = len(range(self.size)[index]) if isinstance(index, slice) else len(index)
+        return replace(self, inputs=inputs, targets=targets, size=size)
+
+    @property
+    def versions(self) -> list[int]:
+        """How often each of its tensors has been changed in place."""
+        return [0 if t.is_inference() else t._version for t in (*tensors_in(self.inputs), *tensors_in(self.targets))]
 
 
 @dataclass(frozen=True)
@@ -51,10 +68,25 @@ class Point:
         """The model's present parameters, as copies that require gradients."""
         return cls(function, loss, function.parameters(), function.constants())
 
-    def outputs(self, batch: Batch) -> Tensor:
-        return self.function(self.parameters, self.constants, self.function.cast(batch.inputs), batch.index)
+    def outputs(self, batch: Batch) -> Any:
+        """What the loss takes of the model's outputs."""
+        with self.function.policy_in_force(), self.function.at(self.parameters, self.constants, batch.index):
+            return self._outputs(batch)
 
-    def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+    def value(self, batch: Batch) -> Tensor:
+        """The batch's mean loss, of which the model's outputs and the loss's own use of the parameters are part."""
+        return self.evaluate(batch)[1]
+
+    def evaluate(self, batch: Batch, between: Callable[[Any], Any] = lambda outputs: outputs) -> tuple[Any, Tensor]:
+        """``between`` of the outputs, and the loss of that, both with the model at these parameters."""
+        with self.function.policy_in_force(), self.function.at(self.parameters, self.constants, batch.index):
+            outputs = between(self._outputs(batch))
+            return outputs, self.loss_of(outputs, batch)
+
+    def _outputs(self, batch: Batch) -> Any:
+        return self.loss.outputs(self.function.outputs(self.function.cast(batch.inputs)))
+
+    def loss_of(self, outputs: Any, batch: Batch) -> Tensor:
         """The batch's mean loss.
 
         Raises
@@ -64,18 +96,31 @@ class Point:
         """
         targets = self.function.cast(batch.targets)
         try:
-            return self.loss(outputs, targets)
+            value = self.loss(outputs, targets)
         except torch.OutOfMemoryError:
             raise
         except (IndexError, RuntimeError, ValueError) as error:
-            shapes = f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)} of {targets.dtype}"
+            shapes = f"outputs {_described(outputs)}, targets {_described(targets)}"
             raise ValueError(f"batch {batch.index}: the loss {self.loss.name} failed on {shapes}: {error}") from error
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"the loss {self.loss.name} must be one number, a mean over the batch; got {shape}")
+        return value.reshape(())
 
-    def finite_loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
-        value = self.loss_of(outputs, batch)
+    def finite(self, value: Tensor, batch: Batch) -> Tensor:
         if not torch.isfinite(value):
             raise ValueError(f"batch {batch.index}: the loss is {value.item()} at these parameters")
         return value
+
+    def gradient(self, value: Tensor, *, create_graph: bool = False) -> list[Tensor | None]:
+        """See :meth:`~curvspace.curvature.frozen.FrozenModel.gradient`."""
+        return self.function.gradient(value, self.parameters, create_graph=create_graph)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} of {value.dtype}"
+    return type(value).__name__
 
 
 class Linearisation:
@@ -99,12 +144,11 @@ class HessianLinearisation(Linearisation):
     def __init__(self, point: Point, batch: Batch):
         self.theta = point.parameters
         with torch.enable_grad():
-            with FastConvolutions():
-                z = point.outputs(batch)
-            loss = batch.weight * point.finite_loss_of(z, batch)
-            gradient = torch.autograd.grad(loss, self.theta, create_graph=True, materialize_grads=True)
-        self.live = [i for i, g in enumerate(gradient) if g.requires_grad]  # others do not change with theta
-        self.gradient = [gradient[i] for i in self.live]
+            with SecondOrderLayers():
+                loss = batch.weight * point.finite(point.value(batch), batch)
+            gradient = point.gradient(loss, create_graph=True)
+        self.live = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]  # others are constant
+        self.gradient = [g for g in gradient if g is not None and g.requires_grad]
 
     def _multiply(self, vs: Tensors, batched: bool) -> Tensors:
         live = [vs[i] for i in self.live]
@@ -120,14 +164,15 @@ class HessianLinearisation(Linearisation):
 class JacobianLinearisation:
     """J v and Jᵀu of outputs z(theta). J v is the derivative of the linear map u -> Jᵀu, whose graph is kept."""
 
-    def __init__(self, theta: Tensors, outputs: Callable[[], Tensor]):
+    def __init__(self, function: FrozenModel, theta: Tensors, outputs: Callable[[], Tensor]):
         self.theta = theta
-        with torch.enable_grad(), FastConvolutions(linear=True):
+        with torch.enable_grad(), SecondOrderLayers(linear=True):
             self.z = outputs()
             self.u = torch.zeros_like(self.z, requires_grad=True)
-            vjp = pull_back([self.z], self.theta, [self.u], create_graph=True, materialize_grads=True)
-        self.live = [i for i, w in enumerate(vjp) if w.requires_grad]
-        self.vjp = [vjp[i] for i in self.live]
+            inner = self.z.reshape(-1) @ self.u.reshape(-1)
+            vjp = function.gradient(inner, theta, create_graph=True)
+        self.live = [i for i, w in enumerate(vjp) if w is not None and w.requires_grad]
+        self.vjp = [w for w in vjp if w is not None and w.requires_grad]
 
     def forward(self, v: Tensors, batched: bool = False) -> Tensor:
         """J v for v in the parameters' shapes (``batched``: m of them, stacked in front)."""
@@ -140,23 +185,71 @@ class JacobianLinearisation:
         return pull_back([self.z], self.theta, [u], batched=batched, retain_graph=True, materialize_grads=True)
 
 
+class OutputCurvature:
+    """The loss's Hessian in the outputs, and in the parameters as far as the loss reads them itself."""
+
+    def __init__(self, point: Point, batch: Batch, z: Tensor, loss: Tensor):
+        """From outputs z that are cut off from the model, and the loss of them."""
+        self.z, self.theta = z, point.parameters
+        self.read: list[int] = []
+        self.closed_form = point.loss.closed_form
+        if self.closed_form:
+            self.loss, self.targets = point.loss, point.function.cast(batch.targets)
+            self.z = z.detach()
+            return
+        with torch.enable_grad():
+            gradient = torch.autograd.grad(loss, [z, *self.theta], create_graph=True, allow_unused=True)
+        self.read = [i for i, g in enumerate(gradient[1:]) if g is not None]
+        self.gradient = [g for g in gradient if g is not None and g.requires_grad]
+        self.live = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]
+
+    def product(self, u: Tensor, v: Tensors) -> tuple[Tensor, list[Tensor]]:
+        """The product with (u, v), u in the outputs and v in the parameters; of those only ``read`` matter."""
+        if self.closed_form:
+            return self.loss.hessian_product(self.z, self.targets, u), []
+        if not self.live:
+            return torch.zeros_like(u), [torch.zeros_like(self.theta[i]) for i in self.read]
+        along = [(u, *v)[i] for i in self.live]
+        of = [self.z, *(self.theta[i] for i in self.read)]
+        found = pull_back(self.gradient, of, along, retain_graph=True, materialize_grads=True)
+        return found[0], list(found[1:])
+
+
 class GaussNewtonLinearisation(Linearisation):
-    """G v by J, the loss's Hessian in the outputs, and Jᵀ."""
+    r"""G v by J, the loss's Hessian in the outputs, and Jᵀ.
+
+    Where the loss reads the parameters itself (a penalty, a temperature), L(z(theta), theta) is linearised in z only:
+    G = [J; I]ᵀ ∇²L(z, theta) [J; I], which has the Hessian of a penalty in full.
+    """
 
     def __init__(self, point: Point, batch: Batch):
-        self.jacobian = JacobianLinearisation(point.parameters, lambda: point.outputs(batch))
-        self.outputs = self.jacobian.z.detach()
-        self.targets = point.function.cast(batch.targets)
         self.weight = batch.weight
-        self.loss = point.loss
-        point.finite_loss_of(self.outputs, batch)
+        kept: dict[str, Any] = {}
 
-    def _output_product(self, u: Tensor) -> Tensor:
-        return self.weight * self.loss.hessian_product(self.outputs, self.targets, u)
+        def outputs() -> Tensor:
+            def cut_off(raw: Any) -> Any:
+                kept["z"], unpack = pack(raw)
+                kept["leaf"] = kept["z"].detach().requires_grad_()
+                return unpack(kept["leaf"])
+
+            _, kept["loss"] = point.evaluate(batch, cut_off)
+            return kept["z"]
+
+        self.jacobian = JacobianLinearisation(point.function, point.parameters, outputs)
+        point.finite(kept["loss"], batch)
+        self.curvature = OutputCurvature(point, batch, kept["leaf"], kept["loss"])
 
     def product(self, v: Tensors) -> Tensors:
-        return self.jacobian.backward(self._output_product(self.jacobian.forward(v)))
+        hu, hv = self.curvature.product(self.jacobian.forward(v), v)
+        result = list(self.jacobian.backward(self.weight * hu))
+        for i, own in zip(self.curvature.read, hv, strict=True):
+            result[i] = result[i] + self.weight * own
+        return result
 
     def products(self, vs: Tensors) -> Tensors:
         ju = self.jacobian.forward(vs, batched=True)
-        return self.jacobian.backward(torch.stack([self._output_product(u) for u in ju]), batched=True)
+        pairs = [self.curvature.product(u, [v[i] for v in vs]) for i, u in enumerate(ju)]
+        result = list(self.jacobian.backward(torch.stack([self.weight * hu for hu, _ in pairs]), batched=True))
+        for n, i in enumerate(self.curvature.read):
+            result[i] = result[i] + self.weight * torch.stack([hv[n] for _, hv in pairs])
+        return result

@@ -16,11 +16,12 @@ class KeptBytes:
     def __init__(self) -> None:
         self._sizes: dict[int, int] = {}
 
-    def add(self, tensor: Tensor) -> Tensor:
+    def add(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """The tensor and how often it has been changed in place: the hooks switch autograd's own check off."""
         storage = tensor.untyped_storage()
         size = min(storage.nbytes(), tensor.nbytes)  # a batch is often a view of the whole data set
         self._sizes[storage.data_ptr()] = max(size, self._sizes.get(storage.data_ptr(), 0))
-        return tensor
+        return tensor, 0 if tensor.is_inference() else tensor._version
 
     def total(self, excluding: Iterable[Tensor] = ()) -> int:
         known = {t.untyped_storage().data_ptr() for t in excluding}
@@ -31,8 +32,18 @@ class KeptBytes:
 def kept_bytes() -> Iterator[KeptBytes]:
     """Count the storages of the tensors that autograd saves inside."""
     kept = KeptBytes()
-    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(kept.add, _unchanged):
         yield kept
+
+
+def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if not tensor.is_inference() and tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"a tensor of shape {tuple(tensor.shape)} is at version {tensor._version}, expected {version}"
+        )
+    return tensor
 
 
 def default_budget(device: torch.device) -> int:

@@ -47,6 +47,7 @@ class CurvatureOperator:
     ----------
     shape : (P, P)
     dtype, device : of the products
+    rounding : relative rounding of the type, eps; no product is known better than this times its largest terms
     products : how many matrix-vector products have been formed so far
     """
 
@@ -70,6 +71,7 @@ class CurvatureOperator:
         self.group = group
         self.dtype = point.function.dtype
         self.device = point.function.device
+        self.rounding = torch.finfo(self.dtype).eps
         self.products = 0
         size = sum(p.numel() for p in point.parameters)
         self.shape = (size, size)
@@ -77,19 +79,37 @@ class CurvatureOperator:
         self._budget = default_budget(self.device) if memory_budget is None else memory_budget
         self._bytes_per_example: float | None = None
         self._kept: dict[int, Linearisation] = {}
+        self._versions = [b.versions for b in self.batches]
 
+    @torch.inference_mode(False)
     def __matmul__(self, v: Tensor) -> Tensor:
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(f"{self.name} of shape {self.shape} cannot multiply a tensor of shape {tuple(v.shape)}")
+        self._require_unchanged()
         rows = v.detach().to(self.device, self.dtype).reshape(self.shape[1], -1).T.contiguous()
-        divisible = not self.point.function.examples_interact
+        given = self.batches
         result, self.batches = within_memory(
-            lambda batches: self._multiply(rows, batches), self.batches, self._release, divisible=divisible
+            lambda batches: self._multiply(rows, batches), given, lambda: self.point, self._release
         )
+        if self.batches is not given:
+            self._versions = [b.versions for b in self.batches]
         if self.group is not None:
             torch.distributed.all_reduce(result, group=self.group)
         self.products += len(rows)
         return result[0] if v.ndim == 1 else result.T
+
+    def refresh(self) -> None:
+        """Take the model's present parameters in place of those at the last refresh, or at the construction."""
+        self.point = Point.here(self.point.function, self.point.loss)
+        self._kept.clear()
+
+    def _require_unchanged(self) -> None:
+        for batch, versions in zip(self.batches, self._versions, strict=True):
+            if batch.versions != versions:
+                raise RuntimeError(
+                    f"batch {batch.index} has been modified by an inplace operation since this {self.name} was made: "
+                    "make a new one, or give it a copy"
+                )
 
     def _multiply(self, rows: Tensor, batches: list[Batch]) -> Tensor:
         result = torch.zeros_like(rows)

@@ -3,30 +3,32 @@ r"""Curvature restricted to a subspace, :math:`Q^\top G Q = (JQ)^\top \nabla_z^2
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from curvspace.curvature.frozen import FrozenModel, State
-from curvspace.curvature.linearisation import JacobianLinearisation
-from curvspace.functional import Inputs, unflatten
+from curvspace.curvature.linearisation import Batch, GaussNewtonLinearisation, JacobianLinearisation, Point
+from curvspace.functional import Inputs, batch_size, flatten, unflatten
 from curvspace.losses import Loss, get_loss
+from curvspace.outputs import logits
 
 
 def jacobian_products(model: nn.Module, x: Inputs, Q: Tensor, *, state: State = None) -> tuple[Tensor, Tensor]:
     """Outputs z (N, ...) and their derivatives J Q along the k columns of Q (P, k), stacked first: (k, N, ...)."""
     function = FrozenModel(model, state)
     theta, constants = function.parameters(), function.constants()
-    jacobian = JacobianLinearisation(theta, lambda: function(theta, constants, function.cast(x)))
-    columns = Q.detach().to(function.device, function.dtype).T.contiguous()
-    return jacobian.z.detach(), torch.stack([jacobian.forward(unflatten(q, theta)) for q in columns])
+    jacobian = JacobianLinearisation(function, theta, lambda: logits(function(theta, constants, function.cast(x))))
+    products = [jacobian.forward(unflatten(q, theta)) for q in _rows(function, Q)]
+    return jacobian.z.detach(), torch.stack(products)
 
 
 def projected_gauss_newton(
     model: nn.Module,
     x: Inputs,
-    y: Tensor,
-    loss: str | Loss | Callable[[Tensor, Tensor], Tensor],
+    y: Any,
+    loss: str | Loss | Callable[[Any, Any], Tensor],
     Q: Tensor,
     *,
     state: State = None,
@@ -35,9 +37,23 @@ def projected_gauss_newton(
 
     The model is evaluated in its present mode (``state=None``), without dropout, and its running statistics stay.
     """
-    loss = get_loss(loss)
-    z, jq = jacobian_products(model, x, Q, state=state)
-    y = y.to(z.device, z.dtype if y.is_floating_point() else y.dtype)
-    hjq = torch.stack([loss.hessian_product(z, y, u) for u in jq])
-    small = jq.flatten(1).double() @ hjq.flatten(1).double().T
+    point = Point.here(FrozenModel(model, state), get_loss(loss))
+    batch = Batch(x, y, 1.0, 0, batch_size(y), ())
+    linearisation = GaussNewtonLinearisation(point, batch)
+    columns = [unflatten(q, point.parameters) for q in _rows(point.function, Q)]
+    jq = [linearisation.jacobian.forward(q) for q in columns]
+    pairs = [linearisation.curvature.product(u, q) for u, q in zip(jq, columns, strict=True)]
+    small = _products(jq, [hu for hu, _ in pairs])
+    read = linearisation.curvature.read
+    if read:
+        small += _products([flatten(q[i] for i in read) for q in columns], [flatten(own) for _, own in pairs])
     return (small + small.T) / 2
+
+
+def _rows(function: FrozenModel, Q: Tensor) -> Tensor:
+    return Q.detach().to(function.device, function.dtype).T.contiguous()
+
+
+def _products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """All inner products, (k, k) in float64."""
+    return torch.stack(left).flatten(1).double() @ torch.stack(right).flatten(1).double().T

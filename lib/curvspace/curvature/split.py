@@ -1,53 +1,189 @@
-"""Batches cut into smaller ones: to fit the processor's caches, or a device's memory."""
+"""Batches cut into smaller ones: to fit the processor's caches, or a device's memory.
+
+Only where that does not change the function: the model treats examples one by one (tried on a few), and the loss is a
+weighted mean over them (known, or whole and parts compared).
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
 
+from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.linearisation import Batch, Point
 from curvspace.curvature.memory import is_out_of_memory, kept_bytes
-from curvspace.functional import select
+from curvspace.functional import Inputs, take, tensors_in
+from curvspace.losses import Loss
+from curvspace.outputs import output_tensors
 
 Result = TypeVar("Result")
 
 PILOT = 16
 """Examples that the pilot pass evaluates."""
 
+SAMPLE = 8
+"""Examples on which it is tried whether a model treats examples one by one."""
+
 CACHE_BYTES = 24 * 2**20
 """Activations of one forward pass that a processor works through without slowing down (measured, see benchmarks)."""
 
+_known_independent: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
 
-def split(batches: Sequence[Batch], size: int) -> list[Batch]:
-    """Batches of at most ``size`` examples; each part keeps its share of the batch's weight."""
+
+def split(batches: Sequence[Batch], size: int, loss: Loss) -> list[Batch]:
+    """Batches of at most ``size`` examples; each part has its share of the batch's weight, those without any go."""
     if size < 1:
         raise ValueError(f"microbatch must be at least 1, got {size}")
     parts = []
     for batch in batches:
+        if batch.size <= size:
+            parts.append(batch)
+            continue
+        whole = loss.weight(batch.targets)
         for start in range(0, batch.size, size):
-            part = slice(start, min(start + size, batch.size))
-            n = part.stop - start
-            parts.append(
-                replace(
-                    batch,
-                    inputs=select(batch.inputs, part),
-                    targets=batch.targets[part],
-                    weight=batch.weight * n / batch.size,
-                    size=n,
-                )
-            )
+            part = batch.examples(slice(start, min(start + size, batch.size)))
+            weight = loss.weight(part.targets)
+            if weight:
+                parts.append(replace(part, weight=batch.weight * (weight / whole)))
     return parts
+
+
+def cut(point: Point, batches: Sequence[Batch], size: int) -> list[Batch] | None:
+    """Batches of at most ``size`` examples that make the same function; None where cutting would change it."""
+    if point.function.examples_interact:
+        return None
+    parts: list[Batch] = []
+    for batch in batches:
+        if batch.size > size:
+            if not independent(point.function, batch.inputs, batch.size, batch.flags):
+                return None
+            pieces = split([batch], size, point.loss)
+            if not (point.loss.adds_up(batch.targets) or _adds_up(point, batch, pieces)):
+                return None
+            parts += pieces
+        else:
+            parts.append(batch)
+    return parts
+
+
+def independent(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[bool]) -> bool:
+    """Whether the model treats ``size`` examples one by one; ``flags`` as in :func:`~curvspace.functional.take`.
+
+    A few of them are evaluated together and in two parts, in float64 where the model can: outputs and a random
+    combination of their gradients must agree. The answer is kept for a model and its modes.
+    """
+    if function.uses_batch_statistics or size < 2:
+        return False
+    flags = tuple(flags[: len(tensors_in(inputs))])
+    key = (function.modes, tuple(function.names), flags)
+    known = _known_independent.setdefault(function.model, {})
+    if key not in known:
+        found = _tried(function, inputs, size, flags)
+        if found is None:  # not finite: nothing learnt
+            return False
+        known[key] = found
+    return known[key]
+
+
+def _tried(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[bool]) -> bool | None:
+    if not any(flags) or (function.device.type != "cpu" and _may_index_examples(inputs, flags)):
+        return False  # an index out of bounds would cost the whole device context
+    for n in dict.fromkeys((min(SAMPLE, size), 2)):
+        few = take(inputs, torch.linspace(0, size - 1, n).long(), flags)
+        for dtype in dict.fromkeys((torch.float64, function.dtype)):
+            if dtype == torch.float64 and function.device.type == "mps":
+                continue
+            try:
+                return _same_in_parts(function.in_dtype(dtype), few, n, flags)
+            except Exception as error:  # the model's own: it shows again where the whole is evaluated
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                    break
+        else:
+            return False
+    return False
+
+
+def _same_in_parts(function: FrozenModel, inputs: Inputs, n: int, flags: Sequence[bool]) -> bool | None:
+    theta, constants = function.parameters(), function.constants()
+    first = (n + 1) // 2
+
+    def evaluated(part: slice) -> tuple[Tensor, list[Tensor]]:
+        x = function.cast(take(inputs, part, flags))
+        outputs = [t for t in output_tensors(function.evaluate(theta, constants, x)) if t.is_floating_point()]
+        if any(t.ndim == 0 or t.shape[0] != part.stop - part.start for t in outputs):
+            raise ValueError("outputs without a batch dimension")
+        z = torch.cat([t.reshape(t.shape[0], -1) for t in outputs], dim=1)
+        u = torch.randn(n, z.shape[1], generator=torch.Generator().manual_seed(0)).to(z)[part]
+        gradient = function.gradient((z * u).sum(), theta)
+        return z.detach(), [torch.zeros_like(p) if g is None else g for g, p in zip(gradient, theta, strict=True)]
+
+    with torch.enable_grad(), function.policy_in_force():
+        whole, of_whole = evaluated(slice(0, n))
+        parts = [evaluated(slice(0, first)), evaluated(slice(first, n))]
+    if not whole.isfinite().all():
+        return None
+    tolerance = 1e3 * torch.finfo(function.dtype).eps
+    if not _close(whole, torch.cat([z for z, _ in parts]), tolerance):
+        return False
+    summed = [a + b for a, b in zip(parts[0][1], parts[1][1], strict=True)]
+    return all(_close(a, b, tolerance) for a, b in zip(of_whole, summed, strict=True))
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * a.abs().max()) if a.numel() else True
+
+
+def _may_index_examples(inputs: Inputs, flags: Sequence[bool]) -> bool:
+    """Whether integer inputs could be positions of examples: those of one dimension, or not cut with the batch."""
+    whole_numbers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return any(
+        t.dtype in whole_numbers and t.ndim > 0 and (t.ndim == 1 or not flag)
+        for t, flag in zip(tensors_in(inputs), flags, strict=True)
+    )
+
+
+@torch.no_grad()
+def _adds_up(point: Point, batch: Batch, parts: Sequence[Batch]) -> bool:
+    """Whether the loss of a batch is the weighted sum of its parts', in value and in gradient by the outputs."""
+    outputs = [point.outputs(part) for part in parts]
+    if not all(isinstance(z, Tensor) and z.ndim and len(z) == p.size for z, p in zip(outputs, parts, strict=True)):
+        return False
+    low = outputs[0].dtype in (torch.float16, torch.bfloat16)
+    exact = point.function.in_dtype(torch.float32) if low else point.function
+    there = replace(point, function=exact)
+    z = exact.cast(torch.cat(outputs))
+    pieces = z.split([p.size for p in parts])
+    try:
+        with exact.at(point.parameters, point.constants):
+            value, gradient = _loss_and_slope(there, z, batch)
+            of_parts = [_loss_and_slope(there, piece, p) for piece, p in zip(pieces, parts, strict=True)]
+    except (RuntimeError, IndexError, ValueError):  # for example weights of every example inside the loss
+        return False
+    shares = [p.weight / batch.weight for p in parts]
+    tolerance = 1e3 * torch.finfo(exact.dtype).eps
+    total = sum(share * v for share, (v, _) in zip(shares, of_parts, strict=True))
+    slopes = torch.cat([share * g for share, (_, g) in zip(shares, of_parts, strict=True)])
+    return bool((value - total).abs() <= tolerance * value.abs()) and _close(gradient, slopes, tolerance)
+
+
+def _loss_and_slope(point: Point, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        value = point.loss_of(leaf, batch)
+        return value.detach(), torch.autograd.grad(value, leaf, materialize_grads=True)[0]
 
 
 def cache_friendly_size(point: Point, batch: Batch) -> int:
     """How many examples to evaluate at a time on a CPU, a power of two, from the activations of a pilot pass."""
-    (pilot, *_) = split([batch], PILOT)
+    pilot = batch.examples(slice(0, min(PILOT, batch.size)))
     with torch.enable_grad(), kept_bytes() as kept:
-        point.loss_of(point.outputs(pilot), pilot)
+        point.value(pilot)
     per_example = max(1, kept.total(excluding=point.parameters) // pilot.size)
     return max(32, 1 << (CACHE_BYTES // per_example).bit_length() - 1)
 
@@ -55,13 +191,13 @@ def cache_friendly_size(point: Point, batch: Batch) -> int:
 def within_memory(
     compute: Callable[[list[Batch]], Result],
     batches: list[Batch],
+    point: Callable[[], Point],
     release: Callable[[], None] = lambda: None,
-    *,
-    divisible: bool = True,
 ) -> tuple[Result, list[Batch]]:
     """What ``compute`` makes of the batches, and the batches that fitted: halved whenever memory runs out.
 
-    ``release`` gives up whatever is held, before each new attempt. The first time, a warning says what happened.
+    ``release`` gives up whatever is held, before each new attempt. The first time, a warning says what happened. Where
+    cutting would change the function at ``point()``, memory's end stays an error.
     """
     first = True
     while True:
@@ -69,18 +205,32 @@ def within_memory(
             return compute(batches), batches
         except RuntimeError as error:
             largest = max(b.size for b in batches)
-            if not is_out_of_memory(error) or largest == 1 or not divisible:
+            if not is_out_of_memory(error) or largest == 1:
                 raise
-            message = str(error).splitlines()[0]
-        release()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        batches = split(batches, (largest + 1) // 2)
+            message, half = str(error).splitlines()[0], (largest + 1) // 2
+            release()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            smaller = _cut_within_memory(point(), batches, half)
+            if smaller is None:
+                raise
+            batches = smaller
         if first:
             warnings.warn(
-                f"out of memory with {largest} examples at a time ({message}); going on with {(largest + 1) // 2}, "
+                f"out of memory with {largest} examples at a time ({message}); going on with {half}, "
                 "or fewer if need be",
                 RuntimeWarning,
                 stacklevel=4,
             )
         first = False
+
+
+def _cut_within_memory(point: Point, batches: list[Batch], size: int) -> list[Batch] | None:
+    """As :func:`cut`, with parts small enough to compare the loss of whole and parts."""
+    while True:
+        try:
+            return cut(point, batches, size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+            size = (size + 1) // 2

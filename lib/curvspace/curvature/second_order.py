@@ -1,4 +1,4 @@
-r"""Convolutions whose second derivatives run on the same fast kernels as the first.
+r"""Layers whose second derivatives are right, and as fast as the first: convolutions, weight normalisation.
 
 A convolution :math:`x * w` is bilinear, so the derivatives of its backward pass are again convolutions of the three
 kinds that training uses (forward, gradient in the input, gradient in the weight). torch computes them by a generic
@@ -127,8 +127,9 @@ _PARSERS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-class FastConvolutions(TorchFunctionMode):
-    """While active, convolutions are recorded with the derivatives above.
+class SecondOrderLayers(TorchFunctionMode):
+    """While active, convolutions are recorded with the derivatives above, and weight normalisation by its formula
+    :math:`w = v\\,g/|v|`: the second derivative of torch's fused one takes the norms for constants.
 
     Parameters
     ----------
@@ -148,4 +149,12 @@ class FastConvolutions(TorchFunctionMode):
             unusual = isinstance(bound.get("padding"), str) or bound["input"].ndim != bound["weight"].ndim
             if not unusual:
                 return _Convolution.apply(*_PARSERS[func](**bound), self.linear)
+        if func in (torch._weight_norm, torch._weight_norm_interface):
+            w, norm = _weight_norm(*args, **kwargs)
+            return w if func is torch._weight_norm else (w, norm)
         return func(*args, **kwargs)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    norm = torch.norm_except_dim(v, 2, dim)
+    return v * (g / norm), norm

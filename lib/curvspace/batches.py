@@ -1,0 +1,103 @@
+"""The forms in which a user may give batches, made one: pairs (inputs, targets)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvspace.functional import Batched, Inputs, batch_flags, batch_size, tensors_in
+
+LABELS = ("labels", "label", "targets", "target")
+"""Keys under which a mapping may hold its targets."""
+
+
+def as_pairs(batches: Any) -> list[tuple[Inputs, Any]]:
+    """Pairs (inputs, targets) from an iterable of batches, or from one batch.
+
+    A batch is a pair, or a mapping of which one entry is called ``labels`` (``label``, ``targets``, ``target``).
+
+    Raises
+    ------
+    ValueError
+        If there is none, or one has another form.
+    """
+    if isinstance(batches, Mapping) or _is_bare_pair(batches):
+        batches = [batches]
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor | str):
+        raise ValueError(f"batches must be pairs (inputs, targets), got a {type(batches).__name__}")
+    pairs = [_pair(i, batch) for i, batch in enumerate(batches)]
+    if not pairs:
+        raise ValueError("an objective needs at least one batch, got none")
+    return pairs
+
+
+def layout(index: int, inputs: Inputs, targets: Any, batched: Batched) -> tuple[int, tuple[bool, ...]]:
+    """Examples of a batch (as many as targets), and which tensors of inputs and targets have one a row, in order.
+
+    Raises
+    ------
+    ValueError
+        If the batch is empty, or inputs and targets do not fit together.
+    """
+    if all(t.ndim == 0 for t in tensors_in(targets)):
+        raise ValueError(
+            f"the targets of batch {index} have no batch dimension; give one example as (x[None], y[None]), "
+            "a data set through a DataLoader"
+        )
+    n = batch_size(targets)
+    if n == 0:
+        raise ValueError(f"batch {index} is empty")
+    flags = batch_flags(inputs, n, batched)
+    if batched is None and not any(flags):
+        found = tensors_in(inputs)
+        if not found:  # an object that the model knows
+            return n, (*flags, *batch_flags(targets, n))
+        rows = found[0].shape[0] if found[0].ndim else "no"
+        raise ValueError(
+            f"batch {index} has {rows} inputs but {n} targets; if no input has the examples along its first dimension, "
+            "pass batched=()"
+        )
+    return n, (*flags, *batch_flags(targets, n))
+
+
+def _is_bare_pair(batches: Any) -> bool:
+    return isinstance(batches, list | tuple) and len(batches) == 2 and any(_is_array(part) for part in batches)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _pair(index: int, batch: Any) -> tuple[Inputs, Any]:
+    if isinstance(batch, Mapping):
+        keys = [key for key in batch if key in LABELS]
+        if len(keys) != 1:
+            raise ValueError(
+                f"batch {index} is a mapping with keys {list(batch)}; "
+                f"its targets must be under one of {', '.join(LABELS)}"
+            )
+        inputs: Any = {key: value for key, value in batch.items() if key != keys[0]}
+        targets = batch[keys[0]]
+    elif isinstance(batch, list | tuple) and len(batch) == 2:
+        inputs, targets = batch
+    else:
+        form = f"{len(batch)} entries" if isinstance(batch, list | tuple) else f"the type {type(batch).__name__}"
+        raise ValueError(
+            f"batch {index} has {form}; give pairs (inputs, targets), several inputs or targets in a tuple"
+        )
+    return _as_tensors(inputs), _as_tensors(targets)
+
+
+def _as_tensors(value: Any) -> Any:
+    """NumPy arrays as tensors, also inside tuples and mappings."""
+    if isinstance(value, np.ndarray):
+        return torch.as_tensor(value)
+    if isinstance(value, Mapping):
+        return {k: _as_tensors(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_as_tensors(v) for v in value)
+    return value

@@ -1,0 +1,175 @@
+"""Batches are cut only where that leaves the function as it is; whatever is not cut is evaluated whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from curvspace import Objective, class_gradients
+from curvspace.curvature.class_gradients import split_pass, splits_exactly, vjp_pass
+from curvspace.functional import batch_flags, take
+
+N = 300  # above the size from which a CPU cuts
+
+
+class Fn(nn.Module):
+    def __init__(self, f, **modules):
+        super().__init__()
+        self.f = f
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, *x):
+        return self.f(self, *x)
+
+
+def _wide() -> nn.Module:
+    """Enough activations per example that the automatic rule cuts at 32."""
+    return nn.Sequential(nn.Linear(4, 20_000), nn.Tanh(), nn.Linear(20_000, 3)).double()
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def _pairs(z, y):
+    half = len(z) // 2
+    return F.cross_entropy(z, y) + (z[:half] - z[half : 2 * half]).square().sum(1).mean()
+
+
+def _sorted_batch(n: int = N):
+    generator = torch.Generator().manual_seed(1)
+    y = torch.zeros(n, dtype=torch.int64)
+    y[-n // 4 :] = 1 + torch.arange(n // 4) % 2
+    return torch.randn(n, 4, generator=generator).double() + y[:, None], y
+
+
+WEIGHT = torch.tensor([0.1, 1.0, 8.0]).double()
+LOSSES = {
+    "plain": (F.cross_entropy, True),
+    "module": (nn.CrossEntropyLoss(WEIGHT), True),
+    "ignored": (nn.CrossEntropyLoss(ignore_index=0), True),
+    "sum": (nn.CrossEntropyLoss(reduction="sum"), True),
+    "weighted lambda": (lambda z, y: F.cross_entropy(z, y, WEIGHT), False),
+    "separable lambda": (lambda z, y: (z.logsumexp(1) - z.gather(1, y[:, None])[:, 0]).mean(), True),
+    "pairs": (_pairs, False),
+    "spread": (lambda z, y: F.cross_entropy(z, y) + z.std(), False),
+    "weights of each example": (lambda z, y: (F.cross_entropy(z, y, reduction="none") * torch.arange(N)).mean(), False),
+}
+
+
+@pytest.mark.parametrize(("loss", "cuttable"), LOSSES.values(), ids=LOSSES.keys())
+def test_losses(loss, cuttable):
+    torch.manual_seed(0)
+    model, (x, y) = _mlp(), _sorted_batch()
+    value = loss(model(x), y)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+    v = torch.randn(len(gradient)).double()
+    whole = Objective(model, (x, y), loss, microbatch=None)
+    if not cuttable:
+        with pytest.raises(ValueError, match="microbatch=64 would change the function"):
+            Objective(model, (x, y), loss, microbatch=64).loss()
+        return
+    parts = Objective(model, (x, y), loss, microbatch=64)
+    assert max(b.size for b in parts.batches) == 64
+    for objective in (whole, parts):
+        assert objective.loss() == pytest.approx(value.item(), abs=1e-12)
+        torch.testing.assert_close(objective.gradient(), gradient, rtol=1e-10, atol=1e-12)
+    for kind in ("hessian", "gauss_newton"):
+        torch.testing.assert_close(getattr(parts, kind)() @ v, getattr(whole, kind)() @ v, rtol=1e-10, atol=1e-12)
+
+
+def test_the_automatic_size_cuts_only_what_may_be_cut():
+    torch.manual_seed(0)
+    model, batch = _wide(), _sorted_batch()
+    assert len(Objective(model, batch, nn.CrossEntropyLoss(WEIGHT)).batches) > 1
+    objective = Objective(model, batch, lambda z, y: F.cross_entropy(z, y, WEIGHT))
+    assert len(objective.batches) == 1
+    assert objective.loss() == pytest.approx(F.cross_entropy(model(batch[0]), batch[1], WEIGHT).item(), abs=1e-12)
+
+
+def _bank(s, x, bank):
+    return s.h((x @ bank.T).softmax(1) @ bank)
+
+
+MODELS = {
+    "own statistics": (lambda s, x: s.h(x - x.mean(0)), ()),
+    "gate that starts at zero": (lambda s, x: s.h(x) + s.gate * s.h(x).mean(0), ()),
+    "neighbour": (lambda s, x: s.h(x + x.roll(1, 0)), ()),
+    "edges": (lambda s, x, e: s.h(x.index_add(0, e[1], x[e[0]])), (torch.randint(N, (2, 900)),)),
+    "bank as long as the batch": (_bank, (torch.randn(N, 4).double(),)),
+    "longer bank": (_bank, (torch.randn(N + 9, 4).double(),)),
+    "temperature": (lambda s, x, t: s.h(x) / t, (torch.tensor(2.0).double(),)),
+    "permutation": (lambda s, x, p: s.h(x + x[p]), (torch.randperm(N),)),
+    "mask as long as the sample": (lambda s, x, m: s.h(x.masked_fill(m[0, :4], 0.0)), (torch.eye(8).bool(),)),
+}
+TREATS_EXAMPLES_ALONE = {"longer bank", "temperature", "mask as long as the sample"}
+
+
+@pytest.mark.parametrize(("name", "forward", "more"), [(n, *m) for n, m in MODELS.items()], ids=MODELS.keys())
+def test_models_and_inputs(name, forward, more):
+    torch.manual_seed(0)
+    x, y = _sorted_batch()
+    model = Fn(forward, h=nn.Linear(4, 3), gate=nn.Parameter(torch.zeros(()))).double()
+    inputs = (x, *more)
+    alone = name in TREATS_EXAMPLES_ALONE
+    assert splits_exactly(model, inputs, y) == alone
+    parameters = list(model.h.parameters())
+    value = F.cross_entropy(model(*inputs), y)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
+    objective = Objective(model, (inputs, y), parameters="h.*")
+    assert objective.loss() == pytest.approx(value.item(), abs=1e-12)
+    torch.testing.assert_close(objective.gradient(), gradient, rtol=1e-10, atol=1e-12)
+    objective.hessian(), objective.gauss_newton()
+    if alone:
+        parts = Objective(model, (inputs, y), parameters="h.*", microbatch=70)
+        torch.testing.assert_close(parts.gradient(), gradient, rtol=1e-10, atol=1e-12)
+        found = split_pass(model, inputs, y, 3)
+        torch.testing.assert_close(found.gradient, vjp_pass(model, inputs, y, 3).gradient, rtol=1e-10, atol=1e-12)
+    else:
+        with pytest.raises(ValueError, match="would change the function"):
+            Objective(model, (inputs, y), microbatch=70).gradient()
+        with pytest.raises(ValueError, match='"split" is not exact'):
+            class_gradients(model, inputs, y, 3, method="split")
+    slow, _ = class_gradients(model, inputs, y, 3, method="vjp")
+    torch.testing.assert_close(class_gradients(model, inputs, y, 3)[0], slow, rtol=0, atol=1e-12)
+
+
+def test_the_user_says_which_inputs_are_the_batch():
+    torch.manual_seed(0)
+    x, y = _sorted_batch()
+    model = Fn(_bank, h=nn.Linear(4, 3)).double()
+    inputs = (x, torch.randn(N, 4).double())
+    value = F.cross_entropy(model(*inputs), y).item()
+    stated = Objective(model, (inputs, y), batched=[0], microbatch=64)
+    assert stated.loss() == pytest.approx(value, abs=1e-12)
+    assert [b.size for b in stated.batches] == [64, 64, 64, 64, 44]
+    assert splits_exactly(model, inputs, y, batched=[0])
+    c, _ = class_gradients(model, inputs, y, 3, method="split", batched=[0])
+    torch.testing.assert_close(c, class_gradients(model, inputs, y, 3, method="vjp")[0], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"batched names 2, but the inputs are \[0, 1\]"):
+        Objective(model, (inputs, y), batched=[2])
+    with pytest.raises(ValueError, match=r"batched names 1 of shape \(9, 4\), but there are 300 targets"):
+        Objective(model, ((x, torch.zeros(9, 4)), y), batched=[1])
+
+
+def test_flags_are_those_of_the_whole_batch():
+    inputs = {"x": torch.arange(10.0), "mask": torch.ones(4, 4), "state": (torch.arange(10), torch.tensor(3.0))}
+    flags = batch_flags(inputs, 10)
+    assert flags == (True, False, True, False)
+    part = take(take(inputs, slice(0, 4), flags), slice(0, 2), flags)  # the mask is as long as the first part
+    assert part["mask"].shape == (4, 4)
+    assert part["state"][0].tolist() == [0, 1]
+
+
+def test_batches_of_labels_that_do_not_count():
+    torch.manual_seed(0)
+    model, (x, y) = _mlp(), _sorted_batch(40)
+    loss = nn.CrossEntropyLoss(ignore_index=0)
+    batches = [(x[:20], y[:20]), (x[20:], y[20:])]  # all of the first are ignored
+    objective = Objective(model, batches, loss)
+    assert objective.loss() == pytest.approx(loss(model(x), y).item(), abs=1e-12)
+    with pytest.raises(ValueError, match="no target counts"):
+        Objective(model, batches[:1], loss)
