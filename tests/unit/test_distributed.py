@@ -20,8 +20,10 @@ def _worker(rank: int, address: str, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     model, x, y = _problem()
     shard = slice(0, 7) if rank == 0 else slice(7, 11)
-    objective = Objective(model, [(x[shard], y[shard])])
-    alone = Objective(model, [(x[shard], y[shard])], group=None)
+    objective = Objective(model, [(x[shard], y[shard])], group=torch.distributed.group.WORLD)
+    alone = Objective(model, [(x[shard], y[shard])])  # joins no group unasked
+    if rank == 0:
+        alone.loss()  # waits for nobody
     results = {
         "loss": objective.loss(),
         "gradient": objective.gradient(),
