@@ -157,7 +157,7 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
         for module, attributes, *stores in saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)  # type: ignore[assignment]
+            own: list[Any] = [module._parameters, module._buffers, module._modules]
             for store, entries in zip(own, stores, strict=True):
                 store.clear()
                 store.update(entries)

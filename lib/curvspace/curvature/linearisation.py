@@ -219,10 +219,10 @@ class GaussNewtonLinearisation(Linearisation):
     r"""G v by J, the loss's Hessian in the outputs, and Jᵀ.
 
     Where the loss reads the parameters itself (a penalty, a temperature), L(z(theta), theta) is linearised in z only:
-    G = [J; I]ᵀ ∇²L(z, theta) [J; I], which has the Hessian of a penalty in full.
+    G = [J; I]ᵀ ∇²L(z, theta) [J; I], which has the Hessian of a penalty in full. ``diverged`` lets a loss be nan.
     """
 
-    def __init__(self, point: Point, batch: Batch):
+    def __init__(self, point: Point, batch: Batch, diverged: bool = False):
         self.weight = batch.weight
         kept: dict[str, Any] = {}
 
@@ -236,7 +236,8 @@ class GaussNewtonLinearisation(Linearisation):
             return kept["z"]
 
         self.jacobian = JacobianLinearisation(point.function, point.parameters, outputs)
-        point.finite(kept["loss"], batch)
+        if not diverged:
+            point.finite(kept["loss"], batch)
         self.curvature = OutputCurvature(point, batch, kept["leaf"], kept["loss"])
 
     def product(self, v: Tensors) -> Tensors:

@@ -39,7 +39,7 @@ def projected_gauss_newton(
     """
     point = Point.here(FrozenModel(model, state), get_loss(loss))
     batch = Batch(x, y, 1.0, 0, batch_size(y), ())
-    linearisation = GaussNewtonLinearisation(point, batch)
+    linearisation = GaussNewtonLinearisation(point, batch, diverged=True)
     columns = [unflatten(q, point.parameters) for q in _rows(point.function, Q)]
     jq = [linearisation.jacobian.forward(q) for q in columns]
     pairs = [linearisation.curvature.product(u, q) for u, q in zip(jq, columns, strict=True)]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from curvspace.curvature.class_gradients import ClassPass, class_gradients, split_pass, vjp_pass
+from curvspace.curvature.class_gradients import ClassPass, class_gradients, split_pass, splits_exactly, vjp_pass
 from curvspace.curvature.frozen import FrozenModel, State
 from curvspace.curvature.operators import CurvatureOperator
 from curvspace.curvature.projected import projected_gauss_newton
@@ -56,12 +56,17 @@ class Minibatch:
 
     def part(self, fraction: float) -> Minibatch:
         """The first examples of the batch (drawn at random by the data loader), at least one."""
-        n = batch_size(self.inputs)
+        n = batch_size(self.targets)
         m = max(1, round(fraction * n))
         if m >= n and self.ranks.alone:
             return self
-        first = slice(0, m)
-        inputs, targets = select(self.inputs, first), self.targets[first]
+        alone = FrozenModel(self.model).uses_batch_statistics or splits_exactly(self.model, self.inputs, self.targets)
+        if m < n and not alone:
+            raise ValueError(
+                f"fraction={fraction} of a batch would be another function: {type(self.model).__name__} does not treat "
+                "examples one by one; use fraction=1"
+            )
+        inputs, targets = select((self.inputs, self.targets), slice(0, m), size=n)
         return Minibatch(self.model, self.loss, inputs, targets, self.costs, self.weight * m / n, self.ranks)
 
     def gradient(self) -> tuple[Tensor, Tensor]:
@@ -78,9 +83,12 @@ class Minibatch:
         """Loss, gradient and class gradients; see :class:`~curvspace.optim.bases.ClassGradients` for the options."""
         if not FrozenModel(self.model, batch_norm).keeps_modes:
             return self._classes_apart(num_classes, batch_norm, algorithm)
-        interact = FrozenModel(self.model).uses_batch_statistics
+        interact = not splits_exactly(self.model, self.inputs, self.targets)
         if interact and algorithm == "split":
-            raise ValueError('algorithm="split" is not exact with batch statistics; use "vjp" or batch_norm="running"')
+            raise ValueError(
+                'algorithm="split" is not exact with batch statistics, or another mixing of examples; '
+                'use "vjp" (or batch_norm="running")'
+            )
         if interact or algorithm == "vjp":
             found = vjp_pass(self.model, self.inputs, self.targets, num_classes, self.loss)
             self._count(forward=1, backward=1 + len(self.targets.unique()))
