@@ -36,6 +36,17 @@ MAKE: dict[str, Callable[[nn.Module], ModelOptimizer]] = {
     "random": lambda m: optim.SubspaceNewton(m, optim.RandomDirections(3), optim.Scale(0.3), optim.Drop(0.1)),
     "FOSI": lambda m: optim.fosi(m, 2, smallest=1, refresh_every=2, warmup=1, max_products=30, tol=1e-6),
     "past updates": lambda m: optim.bsfa(m, 1, window=2, refresh_every=1),
+    "span filter": lambda m: optim.SpanFilter(
+        torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9),
+        m,
+        C,
+        spans=("mean-directions", "class-gradients", "past-updates"),
+        gain=0.2,
+        beta=0.5,
+        refresh_every=2,
+        fraction=1.0,
+        past_updates=1,
+    ),
     "LBFGS": lambda m: optim.FirstOrder(m, torch.optim.LBFGS, lr=0.1, max_iter=3),
     "CurveBall": lambda m: optim.CurveBall(m, damping_interval=2, weight_decay=0.01),
     "CurveBall, fixed rates": lambda m: optim.CurveBall(m, rho=0.9, beta=0.1, adapt_damping=False),
@@ -43,7 +54,16 @@ MAKE: dict[str, Callable[[nn.Module], ModelOptimizer]] = {
     "Levenberg-Marquardt": lambda m: optim.LevenbergMarquardt(m, "cross_entropy"),
 }
 FRACTION = {"a share": lambda m: optim.rayleigh_ritz_newton(m, C, refresh_every=1, fraction=0.3)}
-NORMALISED = ("sgd", "paper A", "Rayleigh-Ritz", "low rank", "CurveBall", "negative curvature", "Levenberg-Marquardt")
+NORMALISED = (
+    "sgd",
+    "paper A",
+    "Rayleigh-Ritz",
+    "low rank",
+    "span filter",
+    "CurveBall",
+    "negative curvature",
+    "Levenberg-Marquardt",
+)
 
 
 def network(norm: bool = False) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -207,6 +208,22 @@ def test_a_reload_continues_bit_for_bit(spans: tuple) -> None:
     for x, y in data[5:]:
         assert torch.equal(optimizer.step(x, y), resumed.step(x, y))
     assert torch.equal(parameter_vector(model), parameter_vector(other))
+
+
+def test_a_copy_goes_on_as_the_original_and_apart_from_it() -> None:
+    model = conv_network()
+    span = SpanFilter(sgd(model), model, C, spans=KINDS[:3], gain=0.2, beta=0.7, refresh_every=3)
+    data = images(7)
+    for x, y in data[:4]:
+        span.step(x, y)
+    start = parameter_vector(model)
+    other = copy.deepcopy(span)
+    for x, y in data[4:]:
+        other.step(x, y)
+    assert torch.equal(parameter_vector(model), start)
+    for x, y in data[4:]:
+        span.step(x, y)
+    assert torch.equal(parameter_vector(model), parameter_vector(other.model))
 
 
 def test_schedules_groups_clipping_and_accumulation() -> None:

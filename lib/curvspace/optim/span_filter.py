@@ -120,6 +120,7 @@ class SpanFilter(FirstOrder):
         self.refresh_every, self.batch_norm = refresh_every, batch_norm
         self.num_classes = num_classes
         self._options = (gamma, past_updates, seed)
+        self._find_moved()
         require(bool(self._filtered()), "optimizer", type(optimizer).__name__, "one that holds parameters of the model")
         self._log: dict[str, Any] = {}
         self._start()
@@ -163,9 +164,10 @@ class SpanFilter(FirstOrder):
         self._calls += 1
         if self.span is None:  # no past update yet
             return
-        rest = self.span.reject(whole)
-        inner = whole - rest
-        self._log = {"span_share": inner.square().sum() / whole.square().sum()}
+        coordinates = self.span.coordinates(whole)
+        inner = self.span.combine(coordinates)
+        rest = whole - inner
+        self._log = {"span_share": coordinates.square().sum() / whole.square().sum()}
         if self.gain > 0:
             rest.add_(self._running(inner), alpha=self.gain)
         pairs = zip(gradients, unflatten(rest, present), strict=True)
@@ -187,10 +189,18 @@ class SpanFilter(FirstOrder):
         self.filter(inputs, targets)
         return loss
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if hasattr(self, "_moved"):
+            self._find_moved()
+
+    def _find_moved(self) -> None:
+        """The model's parameters that the optimiser moves, in the model's order."""
+        held = {id(p) for group in self.inner.param_groups for p in group["params"]}
+        self._moved = [p for p in self.model.parameters() if id(p) in held]
+
     def _filtered(self) -> list[Tensor]:
-        """The model's trainable parameters that the optimiser moves, in the model's order."""
-        moved = {id(p) for group in self.inner.param_groups for p in group["params"]}
-        return [p for p in trainable_parameters(self.model).values() if id(p) in moved]
+        return [p for p in self._moved if p.requires_grad]
 
     def _centralise(self, gradients: Sequence[Tensor | None]) -> None:
         """Mean directions alone, tensor by tensor."""
