@@ -33,30 +33,22 @@ class CurvatureMonitor:
     r"""Follows the sharp directions of a loss along a training: ``monitor(step)`` after each step of any loop.
 
     With L the mean loss over fixed batches, H its Hessian with eigenpairs :math:`(\lambda_i, u_i)`, largest first, g
+    With L the mean loss over fixed batches, H its Hessian with eigenpairs :math:`(\lambda_i, u_i)`, largest first, g
     its gradient and C the span of the class gradients, a measurement is one row of
 
-    =============================  ==========================================================================
-    column                         what
-    =============================  ==========================================================================
-    ``step``                       as it was given
-    ``wall_s``                     seconds since the first call, training and measuring
-    ``loss``, ``gradient_norm``    L and :math:`|g|`
-    ``sharpness``                  :math:`\lambda_1`; gradient descent is unstable above 2 / learning rate
-    ``eigenvalue_2`` ...           :math:`\lambda_2` to :math:`\lambda_k`
-    ``residual_max``               largest :math:`|Hu_i - \lambda_i u_i|`
-    ``converged``                  1 if all residuals are within ``tol``, else 0
-    ``f_top``                      :math:`\sum_i (u_i^\top g)^2/|g|^2` (paper B, eq. 2)
-    ``f_chance``                   k / P, what a random g would give
-    ``overlap_with_last``          overlap of the top subspace with that of the last measurement (paper B, eq. 5)
-    ``most_negative``              :math:`\lambda_{min}`, NaN unless asked for
-    ``f_class``                    share of :math:`|g|^2` inside C (with ``num_classes``)
-    ``class_overlap``              overlap of C and the top subspace (paper B, eq. 5)
-    ``class_angle_first_deg``      smallest and largest principal angle between C and the top subspace, degrees
-    ``class_angle_last_deg``
-    ``products``                   Hessian products of this measurement
-    ``measure_s``                  seconds that it took
-    ``overhead``                   seconds of measuring per second of training, so far
-    =============================  ==========================================================================
+    - ``step``, as it was given; ``wall_s``, seconds since the first call, training and measuring;
+    - ``loss`` and ``gradient_norm``: L and :math:`|g|`;
+    - ``sharpness``: :math:`\lambda_1` (gradient descent is unstable above 2 / learning rate); ``eigenvalue_2`` to
+      ``eigenvalue_k``: the next;
+    - ``residual_max``: the largest :math:`|Hu_i - \lambda_i u_i|`; ``converged``: 1 if ``tol`` was reached, else 0;
+    - ``f_top``: :math:`\sum_i (u_i^\top g)^2/|g|^2` (paper B, eq. 2), and ``f_chance`` = k / P, that of a random g;
+    - ``overlap_with_last``: overlap of the top subspace with that of the last measurement (paper B, eq. 5);
+    - ``most_negative``: :math:`\lambda_{min}`, NaN unless asked for;
+    - with ``num_classes`` also ``f_class``: the share of :math:`|g|^2` inside C; ``class_overlap``: overlap of C and the
+      top subspace (paper B, eq. 5); ``class_angle_first_deg`` and ``class_angle_last_deg``: the smallest and the
+      largest principal angle between them, in degrees;
+    - ``products``: Hessian products of this measurement; ``measure_s``: its seconds;
+    - ``overhead``: seconds of measuring per second of training, so far.
 
     Eigenvectors are those of the last measurement, improved: a measurement costs few products once the first is made.
     The model, its gradients, buffers and modes, and the generators of torch, NumPy and Python stay as they were.
