@@ -12,6 +12,7 @@ ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|obj|exc):`~?([^`]+)`")
 INLINE = re.compile(r":math:`([^`]+)`")
 BLOCK = re.compile(r"^( *)\.\. math::[ ]*(.*(?:\n(?:\1[ ]+\S.*|[ ]*(?=\n\1[ ]+\S)))*)", re.MULTILINE)
 
+RETURNS = re.compile(r"^Returns\n-{3,}\n(?=\S+ \S)", re.MULTILINE)  # prose, where the parser wants a type
 SECTION = re.compile(r"-{3,}$")
 ENTRY = re.compile(r"(\w[\w, ]*) : (.*)")
 
@@ -25,7 +26,8 @@ class AsMarkdown(griffe.Extension):
 
 
 def markdown(text: str) -> str:
-    """``:math:`x``` as ``$x$``, ``.. math::`` as a block between ``$$``, a role as the last part of its name in code."""
+    """Equations between ``$`` or, as blocks, ``$$``; a role as the last part of its name, in code."""
+    text = RETURNS.sub("**Returns** ", text)
     text = BLOCK.sub(_block, _closed_sections(text))
     text = INLINE.sub(lambda found: f"${' '.join(found[1].split())}$", text)
     return ROLE.sub(lambda found: f"`{_last(found[0], found[1])}`", text)

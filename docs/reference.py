@@ -20,7 +20,8 @@ MODULES = {
     "subspace": ["curvspace.subspace"],
     "optim": ["curvspace.optim"],
     "monitor": ["curvspace.monitor"],
-    "training": ["curvspace.training.run", "curvspace.training.spec", "curvspace.training.record"],
+    "landscape": ["curvspace.landscape"],
+    "training": [f"curvspace.training.{part}" for part in ("run", "spec", "schedule", "average", "record")],
     "datasets": ["curvspace.datasets", "curvspace.models.registry"],
 }
 """Page -> the modules whose public names it has; a name that an earlier page or module has is not repeated."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -53,7 +52,8 @@ def test_example_claim_is_the_shipped_one() -> None:
 
 def test_pages_are_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
-    assert {p.name for p in PAGES} - {"answer.md"} == set(re.findall(r"[\w-]+\.md", text))
+    named = set(re.findall(r"(?:reference/)?[\w-]+\.md", text))
+    assert {p.name for p in PAGES} - {"answer.md"} == {name for name in named if not name.startswith("reference/")}
 
 
 def test_figures_of_the_pages_exist() -> None:
@@ -87,10 +87,3 @@ def test_gallery_has_the_figures_that_were_made_with_their_captions(tmp_path: Pa
     (tmp_path / "x" / "captions.yaml").write_text("X: |\n  The ``loss`` by :math:`x^2`.\n")
     assert hooks.caption("X", tmp_path) == "The `loss` by `x^2`."
     assert hooks.caption("Y", tmp_path) == ""
-
-
-@pytest.mark.skipif(not (Path(sys.executable).parent / "mkdocs").is_file(), reason="mkdocs is not installed")
-def test_site_builds(tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).parent / "mkdocs"), "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from curvspace.curvature.class_gradients import class_gradients as class_gradients
     from curvspace.curvature.class_gradients import cross_class_gradients as cross_class_gradients
     from curvspace.curvature.dense import dense_eigh as dense_eigh
     from curvspace.curvature.dense import dense_matrix as dense_matrix
@@ -31,7 +30,6 @@ _EXPORTS = {
     "HessianOperator": "operators",
     "SpectralDensity": "density",
     "SubspaceTracker": "tracker",
-    "class_gradients": "class_gradients",
     "cross_class_gradients": "class_gradients",
     "dense_eigh": "dense",
     "dense_matrix": "dense",
@@ -48,7 +46,6 @@ __all__ = [
     "HessianOperator",
     "SpectralDensity",
     "SubspaceTracker",
-    "class_gradients",
     "cross_class_gradients",
     "dense_eigh",
     "dense_matrix",

@@ -44,7 +44,7 @@ class CurvatureMonitor:
     - ``f_top``: :math:`\sum_i (u_i^\top g)^2/|g|^2` (paper B, eq. 2), and ``f_chance`` = k / P, that of a random g;
     - ``overlap_with_last``: overlap of the top subspace with that of the last measurement (paper B, eq. 5);
     - ``most_negative``: :math:`\lambda_{min}`, NaN unless asked for;
-    - with ``num_classes`` also ``f_class``: the share of :math:`|g|^2` inside C; ``class_overlap``: overlap of C and the
+    - with ``num_classes`` also ``f_class``: share of :math:`|g|^2` inside C; ``class_overlap``: overlap of C and the
       top subspace (paper B, eq. 5); ``class_angle_first_deg`` and ``class_angle_last_deg``: the smallest and the
       largest principal angle between them, in degrees;
     - ``products``: Hessian products of this measurement; ``measure_s``: its seconds;
