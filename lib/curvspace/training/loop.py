@@ -91,7 +91,10 @@ def minibatches(data: DataSet, task: Task, batch_size: int, seed: int, start: in
         if task.augment == "crop-flip":
             augment_generator.manual_seed(derived_seed(seed, "augment", step))
             inputs = crop_flip(inputs, augment_generator)
-        yield data.normalise(inputs), data.train.targets[index]
+        inputs = data.normalise(inputs)
+        if task.memory_format == "channels-last" and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        yield inputs, data.train.targets[index]
         step += 1
 
 
@@ -137,7 +140,8 @@ def fit(
             group["lr"] = group["initial_lr"] * factor
         torch.manual_seed(derived_seed(seed, "dropout", state.step))
         clock = time.perf_counter()
-        loss = optimizer.step(inputs, targets)
+        with torch.autocast(device.type, torch.bfloat16, enabled=task.precision == "bfloat16"):
+            loss = optimizer.step(inputs, targets)
         value = float(loss)
         row = {"train_loss": value, "grad_norm": optimizer.grad_norm, **optimizer.costs.as_dict(), **optimizer.log()}
         row["learning_rate"] = optimizer.param_groups[0]["lr"]

@@ -36,12 +36,13 @@ class RunRecord:
         self.path = Path(path)
         if not (self.path / "run.json").is_file():
             raise FileNotFoundError(f"{self.path} holds no finished run (run.json is missing); train it first")
-        self._record: dict[str, Any] = files.read_record(self.path / "run.json")
-        if "spec" not in self._record or "outputs" not in self._record:
+        self.record: dict[str, Any] = files.read_record(self.path / "run.json")
+        """All that ``run.json`` says: the job, its code, devices, versions, the status and the outputs."""
+        if "spec" not in self.record or "outputs" not in self.record:
             raise files.DamagedFile(f"{self.path / 'run.json'} is no record of a training run")
-        self.spec: dict[str, Any] = self._record["spec"]
-        self.status: str = self._record["status"]
-        self.outputs: dict[str, str] = self._record["outputs"]
+        self.spec: dict[str, Any] = self.record["spec"]
+        self.status: str = self.record["status"]
+        self.outputs: dict[str, str] = self.record["outputs"]
         """SHA-256 of each file of the run by its name below :attr:`path`."""
 
     def damage(self) -> list[str]:

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from curvspace import datasets, files
+from curvspace.errors import UserError
 from curvspace.optim import registry
 from curvspace.optim.base import ModelOptimizer
 from curvspace.training import lock
@@ -81,7 +82,12 @@ def _run(
 
     def build() -> tuple[torch.nn.Module, ModelOptimizer]:
         model = initial_model(dict(spec.model), data, spec.seed).to(device)
-        return model, build_optimizer(spec, model, data.num_classes)
+        if spec.task.memory_format == "channels-last":
+            model = model.to(memory_format=torch.channels_last)
+        optimizer = build_optimizer(spec, model, data.num_classes)
+        if spec.task.compile:
+            model.compile()
+        return model, optimizer
 
     model, optimizer = build()
     now = state.restore(model, optimizer, device)
@@ -135,7 +141,14 @@ def _finished(out: Path, key: str) -> RunRecord | None:
 def build_optimizer(spec: RunSpec, model: torch.nn.Module, num_classes: int) -> ModelOptimizer:
     """The optimiser of a run's config block, at the run's learning rate."""
     options = {k: v for k, v in spec.optimizer.items() if k not in ("name", "kind")}
-    return registry.build(spec.optimizer["kind"], options, model, num_classes, spec.lr, spec.task.loss)
+    optimizer = registry.build(spec.optimizer["kind"], options, model, num_classes, spec.lr, spec.task.loss)
+    if optimizer.couples_parameters and (spec.task.compile or spec.task.precision != "float32"):
+        option = "compile = true" if spec.task.compile else f"precision = {spec.task.precision}"
+        raise UserError(
+            f"task.{option} is for first-order optimisers: {spec.optimizer['kind']} needs curvature in full precision "
+            "and derivatives of derivatives, which compiled kernels do not have; leave the option out"
+        )
+    return optimizer
 
 
 def _checkpoint(spec: RunSpec, state: FitState, model: torch.nn.Module, optimizer: ModelOptimizer) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from curvspace.training.schedule import Schedule
 
 IDENTITY = ("dataset", "model", "optimizer", "batch_size", "lr", "seed")
 """Columns that name a run in every tidy table made from it."""
+PRECISIONS = ("float32", "bfloat16")
+MEMORY_FORMATS = ("contiguous", "channels-last")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class Task:
     evaluate_average: decay in (0, 1) of a running mean of the weights over the steps; evaluations then report the
     network with the mean weights too (columns ``average_...``). None: no mean.
     divergence: a minibatch loss above this multiple of the loss at the start ends the run as diverged.
+    precision: "float32", or "bfloat16": the network's products and convolutions of a step under ``torch.autocast``
+    (parameters, their state and evaluations stay in float32; first-order optimisers alone).
+    memory_format: "contiguous" or "channels-last", of images and of what convolutions hold: faster on recent GPUs.
+    compile: whether ``torch.compile`` makes the network's kernels (first-order optimisers alone).
     """
 
     epochs: float = 1.0
@@ -40,6 +46,9 @@ class Task:
     schedule: Schedule | Mapping[str, Any] | None = None
     evaluate_average: float | None = None
     divergence: float = 100.0
+    precision: str = "float32"
+    memory_format: str = "contiguous"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
@@ -49,6 +58,9 @@ class Task:
             raise ValueError(f"task.min_steps must be at least 1, got {self.min_steps}")
         if self.augment not in ("none", "crop-flip"):
             raise ValueError(f"task.augment must be 'none' or 'crop-flip', got {self.augment!r}")
+        for key, allowed in (("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS), ("compile", (False, True))):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"task.{key} must be one of {allowed}, got {getattr(self, key)!r}")
         if self.evaluate_average is not None and not 0 < self.evaluate_average < 1:
             raise ValueError(f"task.evaluate_average must be in (0, 1), or null, got {self.evaluate_average!r}")
         object.__setattr__(self, "schedule", Schedule.of(self.schedule))
