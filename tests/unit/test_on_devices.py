@@ -35,7 +35,7 @@ from tests.unit.small_networks import C, batches, small_network
 
 DRAWING = {"rayleigh-ritz-newton", "low-rank-newton", "bulk-sgd", "dominant-sgd", "fosi", "nudged-sgd", "bsfa"}
 """Optimisers whose eigensolver starts from a random vector, which each device draws in its own way."""
-OPTIONS = {"class-gradient-newton": {"damping": 10.0}}
+OPTIONS: dict[str, dict[str, object]] = {"class-gradient-newton": {"damping": 10.0}}
 OPTIMIZERS = ["sgd", "adam", "class-gradient-newton", "curveball", "rayleigh-ritz-newton"]
 
 
@@ -122,7 +122,8 @@ def stepped(kind: str, device: torch.device, steps: int = 4) -> tuple[list[float
     """Losses before each step, and the parameters at the end, on the CPU."""
     model, data = deep().to(device), on(device, batches(steps))
     torch.manual_seed(0)
-    optimizer = build(kind, {}, model, C, lr=0.05)
+    options: dict[str, object] = {"base": "adam"} if kind == "span-filter" else {}
+    optimizer = build(kind, options, model, C, lr=0.05)
     losses = [float(optimizer.step(x, y)) for x, y in data]
     assert all(isinstance(value, float) or value.device.type == device.type for value in optimizer.log().values())
     return losses, torch.cat([p.detach().reshape(-1) for p in model.parameters()]).cpu()
