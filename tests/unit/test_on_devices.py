@@ -122,7 +122,7 @@ def stepped(kind: str, device: torch.device, steps: int = 4) -> tuple[list[float
     """Losses before each step, and the parameters at the end, on the CPU."""
     model, data = deep().to(device), on(device, batches(steps))
     torch.manual_seed(0)
-    options: dict[str, object] = {"base": "adam"} if kind == "span-filter" else {}
+    options: dict[str, object] = {"base": {"kind": "adam"}} if kind == "span-filter" else {}
     optimizer = build(kind, options, model, C, lr=0.05)
     losses = [float(optimizer.step(x, y)) for x, y in data]
     assert all(isinstance(value, float) or value.device.type == device.type for value in optimizer.log().values())
