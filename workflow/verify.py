@@ -1,9 +1,9 @@
 """Which results are stale, told from the records beside them alone.
 
-Every job leaves a ``run.json`` with the settings it was given, the hash of the code it ran and the versions of what
-it ran on. Here all of them are recomputed from a config and compared, whatever Snakemake remembers: this catches a
-lost ``.snakemake`` folder, mixed versions, hand edits and results of another config. Exit status 1 when anything is
-stale or missing.
+Every job leaves a ``run.json`` with the settings it was given, the hash of the code it ran, the versions of what it ran
+on and the SHA-256 of each of its outputs. Here all of them are recomputed from a config and the files themselves and
+compared, whatever Snakemake remembers: this catches a lost ``.snakemake`` folder, mixed versions, hand edits, damaged
+and deleted files, and results of another config. Exit status 1 when anything is stale or missing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from curvspace import files
 from curvspace.cli import common
 from workflow import settings
 from workflow.specs import load
@@ -46,39 +47,68 @@ def compare(jobs: Iterator[Any], root: Path = Path()) -> Iterator[tuple[str, str
     versions: Counter[str] = Counter()
     records = []
     for job in jobs:
-        file = root / job.record
-        try:
-            record = json.loads(file.read_text())
-        except FileNotFoundError:
-            record = None
-        except json.JSONDecodeError:
-            record = {}
-        records.append((job, record))
+        record, damage = _read(root / job.record)
+        records.append((job, record, damage))
         if record:
             versions[_torch(record)] += 1
     usual = versions.most_common(1)[0][0] if versions else ""
-    for job, record in records:
-        why = _stale(job, record, usual) if record is not None else f"{job.record} is not there"
+    for job, record, damage in records:
+        if record is None:
+            why = f"{job.record} is not there"
+        else:
+            reasons = [damage, *_differences(job, record, usual), *_damaged_outputs(root / job.record, record)]
+            why = "; ".join(reason for reason in reasons if reason)
         state = "missing" if record is None else "stale" if why else "current"
         yield state, f"{job.stage} {job.name}", why
 
 
-def _stale(job: Any, record: Mapping[str, Any], usual: str) -> str:
-    """What no longer fits, empty if all does."""
-    reasons = []
-    wanted, given = json.loads(job.params["spec"]), record.get("job", {})
+def _read(file: Path) -> tuple[dict[str, Any] | None, str]:
+    """(What a record says, what is wrong with it): None where there is none, empty where it cannot be read."""
+    try:
+        return files.read_record(file), ""
+    except FileNotFoundError:
+        return None, ""
+    except files.DamagedFile:
+        pass
+    try:
+        record = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        return {}, "its record is damaged"
+    return record, "its record was altered" if files.CHECKSUM in record else "an earlier version wrote its record"
+
+
+def _differences(job: Any, record: Mapping[str, Any], usual: str) -> Iterator[str]:
+    """What no longer fits between a job as it would run now and as it ran."""
+    if not record:
+        return
+    wanted, given = json.loads(job.params["spec"]), record.get("job") or {}
     if given != wanted:
         keys = sorted(key for key in {*given, *wanted} if given.get(key) != wanted.get(key))
-        reasons.append(f"settings differ in {', '.join(keys)}")
+        yield f"settings differ in {', '.join(keys)}"
     if record.get("code") != job.code:
-        reasons.append("the code has changed")
+        yield "the code has changed"
     if job.stage in ("train", "measure") and _torch(record) != usual:
-        reasons.append(f"made with torch {_torch(record)}, most others with {usual}")
-    return "; ".join(reasons)
+        yield f"made with torch {_torch(record)}, most others with {usual}"
+
+
+def _damaged_outputs(file: Path, record: Mapping[str, Any]) -> Iterator[str]:
+    """What is no longer as the job left it, three files at most."""
+    outputs = record.get("outputs")
+    if not record:
+        return
+    if not isinstance(outputs, dict):
+        yield "its record lists no outputs"
+    else:
+        found = files.differing(file.parent, outputs)
+        yield from found[:3]
+        if len(found) > 3:
+            yield f"and {len(found) - 3} more files"
 
 
 def _torch(record: Mapping[str, Any]) -> str:
-    return str(record.get("versions", {}).get("torch"))
+    return str((record.get("versions") or {}).get("torch"))
 
 
 if __name__ == "__main__":

@@ -61,15 +61,30 @@ def test_nothing_is_left_to_do_and_nothing_is_stale(done):
 
 def test_verify_sees_what_snakemake_forgot(done, tmp_path):
     copy = Project(tmp_path / "project")
-    shutil.copytree(done.folder, copy.folder, ignore=shutil.ignore_patterns("checkpoints", ".snakemake"))
+    shutil.copytree(done.folder, copy.folder, ignore=shutil.ignore_patterns(".snakemake"))
     record = next((copy.folder / RESULTS / "runs").rglob("run.json"))
     content = json.loads(record.read_text())
     content["job"]["lr"] *= 2
     record.write_text(json.dumps(content))
     verified = copy.snakemake("verify", "--quiet", "all", *PRESET)
     assert verified.returncode != 0
-    assert "settings differ in lr" in verified.stdout
+    assert "its record was altered; settings differ in lr" in verified.stdout
     assert "1 stale, 0 missing" in verified.stdout
+
+
+def test_verify_sees_what_was_altered_or_deleted(done, tmp_path):
+    copy = Project(tmp_path / "project")
+    shutil.copytree(done.folder, copy.folder, ignore=shutil.ignore_patterns(".snakemake"))
+    results = copy.folder / RESULTS
+    next((results / "tables").glob("*.tex")).write_text("")
+    next((results / "figures").glob("*.png")).unlink()
+    next((results / "runs").rglob("checkpoints/step-*.pt")).unlink()
+    next((copy.folder / "data").rglob("arrays.npz")).unlink()
+    verified = copy.snakemake("verify", "--quiet", "all", *PRESET)
+    assert verified.returncode != 0
+    assert verified.stdout.count("is missing") == 3
+    assert verified.stdout.count("was altered") == 1
+    assert "4 stale, 0 missing" in verified.stdout
 
 
 def test_the_report_is_one_page_without_errors(done):
