@@ -35,7 +35,7 @@ Solver = Callable[[nn.Module, Tensor, Tensor, int, str, float], Found]
 
 def ours(model: nn.Module, x: Tensor, y: Tensor, k: int, which: str, tol: float) -> Found:
     H = Objective(model, [(x, y)]).hessian()
-    pairs = eigsh(H, k, which, tol, relative_to="wanted")  # type: ignore[arg-type]
+    pairs = eigsh(H, k, which, tol)  # type: ignore[arg-type]
     return Found(pairs.values, pairs.vectors, pairs.products)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvspace.curvature.eigensolver import SymmetricOperator
+from curvspace.curvature.krylov import SymmetricOperator
 from curvspace.curvature.linearisation import GaussNewtonLinearisation, OutputCurvature
 from curvspace.curvature.operators import GaussNewtonOperator
 from curvspace.functional import flatten

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curvspace.curvature.eigensolver import RitzBasis, SymmetricOperator
+from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ def spectral_density(
 
 def _quadrature(A: SymmetricOperator, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
     """Nodes and weights from one random start vector; a Krylov space that closes early is exact."""
-    basis = RitzBasis(A, steps, generator)
-    basis.append(basis.random())
-    while basis.size < steps and not basis.closed:
-        basis.append(basis.W[basis.size - 1])
+    basis = KrylovBasis(A, steps, generator)
+    basis.offer()
+    while basis.size < steps and len(basis.C):
+        basis.expand()
     theta, s = basis.ritz()
-    return theta, s[0].square(), basis.products
+    return theta * (basis.unit or 1.0), s[0].square(), basis.products
 
 
 def _smoothed(nodes: Tensor, weights: Tensor, points: int, width: float, scale: float | None) -> tuple[Tensor, Tensor]:

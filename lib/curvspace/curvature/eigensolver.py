@@ -1,57 +1,48 @@
-r"""A few extreme eigenpairs of a symmetric operator by Rayleigh-Ritz on a growing orthonormal basis.
-
-With V (P, j) orthonormal and W = A V kept, the Ritz pairs :math:`(\theta, Vs)` of the small matrix :math:`V^\top W`
-approximate eigenpairs, and their true residuals :math:`|A V s - \theta V s| = |(W - \theta V) s|` cost no product. The
-basis grows by the residual of the first wanted pair that has not converged. From one start vector this is the Lanczos
-iteration with full reorthogonalisation; keeping Ritz vectors when the basis is full (:math:`V \leftarrow VS`,
-:math:`W \leftarrow WS`) is its thick restart. Unlike Lanczos it takes any start subspace, and both ends at once.
-"""
+r"""A few extreme eigenpairs of a symmetric operator: Lanczos with full reorthogonalisation and thick restart."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator
+from curvspace.curvature.memory import free_memory
+
 Which = Literal["LA", "SA", "LM", "BE"]
-RelativeTo = Literal["spectrum", "wanted"]
 
 PROBE = 3
 """Products spent on a fresh random direction before a result is believed: see :func:`_probe`."""
 
 DISCOVERY = 30
-"""Products before a pair is believed whose eigenvalue the tolerance cannot tell from zero: of a large operator with few
-outliers any random vector is such a pair, and the end of the spectrum shows only in a Krylov sequence."""
+"""Products before a pair is believed whose eigenvalue cannot be told from zero: of a large operator with few outliers
+any random vector is such a pair, and the end of the spectrum shows only in a Krylov sequence."""
 
 BASIS_BYTES = 256 * 2**20
-"""Memory that V and W may take before restarts set in, unless ``max_basis`` says otherwise."""
+"""Memory that the basis may take before restarts set in, unless ``max_basis`` says otherwise."""
+
+ROUNDING = 20
+"""Units of rounding, relative to the largest eigenvalue, below which a residual says nothing."""
 
 
-class SymmetricOperator(Protocol):
-    """What the solvers need: ``shape``, ``dtype``, ``device`` and products with vectors (P,) and matrices (P, m)."""
-
-    shape: Any
-    dtype: torch.dtype
-    device: torch.device
-
-    def __matmul__(self, v: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EigenPairs:
-    r"""Eigenpairs :math:`A u_i \approx \lambda_i u_i` and how good they are.
+    r"""Eigenpairs :math:`A u_i \approx \lambda_i u_i` and how good they are; ``print`` shows them as a table.
 
     Attributes
     ----------
     values : (k,), ordered as ``which`` says
     vectors : (P, k), orthonormal columns
-    residuals : (k,), the true residuals :math:`|A u_i - \lambda_i u_i|`
+    residuals : (k,), the residuals :math:`r_i = |A u_i - \lambda_i u_i|`
     products : matrix-vector products spent
     converged : whether every residual is within the tolerance
+    errors : (k,), bounds of the values' errors: some eigenvalue of A lies within :math:`r_i` of each value, and within
+        :math:`r_i^2/\delta_i` if it is :math:`\delta_i` from the others; the smaller, with :math:`\delta_i` as far as
+        the solver saw the spectrum
     """
 
     values: Tensor
@@ -59,6 +50,16 @@ class EigenPairs:
     residuals: Tensor
     products: int
     converged: bool
+    errors: Tensor
+
+    def __str__(self) -> str:
+        lines = ["  i       eigenvalue    error  residual"]
+        for i, (value, error, residual) in enumerate(zip(self.values, self.errors, self.residuals, strict=True), 1):
+            lines.append(f"{i:3d}  {float(value):15.8g}  {float(error):7.1e}   {float(residual):7.1e}")
+        state = "converged" if self.converged else "NOT converged"
+        return "\n".join([*lines, f"{len(self.values)} eigenpairs, {self.products} products, {state}"])
+
+    __repr__ = __str__
 
 
 def eigsh(
@@ -71,81 +72,59 @@ def eigsh(
     max_basis: int | None = None,
     seed: int = 0,
     progress: bool = False,
-    *,
-    relative_to: RelativeTo = "spectrum",
 ) -> EigenPairs:
-    r"""k extreme eigenpairs of a symmetric operator, each with :math:`|Au - \lambda u| \le tol\,|\lambda|_{max}`.
+    r"""k extreme eigenpairs of a symmetric operator, each with :math:`|Au - \lambda u| \le tol\,|\lambda|`.
+
+    The tolerance is relative to each pair's own eigenvalue, as in ARPACK and scipy's ``eigsh``. A residual below
+    :math:`20\,\epsilon\,|\lambda|_{max}` is within rounding and counts as converged, :math:`\epsilon` = 1.2e-7 for
+    float32: an eigenvalue that small next to the largest is known no better than that.
 
     Parameters
     ----------
     A
         Anything with ``.shape``, ``.dtype``, ``.device`` and ``@``: an operator of this package, a square tensor.
+        In a process group (``A.group``) all ranks return the same pairs.
     which
         ``"LA"`` largest, ``"SA"`` smallest (most negative first), ``"LM"`` largest magnitude, ``"BE"`` half from
         each end (largest first; of an odd number one more from the top).
     tol
-        Relative to the largest magnitude among the Ritz values; not taken below rounding (20 units of it).
+        0 asks for what rounding allows.
     v0
-        Start vector (P,) or start subspace (P, m), for example the eigenvectors at an earlier checkpoint.
+        Start vector (P,) or start subspace (P, m), for example the eigenvectors at an earlier checkpoint. The m
+        columns are multiplied one by one only if they are nearly eigenvectors still; else their sum is the start.
     max_products
         Budget (default: the larger of 300 and 20 k). When it ends first there is a warning and ``converged=False``.
     max_basis
-        Vectors held before a restart; two of length P are kept for each (default: what fits in 256 MB, at most 200).
+        Vectors of length P held before a restart (default: what fits in 256 MB, at most 200 and at least 2 k + 10). Two
+        more are needed for the work and k for the result; ARPACK holds max(2 k + 1, 20) + 4 and k.
     seed
         Of the random start vector, drawn on the CPU: the same on every device.
     progress
         Show a progress bar of products.
-    relative_to
-        ``"wanted"``: the tolerance is relative to the largest magnitude among the k pairs themselves. For the weakly
-        negative end of a spectrum with large positive outliers: there ``"spectrum"`` accepts a residual that is
-        small next to the outliers, but not next to the eigenvalue.
 
     Raises
     ------
     ValueError
-        If k is not in 1..P, or an option has no meaning.
+        If k is not in 1..P, an option has no meaning, or tol is positive and below the rounding of ``A.dtype``.
     RuntimeError
-        If A is not deterministic or returns values that are not finite.
+        If A is not deterministic, not symmetric, or returns values that are not finite.
+    MemoryError
+        If the free memory does not hold a basis of k + 4 vectors.
     """
-    n = _checked_size(A, k, which, tol)
-    if relative_to not in ("spectrum", "wanted"):
-        raise ValueError(f'relative_to must be "spectrum" or "wanted", got {relative_to!r}')
+    _check(A, k, which, tol)
     max_products = max(300, 20 * k) if max_products is None else max_products
-    max_basis = min(n, _default_basis(A, k) if max_basis is None else max(max_basis, k + 2))
-    basis = RitzBasis(A, max_basis, torch.Generator().manual_seed(seed), tqdm(disable=not progress, unit="product"))
-    _start(basis, v0, which, tol)
-    before_probe: Tensor | None = None
-    while True:
-        pairs = _wanted_pairs(basis, k, which, tol, relative_to)
-        telling = pairs.beyond_zero or basis.products >= min(DISCOVERY, max_products)
-        found = pairs.converged and telling
-        if basis.size == n or (found and pairs.unchanged(before_probe)) or basis.products >= max_products:
-            break
-        if basis.size == max_basis:
-            basis.restart(pairs.s, _select(pairs.theta, k + (max_basis - k) // 2, which))
-        elif found:
-            before_probe = pairs.values
-            _probe(basis)
-        else:
-            more = pairs.open or ([] if telling else [0])
-            basis.append(pairs.residuals[more[0]] if more else basis.random())
-            basis.bar.set_postfix_str(f"{k - len(pairs.open)}/{k} pairs, worst residual {max(pairs.lengths):.1e}")
-    basis.bar.close()
-    if not found:
-        warnings.warn(
-            f"eigsh: not converged after {basis.products} products: worst residual {max(pairs.lengths):.1e}, "
-            f"asked for {pairs.bound:.1e} (tol {tol:.1e} of |lambda|_max {pairs.scale:.1e})",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    values = pairs.values.to(A.device, basis.V.dtype)
-    errors = torch.tensor(pairs.lengths, dtype=values.dtype, device=values.device)
-    return EigenPairs(values, basis.vectors(pairs.s, pairs.indices), errors, basis.products, found)
+    bar = tqdm(disable=not progress, unit="product")
+    basis = KrylovBasis(A, _capacity(A, k, max_basis), torch.Generator().manual_seed(seed), bar)
+    _start(basis, v0, tol)
+    pairs, found = _iterate(basis, k, which, tol, max_products)
+    result = _finished(basis, pairs, found, max_products)
+    bar.close()
+    return result
 
 
 @dataclass(frozen=True)
 class _WantedPairs:
-    """The wanted ones among a basis's Ritz pairs, and what the tolerance says of them."""
+    """The wanted ones among a basis's Ritz pairs, and what the tolerance says of them, in units of ``basis.unit``."""
 
     k: int
     theta: Tensor
@@ -154,22 +133,33 @@ class _WantedPairs:
     """All Ritz vectors, in the basis, as columns."""
     indices: list[int]
     """Of the wanted pairs, in the order in which they are reported; fewer than k while the basis is smaller."""
-    residuals: Tensor
-    """Residual vectors of the wanted pairs, one a row; ``lengths`` are their norms."""
-    lengths: list[float]
-    scale: float
-    """What the tolerance is relative to."""
-    bound: float
-    """What a residual may be: tol times the scale, or the rounding of the products."""
+    lengths: Tensor
+    """Residual norms of all pairs."""
+    tol: float
+    rounding: float
+    """What a residual must exceed to mean anything."""
 
     @property
     def values(self) -> Tensor:
         return self.theta[self.indices]
 
     @property
+    def coordinates(self) -> Tensor:
+        return self.s[:, self.indices]
+
+    @property
+    def residuals(self) -> Tensor:
+        return self.lengths[self.indices]
+
+    @property
+    def bounds(self) -> Tensor:
+        """What each residual may be: its own tolerance, or rounding."""
+        return (self.tol * self.values.abs()).clamp_min(self.rounding)
+
+    @property
     def open(self) -> list[int]:
         """Which of the wanted pairs have not converged."""
-        return [i for i, length in enumerate(self.lengths) if length > self.bound]
+        return (self.residuals > self.bounds).nonzero()[:, 0].tolist()
 
     @property
     def converged(self) -> bool:
@@ -177,40 +167,180 @@ class _WantedPairs:
 
     @property
     def beyond_zero(self) -> bool:
-        """Whether the tolerance tells every wanted value from zero."""
-        return float(self.values.abs().min()) > self.bound
+        """Whether every wanted value can be told from zero."""
+        return bool((self.values.abs() > self.bounds).all())
 
-    def unchanged(self, before: Tensor | None) -> bool:
+    @property
+    def errors(self) -> Tensor:
+        """min(r, r²/gap) of the wanted pairs, the gap to where any other Ritz value may lie; not below rounding."""
+        distance = (self.theta - self.values[:, None]).abs() - self.lengths
+        distance[range(len(self.indices)), self.indices] = torch.inf
+        gap = distance.min(1).values
+        r = self.residuals
+        bound = torch.where(gap > r, r.square() / gap, r) if len(self.theta) > 1 else r
+        return bound.clamp_min(self.rounding)
+
+    def unchanged(self, before: Tensor) -> bool:
         """Whether the values are those of ``before``, as far as the tolerance can tell."""
-        return before is not None and bool((self.values - before).abs().max() <= self.bound)
+        return bool(((self.values - before).abs() <= self.bounds).all())
+
+    def with_errors_of_products(self, error: float) -> _WantedPairs:
+        """The same pairs with residuals that count what is wrong with a product along them."""
+        return replace(self, lengths=(self.lengths.square() + error**2).sqrt())
 
 
-def _wanted_pairs(basis: RitzBasis, k: int, which: Which, tol: float, relative_to: RelativeTo) -> _WantedPairs:
+def _iterate(basis: KrylovBasis, k: int, which: Which, tol: float, max_products: int) -> tuple[_WantedPairs, bool]:
+    """Grow the basis until the wanted pairs have converged and a probe changes nothing, or the budget ends."""
+    capacity, n = basis.V.shape
+    before_probe: Tensor | None = None
+    while True:
+        pairs = _wanted_pairs(basis, k, which, tol)
+        complete = basis.size == n
+        telling = complete or pairs.beyond_zero or basis.products >= min(DISCOVERY, max_products)
+        found = pairs.converged and telling
+        sure = found and before_probe is not None and pairs.unchanged(before_probe)
+        if complete or sure or basis.products >= max_products:
+            return pairs, found
+        if basis.size + (PROBE if found else 1) > capacity < n:
+            keep = _select(pairs.theta, min(k + (capacity - k) // 2, capacity - PROBE), which)
+            basis.restart(pairs.theta[keep], pairs.s[:, keep])
+        elif found:
+            before_probe = pairs.values
+            _probe(basis)
+        else:
+            _grow(basis, pairs)
+
+
+def _wanted_pairs(basis: KrylovBasis, k: int, which: Which, tol: float) -> _WantedPairs:
     theta, s = basis.ritz()
-    indices = _select(theta, min(k, len(theta)), which)
-    residuals = basis.residuals(theta, s, indices)
-    largest = float(theta.abs().max())
-    scale = largest if relative_to == "spectrum" else float(theta[indices].abs().max())
-    bound = max(tol * scale, 20 * torch.finfo(basis.V.dtype).eps * largest)
-    return _WantedPairs(k, theta, s, indices, residuals, residuals.norm(dim=1).tolist(), scale, bound)
+    rounding = ROUNDING * basis.eps * float(theta.abs().max())
+    return _WantedPairs(k, theta, s, _select(theta, min(k, len(theta)), which), basis.residual_norms(s), tol, rounding)
 
 
-def _checked_size(A: SymmetricOperator, k: int, which: str, tol: float) -> int:
+def _grow(basis: KrylovBasis, pairs: _WantedPairs) -> None:
+    """One more vector: the residual of the first wanted pair that has not converged, or a random one."""
+    if len(basis.C) == 0:
+        basis.offer()
+    first = pairs.open[0] if pairs.open else 0
+    basis.expand(basis.choose(pairs.coordinates[:, first]))
+    worst = float(pairs.residuals.max()) * basis.unit
+    basis.bar.set_postfix_str(f"{len(pairs.indices) - len(pairs.open)}/{pairs.k} pairs, worst residual {worst:.1e}")
+
+
+def _probe(basis: KrylovBasis) -> None:
+    """A short Krylov sequence from a random vector orthogonal to all that is known.
+
+    A sequence from one vector sees a repeated eigenvalue once, and a converged start subspace sees nothing else at
+    all. If a wanted pair was missed, the wanted Ritz values change, and the iteration goes on until a probe changes
+    nothing.
+    """
+    basis.offer()
+    candidates = len(basis.C)
+    for _ in range(PROBE):
+        if len(basis.C) == candidates and basis.size < len(basis.V):
+            basis.expand(-1)
+
+
+def _start(basis: KrylovBasis, v0: Tensor | None, tol: float) -> None:
+    """The first vector, multiplied, and multiplied again if A has not been checked.
+
+    Of a start subspace it is the sum of the columns. Multiplying each column pays only where they are nearly
+    eigenvectors still; where the product leaves the subspace, the Krylov sequence of the sum is cheaper.
+    """
+    columns = None if v0 is None else _columns(v0, basis)
+    if columns is not None:
+        basis.offer(columns.sum(0, keepdim=True))
+        basis.expand(0)
+        if len(columns) > 1 and _drift(basis, columns) <= 3 * tol:
+            basis.offer(columns[1:])
+    while basis.size == 0:
+        basis.offer()
+        basis.expand()
+    if getattr(basis.A, "deterministic", False):
+        return
+    difference = basis.disagreement(torch.ones(1, 1).double())
+    if difference > 1e3 * torch.finfo(basis.A.dtype).eps:
+        raise RuntimeError(
+            f"the operator is not deterministic: two products of the same vector differ "
+            f"by {difference:.1e} of their length"
+        )
+
+
+def _columns(v0: Tensor, basis: KrylovBasis) -> Tensor:
+    n = basis.V.shape[1]
+    if v0.ndim not in (1, 2) or v0.shape[0] != n:
+        raise ValueError(f"v0 must be (P,) or (P, m) with P = {n}, got {tuple(v0.shape)}")
+    return v0.detach().to(basis.V).reshape(n, -1).T[: len(basis.V)]
+
+
+def _drift(basis: KrylovBasis, columns: Tensor) -> float:
+    """How far the product with the columns' sum lies outside their span, relative to its length."""
+    if len(basis.C) == 0:
+        return 0.0
+    q, _ = torch.linalg.qr(columns.T)
+    outside = basis.C[0] - q @ (q.T @ basis.C[0])
+    return float(basis.agreed(torch.linalg.vector_norm(outside))) / basis.largest
+
+
+def _finished(basis: KrylovBasis, pairs: _WantedPairs, found: bool, max_products: int) -> EigenPairs:
+    """The result, after one product along all pairs at once that must agree with what the basis says of them."""
+    if basis.products < max_products:
+        difference = basis.disagreement(pairs.coordinates)
+        if difference > basis.asymmetry:
+            raise RuntimeError(
+                f"products with the operator contradict each other by {difference:.1e} of the largest: it is "
+                f"not linear, not deterministic, or {basis.A.dtype} is too inexact for it"
+            )
+        pairs = pairs.with_errors_of_products(difference * basis.largest)
+    unit = basis.unit or 1.0
+    converged = found and pairs.converged
+    if not converged:
+        _warn(basis, pairs, unit)
+    numbers = [x.mul(unit).to(basis.V) for x in (pairs.values, pairs.residuals, pairs.errors)]
+    return EigenPairs(numbers[0], basis.vectors(pairs.coordinates).T, numbers[1], basis.products, converged, numbers[2])
+
+
+def _warn(basis: KrylovBasis, pairs: _WantedPairs, unit: float) -> None:
+    """Say which pair is worst, and what to do."""
+    worst = int((pairs.residuals / pairs.bounds).argmax())
+    found, asked = (float(x[worst]) * unit for x in (pairs.residuals, pairs.bounds))
+    warnings.warn(
+        f"eigsh: not converged after {basis.products} products: {len(pairs.open)} of {pairs.k} pairs; the worst, "
+        f"eigenvalue {float(pairs.values[worst]) * unit:.4g}, has residual {found:.1e} where tol {pairs.tol:.1e} "
+        f"asks for {asked:.1e}: give more products (max_products) or a larger tol; {basis.A.dtype} may be too inexact",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _check(A: SymmetricOperator, k: int, which: str, tol: float) -> None:
     n = A.shape[0]
     if tuple(A.shape) != (n, n):
         raise ValueError(f"eigsh needs a square operator, got shape {tuple(A.shape)}")
     if not 1 <= k <= n:
         raise ValueError(f"k must be between 1 and P = {n}, got {k}")
-    if which not in ("LA", "SA", "LM", "BE"):
+    if which not in get_args(Which):
         raise ValueError(f'which must be "LA", "SA", "LM" or "BE", got {which!r}')
     if tol < 0:
         raise ValueError(f"tol must not be negative, got {tol}")
-    return n
+    rounding = torch.finfo(A.dtype).eps
+    if 0 < tol < rounding:
+        raise ValueError(
+            f"tol {tol:g} is below the rounding of {A.dtype}, {rounding:.1e}: "
+            "take an operator of a finer dtype or a larger tol"
+        )
 
 
-def _default_basis(A: SymmetricOperator, k: int) -> int:
-    affordable = BASIS_BYTES // (2 * A.shape[0] * torch.empty(0, dtype=A.dtype).element_size())
-    return max(4 * k, k + 30, min(200, affordable))
+def _capacity(A: SymmetricOperator, k: int, max_basis: int | None) -> int:
+    """Vectors that the basis may hold: see ``max_basis`` of :func:`eigsh`; never more than half of the free memory."""
+    row = A.shape[0] * torch.finfo(torch.promote_types(A.dtype, torch.float32)).bits // 8
+    wanted = max(2 * k + 10, min(200, BASIS_BYTES // row)) if max_basis is None else max(max_basis, k + PROBE + 1)
+    there = free_memory(A.device) // 2 // row
+    if there < min(k + PROBE + 1, A.shape[0]):
+        raise MemoryError(
+            f"eigsh needs {k + PROBE + 1} vectors of {row / 2**20:.0f} MB, and there is memory for {there}"
+        )
+    return min(wanted, there, A.shape[0])
 
 
 def _select(theta: Tensor, k: int, which: Which) -> list[int]:
@@ -224,135 +354,3 @@ def _select(theta: Tensor, k: int, which: Which) -> list[int]:
         return torch.argsort(theta.abs(), descending=True, stable=True)[:k].tolist()
     top = (k + 1) // 2
     return list(range(n - 1, n - 1 - top, -1)) + list(range(k - top - 1, -1, -1))
-
-
-def _start(basis: RitzBasis, v0: Tensor | None, which: Which, tol: float) -> None:
-    """The first vectors of the basis.
-
-    Each column of a start subspace costs a product. That pays for slowly converging ends and for a subspace that has
-    hardly moved, which the product with the sum of the columns tells. Else, at the top, the Krylov sequence of that
-    sum is the cheaper start.
-    """
-    n = basis.V.shape[1]
-    if v0 is None:
-        basis.append(basis.random())
-        basis.require_deterministic()
-        return
-    if v0.ndim not in (1, 2) or v0.shape[0] != n:
-        raise ValueError(f"v0 must be (P,) or (P, m) with P = {n}, got {tuple(v0.shape)}")
-    columns = list(v0.detach().to(basis.V).reshape(n, -1).T)[: len(basis.V)]
-    basis.append(torch.stack(columns).sum(0))
-    basis.require_deterministic()
-    if which in ("LA", "LM") and len(columns) > 3:
-        span, _ = torch.linalg.qr(torch.stack(columns, 1))
-        drift = (basis.W[0] - span @ (span.T @ basis.W[0])).norm()
-        if drift > 3 * tol * basis.W[0].norm():
-            return
-    for column in columns[1:]:
-        basis.append(column)
-
-
-def _probe(basis: RitzBasis) -> None:
-    """A short Krylov sequence from a random vector orthogonal to all that is known.
-
-    A sequence from one vector sees a repeated eigenvalue once, and a converged start subspace sees nothing else at
-    all. If a wanted pair was missed, the wanted Ritz values change, and the iteration goes on until a probe changes
-    nothing.
-    """
-    basis.append(basis.random())
-    for _ in range(PROBE - 1):
-        if basis.size < len(basis.V):
-            basis.append(basis.W[basis.size - 1])
-
-
-class RitzBasis:
-    """Orthonormal rows V, their images W = A V, and the projected matrix in float64, kept up to date together."""
-
-    def __init__(self, A: SymmetricOperator, max_size: int, generator: torch.Generator, bar: Any = None):
-        self.A = A
-        self.generator = generator
-        self.bar = tqdm(disable=True) if bar is None else bar
-        self.products = 0
-        self.size = 0
-        self.closed = False
-        """Whether the last vector offered lay in the span already: the span is invariant."""
-        self.V = torch.empty(max_size, A.shape[0], dtype=A.dtype, device=A.device)
-        self.W = torch.empty_like(self.V)
-        self._projected = torch.zeros(max_size, max_size, dtype=torch.float64)
-
-    def random(self) -> Tensor:
-        return torch.randn(self.V.shape[1], generator=self.generator, dtype=torch.float64).to(self.V)
-
-    def append(self, v: Tensor) -> None:
-        """Orthonormalise v against the basis and multiply; a vector inside the span gives way to a random one."""
-        unit = self._orthonormalised(v)
-        self.closed = unit is None
-        while unit is None:
-            unit = self._orthonormalised(self.random())
-        self.V[self.size] = unit
-        w = self._multiply(unit)
-        self.W[self.size] = w
-        self.size += 1
-        column = (self.V[: self.size] @ w).double().cpu()
-        self._projected[: self.size, self.size - 1] = column
-        self._projected[self.size - 1, : self.size] = column
-
-    def _orthonormalised(self, v: Tensor) -> Tensor | None:
-        """v / |v| after removing the span (twice is enough, unless nothing but rounding is left)."""
-        V = self.V[: self.size]
-        length = v.norm()
-        smallest = 100 * torch.finfo(v.dtype).eps * length
-        for _ in range(3):
-            if length <= smallest:
-                return None
-            smallest, v = smallest / length, v / length
-            v = v - V.T @ (V @ v)
-            v = v - V.T @ (V @ v)
-            length = v.norm()
-            if length > 0.5:
-                return v / length
-        return None
-
-    def _multiply(self, v: Tensor) -> Tensor:
-        w = self.A @ v
-        self.products += 1
-        self.bar.update()
-        if not torch.isfinite(w).all():
-            raise RuntimeError(f"product {self.products} with the operator is not finite: NaN or overflow in the model")
-        return w
-
-    def require_deterministic(self) -> None:
-        """Multiply the first vector again (operators that have checked their model themselves are spared)."""
-        if getattr(self.A, "deterministic", False):
-            return
-        difference = (self._multiply(self.V[0]) - self.W[0]).norm()
-        if difference > 1e3 * torch.finfo(self.V.dtype).eps * self.W[0].norm():
-            raise RuntimeError(
-                f"the operator is not deterministic: two products of the same vector differ by "
-                f"{float(difference / self.W[0].norm()):.1e} of their length"
-            )
-
-    def ritz(self) -> tuple[Tensor, Tensor]:
-        """Ritz values, ascending, and their coordinates in the basis, (j, j)."""
-        theta, s = torch.linalg.eigh(self._projected[: self.size, : self.size])
-        return theta, s
-
-    def _combined(self, rows: Tensor, s: Tensor) -> Tensor:
-        return s.T.to(rows) @ rows[: self.size]
-
-    def residuals(self, theta: Tensor, s: Tensor, wanted: list[int]) -> Tensor:
-        """A u - theta u of the wanted Ritz pairs, one a row."""
-        return self._combined(self.W, s[:, wanted]) - self._combined(self.V, s[:, wanted] * theta[wanted])
-
-    def vectors(self, s: Tensor, wanted: list[int]) -> Tensor:
-        """The wanted Ritz vectors, orthonormal columns (P, k)."""
-        u = self._combined(self.V, s[:, wanted])
-        return (u / u.norm(dim=1, keepdim=True)).T.contiguous()
-
-    def restart(self, s: Tensor, keep: list[int]) -> None:
-        """Keep these Ritz vectors alone."""
-        V, W = self._combined(self.V, s[:, keep]), self._combined(self.W, s[:, keep])
-        self.size = len(keep)
-        self.V[: self.size], self.W[: self.size] = V, W
-        projected = (V @ W.T).double().cpu()
-        self._projected[: self.size, : self.size] = (projected + projected.T) / 2

@@ -46,20 +46,21 @@ def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
     return tensor
 
 
-def default_budget(device: torch.device) -> int:
-    """Bytes that kept graphs may take: half of a device's free memory, a quarter of the host's.
-
-    Free is too what torch keeps of the device for itself without using it.
-    """
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, what torch holds unused included, or available on the host."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + cached) // 2
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo") as lines:
-            available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-        return available * 1024 // 4
+            return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes that kept graphs may take: half of a device's free memory, a quarter of the host's."""
+    return free_memory(device) // (2 if device.type == "cuda" else 4)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

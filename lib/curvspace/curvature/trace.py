@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvspace.curvature.eigensolver import SymmetricOperator
+from curvspace.curvature.krylov import SymmetricOperator
 
 
 @dataclass(frozen=True)

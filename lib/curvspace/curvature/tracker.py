@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from curvspace.curvature.eigensolver import EigenPairs, RelativeTo, SymmetricOperator, Which, eigsh
+from curvspace.curvature.eigensolver import EigenPairs, Which, eigsh
+from curvspace.curvature.krylov import SymmetricOperator
 
 
 class SubspaceTracker:
@@ -26,7 +27,6 @@ class SubspaceTracker:
         max_products: int | None = None,
         max_basis: int | None = None,
         seed: int = 0,
-        relative_to: RelativeTo = "spectrum",
     ):
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -36,7 +36,6 @@ class SubspaceTracker:
         self.max_products = max_products
         self.max_basis = max_basis
         self.seed = seed
-        self.relative_to: RelativeTo = relative_to
         self.pairs: EigenPairs | None = None
         self.products = 0
 
@@ -52,7 +51,6 @@ class SubspaceTracker:
             self.max_products,
             self.max_basis,
             self.seed,
-            relative_to=self.relative_to,
         )
         self.products += self.pairs.products
         return self.pairs
