@@ -17,6 +17,8 @@ from curvspace.optim.base import ModelOptimizer
 from curvspace.optim.kfac import KFAC
 
 C, STEPS = 3, 4
+WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0]).double(), label_smoothing=0.1)
+SUM = nn.CrossEntropyLoss(reduction="sum")
 SHARDS = (slice(0, 11), slice(11, 16))
 MAKE: dict[str, Callable[[nn.Module], ModelOptimizer]] = {
     "sgd": lambda m: optim.FirstOrder(m, torch.optim.SGD, lr=0.1, momentum=0.9),
@@ -34,6 +36,12 @@ MAKE: dict[str, Callable[[nn.Module], ModelOptimizer]] = {
     "low rank": lambda m: optim.low_rank_newton(m, C, refresh_every=2, damping=0.5, max_products=30),
     "bulk": lambda m: optim.bulk_sgd(m, C, momentum=0.9, refresh_every=2, curvature="gauss-newton"),
     "random": lambda m: optim.SubspaceNewton(m, optim.RandomDirections(3), optim.Scale(0.3), optim.Drop(0.1)),
+    "sgd, weighted": lambda m: optim.FirstOrder(m, torch.optim.SGD, WEIGHTED, lr=0.1),
+    "Rayleigh-Ritz, weighted": lambda m: optim.rayleigh_ritz_newton(m, C, fraction=1.0, loss=WEIGHTED),
+    "CurveBall, weighted": lambda m: optim.CurveBall(m, WEIGHTED, damping_interval=2),
+    "negative curvature, weighted": lambda m: optim.NegativeCurvature(m, torch.optim.SGD, lr=0.1, loss=WEIGHTED),
+    "CurveBall, sum": lambda m: optim.CurveBall(m, SUM, damping_interval=2),
+    "paper A, sum": lambda m: optim.class_gradient_newton(m, C, lr=0.01, damping=20.0, loss=SUM),
     "FOSI": lambda m: optim.fosi(m, 2, smallest=1, refresh_every=2, warmup=1, max_products=30, tol=1e-6),
     "past updates": lambda m: optim.bsfa(m, 1, window=2, refresh_every=1),
     "span filter": lambda m: optim.SpanFilter(

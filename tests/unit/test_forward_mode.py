@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import odd_layers
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from curvspace.functional import trainable_parameters
-from curvspace.optim.forward_mode import Linearisation
+from curvspace.optim.forward_mode import DoubleBackward, ForwardMode, linearise
 
 
 class Residual(nn.Module):
@@ -79,7 +80,7 @@ def test_products_equal_jvp(name, training, frozen, channels_last):
 
     detached = {n: p.detach() for n, p in parameters.items()}
     directions = [{n: torch.randn_like(p) for n, p in detached.items()} for _ in range(3)]
-    point = Linearisation(model, x, list(directions[0].values()))
+    point = ForwardMode(model, x, list(directions[0].values()))
     expected, first = jvp(outputs, (detached,), (directions[0],))
     torch.testing.assert_close(point.outputs.detach(), expected)
     torch.testing.assert_close(point.first, first)
@@ -95,8 +96,66 @@ def test_replay_sees_the_same_masks_at_new_parameters():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 2))
     x = torch.randn(3, 4)
-    point = Linearisation(model, x, [torch.zeros_like(p) for p in model.parameters()])
+    point = ForwardMode(model, x, [torch.zeros_like(p) for p in model.parameters()])
     torch.testing.assert_close(point.replay(), point.outputs.detach())
     with torch.no_grad():
         model[2].bias += 1
     torch.testing.assert_close(point.replay(), point.outputs.detach() + 1)
+
+
+@pytest.mark.parametrize("name", odd_layers.NETWORKS)
+@pytest.mark.parametrize("way", [ForwardMode, DoubleBackward])
+def test_odd_layers_against_central_differences(name: str, way: type) -> None:
+    """J v and Jᵀu by whichever way serves, dropout masks and spectral norm's vectors held."""
+    model, x, _ = odd_layers.problem(name)
+    parameters = list(model.parameters())
+    first, second = ([torch.randn_like(p) for p in parameters] for _ in range(2))
+    u = torch.randn(8, odd_layers.C).double()
+    point = linearise(model, x, first, way)
+    pulled = point.pull(u)
+    pushed = point.push(second)
+
+    def moved(direction: list[Tensor], step: float) -> Tensor:
+        with torch.no_grad():
+            torch._foreach_add_(parameters, direction, alpha=step)
+            outputs = point.replay()
+            torch._foreach_add_(parameters, direction, alpha=-step)
+        return outputs
+
+    for direction, found in ((first, point.first), (second, pushed)):
+        expected = (moved(direction, 1e-5) - moved(direction, -1e-5)) / 2e-5
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+        inner = sum((a * b).sum() for a, b in zip(direction, pulled, strict=True))
+        torch.testing.assert_close(inner, (u * expected).sum(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(point.replay(), point.outputs.detach())
+
+
+@pytest.mark.parametrize("name", odd_layers.NETWORKS)
+def test_odd_layers_move_buffers_and_generators_once(name: str) -> None:
+    model, x, _ = odd_layers.problem(name)
+    plain, _, _ = odd_layers.problem(name)
+    torch.manual_seed(5)
+    plain(x)
+    generator = torch.get_rng_state()
+    torch.manual_seed(5)
+    point = linearise(model, x, zeros(model))
+    point.push(zeros(model))
+    assert torch.equal(torch.get_rng_state(), generator)
+    for (key, found), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, msg=key)
+
+
+def zeros(model: nn.Module) -> list[Tensor]:
+    return [torch.zeros_like(p) for p in model.parameters()]
+
+
+def test_a_layer_with_neither_is_named() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(10, 5), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"Sequential has a layer with neither.*replace it.*_embedding_bag"):
+        linearise(model, torch.randint(10, (8, 4)), zeros(model))
+
+
+def test_the_models_own_errors_pass_through() -> None:
+    model = nn.Sequential(nn.Linear(5, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linearise(model, torch.randn(8, 4), zeros(model))

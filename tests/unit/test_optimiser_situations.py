@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import odd_layers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,8 +88,16 @@ def test_parameters_that_changed_since(name: str, change: str) -> None:
 def test_parameters_that_are_no_real_numbers_of_full_length(name: str, dtype: torch.dtype) -> None:
     model = network(torch.float32)
     model[2].weight = nn.Parameter(model[2].weight.detach().to(dtype))
-    with pytest.raises(ValueError, match=r"needs parameters in float32 or float64, but '2.weight' is torch\.\w+"):
+    with pytest.raises(ValueError, match=r"'2.weight' is (torch\.\w+|complex)"):
         MAKE[name](model)
+
+
+def test_torchs_own_optimisers_take_complex_parameters() -> None:
+    model = nn.Linear(2, 2, dtype=torch.complex64)
+    optimizer = optim.FirstOrder(model, torch.optim.Adam, lambda z, y: (z - y).abs().square().mean(), lr=0.05)
+    x, y = torch.randn(9, 2, dtype=torch.complex64), torch.randn(9, 2, dtype=torch.complex64)
+    losses = [float(optimizer.step(x, y)) for _ in range(30)]
+    assert losses[-1] < losses[0]
 
 
 def test_parameters_of_two_types_are_named() -> None:
@@ -215,3 +225,142 @@ def test_compiled_models_step_as_the_others_do(name: str, part: str) -> None:
     losses = [(float(first.step(x, y)), float(second.step(x, y))) for _ in range(4)]
     assert [a for a, _ in losses] == pytest.approx([b for _, b in losses], abs=1e-12)
     torch.testing.assert_close(parameter_vector(compiled), parameter_vector(plain), rtol=0, atol=1e-12)
+
+
+class Form(nn.Module):
+    """A network whose outputs come in some form."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.inner, self.form = network(), form
+
+    def forward(self, x: Tensor) -> object:
+        z = self.inner(x)
+        forms = {"mapping": {"logits": z, "hidden": x}, "tuple of one": (z,), "tuple": (z, x.sum(1))}
+        return forms.get(self.form) or SimpleNamespace(logits=z)
+
+
+def _by_hand(outputs: object, targets: Tensor) -> Tensor:
+    """A callable that takes the outputs as they are."""
+    z = outputs if isinstance(outputs, Tensor) else outputs["logits"] if isinstance(outputs, dict) else outputs[0]  # type: ignore[index]
+    return F.cross_entropy(z, targets)
+
+
+LOSSES = {"own": _by_hand, "known": "cross_entropy"}
+
+
+def _with_loss(name: str, model: nn.Module, loss: object) -> ModelOptimizer:
+    make = {
+        "adam": lambda: optim.FirstOrder(model, torch.optim.Adam, loss, lr=0.01),
+        "paper A": lambda: optim.class_gradient_newton(model, C, damping=1.0, loss=loss),
+        "Rayleigh-Ritz": lambda: optim.rayleigh_ritz_newton(model, C, loss=loss),
+        "adaptive": lambda: optim.rayleigh_ritz_newton(model, C, damping="adaptive", loss=loss),
+        "low rank": lambda: optim.low_rank_newton(model, C, damping=0.5, curvature="gauss-newton", loss=loss),
+        "FOSI": lambda: optim.fosi(model, 2, warmup=1, refresh_every=2, loss=loss),
+        "CurveBall": lambda: optim.CurveBall(model, loss),
+        "negative curvature": lambda: optim.NegativeCurvature(model, lr=1e-3, loss=loss),
+        "Levenberg-Marquardt": lambda: optim.LevenbergMarquardt(model, loss),
+    }
+    return make[name]()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    ("form", "loss"),
+    [
+        ("mapping", "own"),
+        ("mapping", "known"),
+        ("tuple of one", "own"),
+        ("tuple of one", "known"),
+        ("object", "known"),
+    ],
+)
+@pytest.mark.parametrize("name", MAKE)
+def test_outputs_in_other_forms(name: str, form: str, loss: str) -> None:
+    x, y = data()
+    plain, formed = network(), Form(form)
+    first, second = _with_loss(name, plain, "cross_entropy"), _with_loss(name, formed, LOSSES[loss])
+    losses = [(float(first.step(x, y)), float(second.step(x, y))) for _ in range(3)]
+    assert [a for a, _ in losses] == pytest.approx([b for _, b in losses], abs=1e-9)
+    torch.testing.assert_close(parameter_vector(formed), parameter_vector(plain), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_outputs_that_do_not_say_which_are_logits(name: str) -> None:
+    x, y = data()
+    with pytest.raises(ValueError, match=r"outputs are a tuple without one tensor or \.logits"):
+        _with_loss(name, Form("tuple"), "cross_entropy").step(x, y)
+
+
+@pytest.mark.parametrize("name", [n for n in MAKE if n not in ("paper A", "Rayleigh-Ritz", "adaptive")])
+def test_class_probabilities_as_targets(name: str) -> None:
+    x, y = data()
+    hard, soft = network(), network()
+    first, second = MAKE[name](hard), MAKE[name](soft)
+    one_hot = F.one_hot(y, C).double()
+    losses = [(float(first.step(x, y)), float(second.step(x, one_hot))) for _ in range(3)]
+    assert [a for a, _ in losses] == pytest.approx([b for _, b in losses], abs=1e-9)
+    torch.testing.assert_close(parameter_vector(soft), parameter_vector(hard), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("targets", ["probabilities", "real numbers"])
+@pytest.mark.parametrize("name", ["paper A", "Rayleigh-Ritz"])
+def test_class_gradients_say_that_they_need_classes(name: str, targets: str) -> None:
+    x, y = data()
+    loss, given = ("cross_entropy", F.one_hot(y, C).double()) if targets == "probabilities" else ("mse", x[:, :C])
+    with pytest.raises(ValueError, match=r"class gradients need integer targets of shape \(N,\)"):
+        _with_loss(name, network(), loss).step(x, given)
+
+
+def test_curveball_refuses_a_loss_that_reads_the_parameters() -> None:
+    x, y = data()
+    model = network()
+    penalised = lambda z, t: F.cross_entropy(z, t) + 0.01 * sum(p.square().sum() for p in model.parameters())  # noqa: E731
+    with pytest.raises(ValueError, match=r"reads the model's parameters itself.*use weight_decay"):
+        optim.CurveBall(model, penalised).step(x, y)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_reentrant_checkpoints_hide_no_parameter(name: str) -> None:
+    """Gradients taken by ``autograd.grad`` would leave out what a reentrant checkpoint uses."""
+    x, y = data(8)
+    plain, checkpointed = odd_layers.Checkpointed(None), odd_layers.Checkpointed(True)
+    checkpointed.load_state_dict(plain.state_dict())
+    first, second = MAKE[name](plain.double().eval()), MAKE[name](checkpointed.double().eval())
+    for _ in range(3):
+        first.step(x, y)
+        second.step(x, y)
+    torch.testing.assert_close(parameter_vector(checkpointed), parameter_vector(plain), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", odd_layers.NETWORKS)
+@pytest.mark.parametrize("optimizer", ["Rayleigh-Ritz", "low rank", "CurveBall", "negative curvature"])
+def test_odd_layers_step(optimizer: str, name: str, dtype: torch.dtype) -> None:
+    model, x, y = odd_layers.problem(name, dtype)
+    stepper = MAKE[optimizer](model)
+    if name == "attention with dropout" and optimizer in ("Rayleigh-Ritz", "low rank"):
+        with pytest.raises((RuntimeError, ValueError), match=r"not deterministic|does not treat examples one by one"):
+            stepper.step(x, y)
+        return
+    assert all(torch.isfinite(stepper.step(x, y)) for _ in range(3))
+
+
+def test_a_shared_module_keeps_its_parameters() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+            self.branches = nn.ModuleDict({"a": self.inner[0]})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner[2](torch.tanh(self.branches["a"](x)))
+
+    x, y = data()
+    for name, make in MAKE.items():
+        plain, shared = network(), Siamese()
+        first, second, held = make(plain), make(shared), list(shared.parameters())
+        for _ in range(3):
+            first.step(x, y)
+            second.step(x, y)
+        assert all(p is q for p, q in zip(held, shared.parameters(), strict=True)), name
+        torch.testing.assert_close(parameter_vector(shared), parameter_vector(plain), rtol=0, atol=1e-9, msg=name)

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from curvspace.curvature.frozen import FrozenModel, State
+from curvspace.curvature.layerwise import LayerRecorder, add_class_gradients
 from curvspace.curvature.split import independent
 from curvspace.functional import Batched, Inputs, batch_flags, batch_size, call, flatten, take, trainable_parameters
 from curvspace.losses import Loss, get_loss
@@ -62,14 +64,19 @@ def split_pass(
     *,
     batched: Batched = None,
 ) -> ClassPass:
-    """Loss, gradient and class gradients by one forward and two backward passes over the batch, class by class.
+    """Loss, gradient and class gradients by one forward and two backward passes over the batch.
 
     The model is called in its present mode. Exact only where :func:`splits_exactly` says so. The loss is taken of all
-    outputs together, so it may be any.
+    outputs together, so it may be any. A model of known layers is evaluated once and split layer by layer, any other
+    class by class.
     """
     loss = get_loss(loss)
     parameters = list(trainable_parameters(model).values())
     flags, counts = _layout(x, y, num_classes, batched)
+    known, key = _known_layers.setdefault(model, {}), (FrozenModel(model).modes, tuple(map(id, parameters)))
+    if known.get(key, True) and not torch.is_autocast_enabled(parameters[0].device.type):
+        found, known[key] = _layerwise_pass(model, x, y, counts, loss, checked=key in known)
+        return found
     c = parameters[0].new_zeros(num_classes, sum(p.numel() for p in parameters))
     outputs, order = [], []
     for k, members, xk in _by_class(x, y, counts, flags):
@@ -84,6 +91,46 @@ def split_pass(
         value = loss(raw, y)
     gradient = _gradient(value, parameters)
     return ClassPass(value.detach(), gradient, c, counts, _own_probabilities(logits(raw), y))
+
+
+_known_layers: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+"""For a model, its modes and trainable parameters: whether its class gradients come right layer by layer."""
+
+
+def _layerwise_pass(
+    model: nn.Module, x: Inputs, y: Tensor, counts: Tensor, loss: Loss, checked: bool
+) -> tuple[ClassPass, bool]:
+    """The pass, and whether it could be made layer by layer; if not, it was made by one backward pass a class.
+
+    Unless that is ``checked``, the gradient of the largest class is compared: a model may keep something else than
+    the examples in the first dimension.
+    """
+    parameters = list(trainable_parameters(model).values())
+    recorder = LayerRecorder(parameters, len(y))
+    with torch.enable_grad():
+        with recorder:
+            raw = call(model, x)
+        z = _checked_outputs(raw, len(counts), len(y))
+        value = loss(raw, y)
+        own = z.gather(1, y.long()[:, None])[:, 0]
+    gradient = _gradient(value, parameters, retain_graph=True)
+    c = gradient.new_zeros(len(counts), gradient.numel())
+    members = list(_members(y, counts))
+
+    def of_class(part: Tensor) -> Tensor:
+        return _gradient(own[part].mean(), parameters, retain_graph=True)
+
+    complete = recorder.complete
+    if complete:
+        add_class_gradients(recorder.layers, own.sum(), [m for _, m in members], parameters, [c[k] for k, _ in members])
+        if not checked:
+            k, largest = max(members, key=lambda pair: len(pair[1]))
+            expected = of_class(largest)
+            complete = bool((c[k] - expected).norm() <= 1e-3 * expected.norm()) or not bool(expected.isfinite().all())
+    if not complete:
+        for k, part in members:
+            c[k] = of_class(part)
+    return ClassPass(value.detach(), gradient, c, counts, _own_probabilities(z, y)), complete
 
 
 def vjp_pass(

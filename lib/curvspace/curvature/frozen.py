@@ -216,20 +216,16 @@ class FrozenModel:
         Checkpointing and compilation are off: both would come back to the module when it is itself again.
         """
         changed = [(m, mode) for m, mode in self._modes if m.training != mode]
-        fast_path = torch.backends.mha.get_fastpath_enabled()
         with ExitStack() as stack:
             if self.dropout_seed is None:  # whatever the model draws, it leaves no trace
                 stack.enter_context(replayed_randomness(self.device))
-            stack.enter_context(_without_checkpointing())
-            stack.enter_context(_without_compilation())
+            stack.enter_context(as_written())
+            stack.enter_context(plain_attention())
             try:
                 for module, mode in changed:
                     module.training = mode
-                torch.backends.mha.set_fastpath_enabled(False)
-                with sdpa_kernel(SDPBackend.MATH):
-                    yield
+                yield
             finally:
-                torch.backends.mha.set_fastpath_enabled(fast_path)
                 for module, mode in changed:
                     module.training = not mode
 
@@ -268,7 +264,26 @@ def _normalises_by_batch(module: nn.Module, training: bool) -> bool:
 
 
 @contextmanager
-def _without_checkpointing() -> Iterator[None]:
+def as_written() -> Iterator[None]:
+    """Checkpointed and compiled parts of a model run as they are written, which all derivatives need."""
+    with without_checkpointing(), _without_compilation():
+        yield
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by the kernels that have all derivatives."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
+def without_checkpointing() -> Iterator[None]:
     """Activations are kept: recomputing them would call the module outside of the evaluation, as it is then."""
     checkpoint = sys.modules.get("torch.utils.checkpoint")
     generators = [name for name in vars(checkpoint or object) if name.startswith("_checkpoint_without_reentrant_gen")]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from curvspace.curvature.frozen import as_written, without_checkpointing
 from curvspace.functional import Inputs, trainable_parameters
 from curvspace.losses import Loss, get_loss
 from curvspace.optim.ranks import Ranks
@@ -62,8 +62,9 @@ class ModelOptimizer(torch.optim.Optimizer):
         self, model: nn.Module, defaults: dict[str, Any], loss: str | Loss | Callable[[Tensor, Tensor], Tensor]
     ):
         self.model, self.ranks = Ranks.of(model)
-        parameters = trainable_parameters(self.model)
+        parameters: dict[str, Any] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if self.couples_parameters:
+            parameters = trainable_parameters(self.model)
             _require_alike(type(self).__name__, parameters)
         if not self.ranks.alone:
             self._require_shareable()
@@ -92,14 +93,11 @@ class ModelOptimizer(torch.optim.Optimizer):
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         raise NotImplementedError
 
-    @contextmanager
-    def _as_written(self) -> Iterator[None]:
-        """Compiled parts of the model run as written where a step differentiates twice, or forward."""
-        if not self.couples_parameters or "torch._dynamo.eval_frame" not in sys.modules:
-            yield
-            return
-        with torch.compiler.set_stance("force_eager"):
-            yield
+    def _as_written(self) -> AbstractContextManager[None]:
+        """Compiled and checkpointed parts of the model run as written where a step takes more than ``backward``."""
+        if self.couples_parameters:
+            return as_written()
+        return nullcontext() if self.ranks.alone else without_checkpointing()
 
     def _require_same_parameters(self) -> None:
         """A step is for the parameters that were trainable when the optimiser was made."""

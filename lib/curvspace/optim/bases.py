@@ -29,6 +29,7 @@ from curvspace.optim.span import (
     symmetric_span,
     unit_span,
 )
+from curvspace.outputs import logits
 
 Orthonormal = bool | Literal["qr", "symmetric"]
 Reduction = Literal["mean", "class-sum", "batch-sum"]
@@ -150,15 +151,17 @@ class ClassGradients(Basis):
             return super().observe(batch, refresh=False)
         if self.num_classes is None:
             with torch.no_grad(), preserved_buffers(batch.model):
-                self.num_classes = call(batch.model, batch.inputs).shape[1]
+                self.num_classes = logits(call(batch.model, batch.inputs)).shape[1]
         found = batch.classes(self.num_classes, self.batch_norm, self.algorithm)
         if self.reduction == "class-sum":
             total = found.class_gradients * found.counts[:, None]
             found = replace(found, class_gradients=total)
         self.average(found.class_gradients, found.counts)
-        (curvatures,) = batch.mean(class_curvatures(found.class_gradients, found.probabilities, batch.targets))
+        own = len(batch.targets) * class_curvatures(found.class_gradients, found.probabilities, batch.targets)
+        (total,) = batch.ranks.total([own])
+        curvatures = total / found.counts.sum()
         if self.reduction == "batch-sum":
-            curvatures = len(batch.targets) / batch.share * curvatures
+            curvatures = total
         # The estimates belong to classes; the vectors of just any orthonormal basis do not.
         known = None if self.orthonormal is True else curvatures
         return Observation(found.loss, found.gradient, known, found.counts > 0)

@@ -20,10 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curvspace.functional import Inputs, batch_size
+from curvspace.functional import Inputs
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer, require
-from curvspace.optim.forward_mode import Linearisation
+from curvspace.optim.forward_mode import ForwardMode, Linearisation, linearise
 
 Rate = float | Literal["auto"]
 
@@ -98,6 +98,7 @@ class CurveBall(ModelOptimizer):
             "damping_in_model": damping_in_model,
         }
         super().__init__(model, defaults, loss)
+        self._way: type[Linearisation] = ForwardMode
         start = (1.0 if _has_batch_norm(model) else 10.0) if damping == "auto" else damping
         nan = float("nan")
         self._load_extra_state({"damping": start, "rho": nan, "beta": nan, "ratio": nan, "anomalies": 0})
@@ -118,12 +119,12 @@ class CurveBall(ModelOptimizer):
         damping, decay = self._scalars["damping"], group["weight_decay"]
         check = group["adapt_damping"] and self.steps % group["damping_interval"] == 0
 
-        share = self.ranks.share(batch_size(inputs), parameters[0].device)
-        point = Linearisation(self.model, inputs, velocity)
-        outputs = point.outputs.detach()
-        loss = self.loss(outputs, targets).detach()
-        slope = self.loss.gradient(outputs, targets)
-        curved_z = self.loss.hessian_product(outputs, targets, point.first)
+        share = self.ranks.share(self.loss, targets, parameters[0].device)
+        point = linearise(self.model, inputs, velocity, self._way, self.loss.outputs)
+        self._way = type(point)  # a layer without a forward-mode rule will not get one
+        outputs, of_outputs = point.outputs.detach(), self._loss_of(point)
+        loss, slope = self._value_and_slope(of_outputs, outputs, targets)
+        curved_z = of_outputs.hessian_product(outputs, targets, point.first)
         loss, *pulled = self.ranks.mean([loss, *point.pull(curved_z + slope)], share)
         delta = self._direction(pulled, velocity)
 
@@ -131,7 +132,7 @@ class CurveBall(ModelOptimizer):
         if check or "auto" in (group["rho"], group["beta"]):
             along = (point.push(delta), point.first)
             self.costs.jvp += 1
-            curved = (self.loss.hessian_product(outputs, targets, along[0]), curved_z)
+            curved = (of_outputs.hessian_product(outputs, targets, along[0]), curved_z)
             products = self.ranks.mean(_output_products(along, curved, slope), share)
             quadratic = _restrict(delta, velocity, parameters, products, damping, decay)
         rho, beta = self._rates(quadratic, torch.finfo(outputs.dtype).eps)
@@ -144,7 +145,7 @@ class CurveBall(ModelOptimizer):
                 decayed = _decay_change(parameters, velocity, group["lr"], decay)
             torch._foreach_add_(parameters, velocity, alpha=group["lr"])
             if check and quadratic is not None:
-                (after,) = self.ranks.mean([self.loss(point.replay(), targets)], share)
+                (after,) = self.ranks.mean([of_outputs(point.replay(), targets)], share)
                 change = after.double() - loss.double() + decayed
                 self.costs.forward += 1
                 self._adapt_damping(change, quadratic.value(-beta, rho, group["lr"], group["damping_in_model"]))
@@ -153,6 +154,25 @@ class CurveBall(ModelOptimizer):
         self.costs.jvp += 1
         self.costs.products += 1
         return loss
+
+    def _loss_of(self, point: Linearisation) -> Loss:
+        """The loss as a function of the outputs as one tensor."""
+        return self.loss if self.loss.closed_form else Loss(lambda z, targets: self.loss(point.unpack(z), targets))
+
+    def _value_and_slope(self, loss: Loss, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        r"""L and :math:`\nabla L` in the outputs, in which alone eq. 18 differentiates it."""
+        if loss.closed_form:
+            return loss(outputs, targets).detach(), loss.gradient(outputs, targets)
+        with torch.enable_grad():
+            z = outputs.detach().requires_grad_()
+            value = loss(z, targets)
+            slope, *own = torch.autograd.grad(value, [z, *self._trainable], allow_unused=True)
+        if slope is None or any(g is not None for g in own):
+            raise ValueError(
+                f"the loss {self.loss.name} reads the model's parameters itself (a penalty?), or not its outputs; "
+                "CurveBall needs a function of the outputs: use weight_decay for a penalty"
+            )
+        return value.detach(), slope
 
     def _velocity(self, parameter: Tensor) -> Tensor:
         """z of one parameter, zero at the start."""

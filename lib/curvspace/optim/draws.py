@@ -19,7 +19,12 @@ def random_state(device: torch.device) -> tuple[Tensor, ...]:
 def randomness_from(state: tuple[Tensor, ...], device: torch.device) -> Iterator[None]:
     """Draws inside come from this state, and leave the generators as they were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        if len(state) > 1:
-            torch.cuda.set_rng_state(state[1], device)
+        set_random_state(state, device)
         yield
+
+
+def set_random_state(state: tuple[Tensor, ...], device: torch.device) -> None:
+    """Put the generators back to a state that :func:`random_state` gave."""
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1], device)

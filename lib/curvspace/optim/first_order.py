@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvspace.functional import Inputs, batch_size, call, trainable_parameters
+from curvspace.functional import Inputs, call
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer
 
@@ -49,7 +49,7 @@ class FirstOrder(ModelOptimizer):
     ):
         if isinstance(optimizer, type):
             refuse_unknown(optimizer, options)
-            parameters: Any = list(trainable_parameters(model).values())
+            parameters: Any = [p for p in model.parameters() if p.requires_grad]
             inner: Any = optimizer(groups or parameters, **options)
         else:
             inner = optimizer
@@ -88,7 +88,7 @@ class FirstOrder(ModelOptimizer):
         if self.ranks.alone:
             loss.backward()
         else:
-            loss = self._shared_backward(loss, batch_size(inputs))
+            loss = self._shared_backward(loss, targets)
         norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
         self.costs.forward += 1
@@ -115,14 +115,14 @@ class FirstOrder(ModelOptimizer):
             with torch.no_grad():
                 torch._foreach_copy_(parameters, present)
 
-    def _shared_backward(self, loss: Tensor, size: int) -> Tensor:
+    def _shared_backward(self, loss: Tensor, targets: Any) -> Tensor:
         """The mean over all processes' examples of the gradient, in ``.grad``, and of the loss.
 
         A parameter that no process has used keeps None. Gradients are not accumulated by ``backward``, whose hooks
         are the data-parallel wrapper's.
         """
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        share = self.ranks.share(size, loss.device)
+        share = self.ranks.share(self.loss, targets, loss.device)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         if any(g is not None and g.layout != torch.strided for g in gradients):
             raise ValueError("sparse gradients cannot be shared between processes; make the embedding dense")

@@ -1,4 +1,4 @@
-r"""Forward-mode products of one network at one point, which share their primal pass.
+r"""Products with the Jacobian of one network at one point, which share their primal pass.
 
 With outputs :math:`z = \phi(\theta, x)` and Jacobian :math:`J = \partial z/\partial\theta`, a
 :class:`Linearisation` gives
@@ -25,8 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from curvspace.functional import Inputs, call_with, pull_back, trainable_parameters
-from curvspace.optim.draws import random_state, randomness_from
+from curvspace.curvature.frozen import as_written, plain_attention
+from curvspace.curvature.memory import is_out_of_memory
+from curvspace.functional import Inputs, call, call_with, pull_back, trainable_parameters
+from curvspace.optim.draws import random_state, randomness_from, set_random_state
+from curvspace.outputs import pack
 
 _BILINEAR: frozenset[Callable[..., Any]] = frozenset(
     {torch.conv1d, torch.conv2d, torch.conv3d, F.linear, torch.conv_transpose1d, torch.conv_transpose2d}
@@ -179,7 +182,7 @@ def _unpack(tensor: Any) -> tuple[Any, Any]:
 
 
 class Linearisation:
-    r"""The network at its present parameters on one batch: :math:`z`, :math:`J t_0`, and ``push(t)`` :math:`= J t`.
+    r"""The network at its present parameters on one batch: :math:`z`, :math:`J t_0`, ``push(t)`` :math:`= J t`.
 
     The first pass acts as the model's own call does: it moves running statistics (once, and without a tangent)
     and draws dropout masks. ``push`` sees the same masks and leaves buffers and generators as they are; so does
@@ -189,45 +192,142 @@ class Linearisation:
     ----------
     tangents
         :math:`t_0`, one tensor a trainable parameter, in their shapes.
+    taken
+        What of the model's outputs is z (of mappings and tuples, their tensors one after the other); ``unpack``
+        gives it back in its own form.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, tangents: Sequence[Tensor]):
+    outputs: Tensor
+    first: Tensor
+    unpack: Callable[[Tensor], Any]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        tangents: Sequence[Tensor],
+        taken: Callable[[Any], Any] = lambda raw: raw,
+    ):
         self.model = model
         self.inputs = inputs
+        self.taken = taken
         self.parameters = trainable_parameters(model)
         self._device = next(iter(self.parameters.values())).device
         self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         self._random_state = random_state(self._device)
+        with torch.enable_grad(), as_written(), plain_attention():
+            self._begin(tangents)
+
+    def _begin(self, tangents: Sequence[Tensor]) -> None:
+        """The first pass: sets ``outputs``, with their graph, and ``first``."""
+        raise NotImplementedError
+
+    def push(self, tangents: Sequence[Tensor]) -> Tensor:
+        """J t, of the outputs' shape, for one tensor a trainable parameter."""
+        raise NotImplementedError
+
+    def pull(self, cotangent: Tensor) -> tuple[Tensor, ...]:
+        r""":math:`J^\top u`, one tensor a trainable parameter. May free the graph: once per linearisation."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def replay(self) -> Tensor:
+        """The model's outputs at its present parameters, with this pass's buffers and dropout masks."""
+        with randomness_from(self._random_state, self._device), as_written(), plain_attention():
+            torch.clear_autocast_cache()  # it may hold casts of what the parameters were
+            return pack(self.taken(call_with(self.model, self._fresh_buffers(), self.inputs)))[0]
+
+    def _fresh_buffers(self) -> dict[str, Tensor]:
+        return {name: b.clone() for name, b in self._buffers.items()}
+
+
+class ForwardMode(Linearisation):
+    """By dual numbers: the cheapest way, where every layer has a forward-mode rule."""
+
+    def _begin(self, tangents: Sequence[Tensor]) -> None:
         self._mode = _SharedPrimal()
-        with torch.enable_grad():
-            self.outputs, self.first = self._dual_pass(self.parameters, tangents)
+        self.outputs, self.first = self._dual_pass(self.parameters, tangents)
 
     def _dual_pass(
         self, tensors: dict[str, Tensor], tangents: Sequence[Tensor], buffers: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         with forward_ad.dual_level(), self._mode:
             duals = {n: forward_ad.make_dual(p, t) for (n, p), t in zip(tensors.items(), tangents, strict=True)}
-            z, dz = _unpack(call_with(self.model, {**duals, **(buffers or {})}, self.inputs))
+            packed, self.unpack = pack(self.taken(call_with(self.model, {**duals, **(buffers or {})}, self.inputs)))
+            z, dz = _unpack(packed)
             return z, torch.zeros_like(z) if dz is None else dz.detach()
 
     @torch.no_grad()
     def push(self, tangents: Sequence[Tensor]) -> Tensor:
-        """J t, of the outputs' shape, for one tensor a trainable parameter."""
         self._mode.replay()
         detached = {name: p.detach() for name, p in self.parameters.items()}
-        with randomness_from(self._random_state, self._device):
+        with randomness_from(self._random_state, self._device), as_written(), plain_attention():
             return self._dual_pass(detached, tangents, self._fresh_buffers())[1]
 
-    @torch.no_grad()
-    def replay(self) -> Tensor:
-        """The model's outputs at its present parameters, with this pass's buffers and dropout masks."""
-        with randomness_from(self._random_state, self._device):
-            torch.clear_autocast_cache()  # it may hold casts of what the parameters were
-            return call_with(self.model, self._fresh_buffers(), self.inputs)
-
     def pull(self, cotangent: Tensor) -> tuple[Tensor, ...]:
-        r""":math:`J^\top u`, one tensor a trainable parameter. Frees the graph: once per linearisation."""
         return pull_back([self.outputs], list(self.parameters.values()), [cotangent], materialize_grads=True)
 
-    def _fresh_buffers(self) -> dict[str, Tensor]:
-        return {name: b.clone() for name, b in self._buffers.items()}
+
+class DoubleBackward(Linearisation):
+    r"""By reverse mode alone: :math:`J t` is the derivative of the linear map :math:`u \mapsto J^\top u`.
+
+    The graph of that map is kept, so that this costs more memory, and about one backward pass more, than dual numbers;
+    but it only needs layers that can be differentiated twice.
+    """
+
+    def _begin(self, tangents: Sequence[Tensor]) -> None:
+        parameters = list(self.parameters.values())
+        self.outputs, self.unpack = pack(self.taken(call(self.model, self.inputs)))
+        try:
+            self._u = torch.zeros_like(self.outputs, requires_grad=True)
+            pulled = pull_back([self.outputs], parameters, [self._u], create_graph=True, materialize_grads=True)
+            self._live = [i for i, w in enumerate(pulled) if w.requires_grad]
+            self._pulled = [pulled[i] for i in self._live]
+            self.first = self.push(tangents)
+        except (NotImplementedError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{type(self.model).__name__} has a layer with neither forward-mode nor second derivatives, "
+                f"which a Gauss-Newton product needs; replace it ({reason})"
+            ) from error
+
+    def push(self, tangents: Sequence[Tensor]) -> Tensor:
+        along = [tangents[i] for i in self._live]
+        return pull_back(self._pulled, [self._u], along, retain_graph=True, materialize_grads=True)[0]
+
+    def pull(self, cotangent: Tensor) -> tuple[Tensor, ...]:
+        parameters = list(self.parameters.values())
+        return pull_back([self.outputs], parameters, [cotangent], retain_graph=True, materialize_grads=True)
+
+
+def linearise(
+    model: nn.Module,
+    inputs: Inputs,
+    tangents: Sequence[Tensor],
+    way: type[Linearisation] = ForwardMode,
+    taken: Callable[[Any], Any] = lambda raw: raw,
+) -> Linearisation:
+    """The model linearised by ``way``, or by :class:`DoubleBackward` where a layer has no forward-mode rule.
+
+    Buffers and generators move once, whichever way it goes.
+
+    Raises
+    ------
+    ValueError
+        If a layer has neither.
+    """
+    device = next(iter(trainable_parameters(model).values())).device
+    before = random_state(device)
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        return way(model, inputs, tangents, taken)
+    except (NotImplementedError, RuntimeError) as error:
+        if way is DoubleBackward or is_out_of_memory(error):
+            raise
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    set_random_state(before, device)
+    return DoubleBackward(model, inputs, tangents, taken)

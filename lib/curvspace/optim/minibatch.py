@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from curvspace.objective import Objective
 from curvspace.optim.base import Costs
 from curvspace.optim.draws import random_state
 from curvspace.optim.ranks import Ranks
+from curvspace.outputs import logits
 
 Curvature = Literal["gauss-newton", "hessian"]
 CURVATURES = ("gauss-newton", "hessian")
@@ -45,14 +46,18 @@ class Minibatch:
     model: nn.Module
     loss: Loss
     inputs: Inputs
-    targets: Tensor
+    targets: Any
     costs: Costs
     weight: float = 1.0
     ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
-        self.share = self.ranks.share(batch_size(self.inputs), self.targets.device)
-        self._generators = random_state(self.targets.device)
+        self.share = self.ranks.share(self.loss, self.targets, self.device)
+        self._generators = random_state(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(trainable_parameters(self.model).values())).device
 
     def part(self, fraction: float) -> Minibatch:
         """The first examples of the batch (drawn at random by the data loader), at least one."""
@@ -108,7 +113,7 @@ class Minibatch:
             z = call(self.model, self.inputs)
             loss = self.loss(z, self.targets)
             gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True))
-        own = z.detach().softmax(1).gather(1, self.targets[:, None])[:, 0]
+        own = logits(z).detach().softmax(1).gather(1, self.targets.long()[:, None])[:, 0]
         self._count(forward=2, backward=1 + (int((counts > 0).sum()) if shared else 1))
         return self._shared(ClassPass(loss.detach(), gradient, c, counts, own))
 
@@ -151,16 +156,15 @@ class Minibatch:
         Two calls draw the same random numbers (dropout masks).
         """
         torch.clear_autocast_cache()  # it may hold casts of what the parameters were
-        with preserved_buffers(self.model), replayed_randomness(self.targets.device):
+        with preserved_buffers(self.model), replayed_randomness(self.device):
             loss = self.loss(call(self.model, self.inputs), self.targets)
         self._count(forward=1)
         return self.mean(loss)[0]
 
     def drew(self) -> bool:
         """Whether random numbers have been drawn since this minibatch was made: a loss seen then has other masks."""
-        device = self.targets.device
-        moved = any(not torch.equal(a, b) for a, b in zip(self._generators, random_state(device), strict=True))
-        return self.ranks.any([moved], device)[0]
+        moved = any(not torch.equal(a, b) for a, b in zip(self._generators, random_state(self.device), strict=True))
+        return self.ranks.any([moved], self.device)[0]
 
     def mean(self, *values: Tensor) -> list[Tensor]:
         """The means over all shards of what was taken over this one."""

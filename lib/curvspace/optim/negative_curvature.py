@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvspace.functional import Inputs, add_to_parameters, batch_size, call, flatten, pull_back, unflatten
+from curvspace.functional import Inputs, add_to_parameters, call, flatten, pull_back, unflatten
 from curvspace.losses import Loss
 from curvspace.optim.base import require
 from curvspace.optim.first_order import FirstOrder
@@ -150,7 +150,7 @@ class NegativeCurvature(FirstOrder):
                 product = pull_back(g, parameters, t, materialize_grads=True)
             else:
                 product = tuple(torch.zeros_like(p) for p in parameters)
-        share = self.ranks.share(batch_size(inputs), loss.device)
+        share = self.ranks.share(self.loss, targets, loss.device)
         used = self.ranks.any([g is not None for g in gradients], loss.device)
         known = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(gradients, parameters, strict=True)]
         value, hv, *known = self.ranks.mean([loss.detach(), flatten(product), *known], share)

@@ -5,7 +5,8 @@ over the shard. What it goes on with is the mean over all shards,
 
 .. math:: \bar v = \sum_r \frac{n_r}{N} v_r, \qquad N = \sum_r n_r,
 
-whatever their sizes: the same number, bit for bit, in every process.
+whatever their sizes: the same number, bit for bit, in every process. With a weighted loss :math:`n_r` is the weight
+of the shard.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from curvspace.losses import Loss
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Ranks:
     def alone(self) -> bool:
         return self.group is None
 
-    def share(self, size: float, device: torch.device) -> float:
-        """The part :math:`n_r/N` of this process's shard.
+    def share(self, loss: Loss, targets: Any, device: torch.device) -> float:
+        """The part :math:`n_r/N` of this process's shard, by what the loss counts; 1 for a loss that is a sum.
 
         Raises
         ------
@@ -59,13 +62,14 @@ class Ranks:
         """
         if self.alone:
             return 1.0
+        size = loss.weight(targets)
         given = torch.zeros(dist.get_world_size(self.group), dtype=torch.float64, device=device)
         given[dist.get_rank(self.group)] = size
         dist.all_reduce(given, group=self.group)
         sizes = given.tolist()
         if min(sizes) <= 0:
             raise ValueError(f"rank {sizes.index(min(sizes))} has no example in its shard of the minibatch")
-        return size / sum(sizes)
+        return 1.0 if loss.reduction == "sum" else size / sum(sizes)
 
     def mean(self, tensors: Sequence[Tensor], share: float) -> list[Tensor]:
         """The means of tensors over all shards, each in its shape and type."""

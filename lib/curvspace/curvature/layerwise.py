@@ -1,0 +1,185 @@
+r"""The class gradients of all classes at once, layer by layer.
+
+A parameter's gradient is a sum over examples of what its layer makes of the example's input a and of the gradient
+:math:`\delta` in the example's output (:math:`\delta a^\top` for a linear layer). One backward pass through the
+activations gives the :math:`\delta` of :math:`\sum_i z^i_{y_i}` for all examples; that sum over the examples of a class
+is the gradient of the class. Only these last products are made class by class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+Part = Callable[[Tensor, Tensor], Tensor]
+"""(a, δ) of some examples -> the sum of their gradients of one parameter."""
+
+_CONVOLUTIONS: dict[Callable[..., Any], int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    **dict.fromkeys(_CONVOLUTIONS, ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
+}
+"""The layers known here, with the names of their arguments in order."""
+
+_HARMLESS = frozenset(
+    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda")
+)
+"""What may be asked of a parameter without computing with it."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One call of a layer: its inputs, the place of its outputs in the graph, and its trainable parameters."""
+
+    inputs: Tensor
+    edge: GradientEdge
+    parts: tuple[tuple[Tensor, Part], ...]
+
+
+class LayerRecorder(TorchFunctionMode):
+    """Inside, a model's layers are noted. ``complete``: nothing but known layers has used its parameters, and each
+    had the batch's ``size`` examples along the first dimension of its input."""
+
+    def __init__(self, parameters: Sequence[Tensor], size: int):
+        super().__init__()
+        self.layers: list[_Layer] = []
+        self._wanted = {id(p) for p in parameters}
+        self._seen: set[int] = set()
+        self._size = size
+        self._foreign = False
+
+    @property
+    def complete(self) -> bool:
+        return not self._foreign and self._seen == self._wanted
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._foreign or func in _HARMLESS:
+            return result
+        used = [t for t in _tensors((args, kwargs or {})) if id(t) in self._wanted]
+        if used:
+            layer = self._layer(func, args, kwargs or {}, result)
+            if layer is None or len(layer.parts) != len(used):
+                self._foreign = True
+            else:
+                self.layers.append(layer)
+                self._seen.update(map(id, used))
+        return result
+
+    def _layer(self, func: Any, args: Any, kwargs: Any, result: Any) -> _Layer | None:
+        if func not in _ARGUMENTS or not isinstance(result, Tensor) or not result.requires_grad:
+            return None
+        given = {**dict(zip(_ARGUMENTS[func], args, strict=False)), **kwargs}
+        x = given["input"]
+        if x.ndim < 2 or x.shape[0] != self._size or result.dtype != x.dtype:
+            return None
+        rules = _convolution(func, given) if func in _CONVOLUTIONS else _RULES[func](func, given)
+        if rules is None:
+            return None
+        trainable = [(given.get(name), rule) for name, rule in zip(("weight", "bias"), rules, strict=True)]
+        parts = tuple((p, rule) for p, rule in trainable if p is not None and id(p) in self._wanted)
+        return _Layer(x.detach(), get_gradient_edge(result), parts)
+
+
+def add_class_gradients(
+    layers: Sequence[_Layer],
+    selected: Tensor,
+    members: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    rows: Sequence[Tensor],
+) -> None:
+    r"""Add :math:`\frac{1}{|B_k|}\sum_{i\in B_k}\nabla_\theta z^i_{y_i}` to the row (P,) of each class k.
+
+    Parameters
+    ----------
+    layers
+        Of a complete :class:`LayerRecorder`.
+    selected
+        :math:`\sum_i z^i_{y_i}` with its graph, which is kept.
+    members
+        The positions of each class's examples.
+    """
+    deltas = torch.autograd.grad(selected, [layer.edge for layer in layers], retain_graph=True, allow_unused=True)
+    places = {id(p): i for i, p in enumerate(parameters)}
+    views = [row.split([p.numel() for p in parameters]) for row in rows]
+    counts = [len(m) for m in members]
+    order = torch.cat(list(members))
+    with torch.no_grad():
+        for layer, delta in zip(layers, deltas, strict=True):
+            if delta is None:
+                continue
+            inputs, delta = layer.inputs[order].split(counts), delta[order].split(counts)
+            for view, a, d in zip(views, inputs, delta, strict=True):
+                for parameter, part in layer.parts:
+                    view[places[id(parameter)]].add_(part(a, d).reshape(-1), alpha=1 / len(a))
+
+
+def _linear(func: Any, given: dict[str, Any]) -> tuple[Part, Part]:
+    return lambda a, d: d.flatten(0, -2).T @ a.flatten(0, -2), lambda a, d: d.flatten(0, -2).sum(0)
+
+
+def _convolution(func: Any, given: dict[str, Any]) -> tuple[Part, Part] | None:
+    dims = _CONVOLUTIONS[func]
+    if isinstance(given.get("padding", 0), str) or given["input"].ndim != dims + 2:
+        return None
+    defaults = {"stride": 1, "padding": 0, "dilation": 1}
+    geometry = [_as_list(given.get(name, default), dims) for name, default in defaults.items()]
+    weight = given["weight"].detach()
+
+    def in_weight(a: Tensor, d: Tensor) -> Tensor:
+        options = (None, *geometry, False, [0] * dims, given.get("groups", 1), [False, True, False])
+        return torch.ops.aten.convolution_backward(d, a, weight, *options)[1]
+
+    return in_weight, _over_channels
+
+
+def _by_channel(func: Any, given: dict[str, Any]) -> tuple[Part, Part] | None:
+    """Normalisations with a gain and a shift for each channel, the second dimension."""
+    if given.get("training", False):
+        return None
+    bare = {name: value for name, value in given.items() if name not in ("input", "weight", "bias")}
+    return lambda a, d: _over_channels(a, func(a, **bare) * d), _over_channels
+
+
+def _layer_norm(func: Any, given: dict[str, Any]) -> tuple[Part, Part]:
+    """A gain and a shift for each entry of the last dimensions."""
+    shape, eps = given["normalized_shape"], given.get("eps", 1e-5)
+
+    def over_last(a: Tensor, d: Tensor) -> Tensor:
+        return d.flatten(0, -1 - len(shape)).sum(0)
+
+    return lambda a, d: over_last(a, func(a, shape, eps=eps) * d), over_last
+
+
+def _over_channels(a: Tensor, d: Tensor) -> Tensor:
+    return d.sum([0, *range(2, d.ndim)])
+
+
+_RULES: dict[Any, Callable[[Any, dict[str, Any]], tuple[Part, Part] | None]] = {
+    F.linear: _linear,
+    F.batch_norm: _by_channel,
+    F.group_norm: _by_channel,
+    F.layer_norm: _layer_norm,
+}
+
+
+def _as_list(value: int | Sequence[int], dims: int) -> list[int]:
+    return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return _tensors(list(value.values()))
+    return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
