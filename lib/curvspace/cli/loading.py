@@ -50,7 +50,7 @@ class Loaded:
     @property
     def options(self) -> dict[str, Any]:
         """Of the objective."""
-        return {"batch_norm": self.subject.batch_norm, "dtype": DTYPES[self.subject.dtype]}
+        return {"state": self.subject.batch_norm, "dtype": DTYPES[self.subject.dtype]}
 
     def objective(self) -> Objective:
         with user_errors():

@@ -118,6 +118,8 @@ class Variant:
         it stays the same for any ``train``), and the test set's; None keeps the original order.
     labels: "true"; "permuted": a random permutation of the training split's labels with ``label_seed`` (validation
         and test keep theirs); "even-odd": class modulo 2, in every split.
+    imbalance: how many times fewer training examples the last class has than the first; from class to class their
+        number falls by the same factor. Each class's first examples are kept. 1: all of them.
     resize: images are scaled to resize × resize pixels (bilinear).
     normalisation: "standard": by mean and s.d. of the training images; "unit": to 0…1 only.
     dtype: "float32" or "float64", of normalised inputs and numeric targets.
@@ -129,6 +131,7 @@ class Variant:
     subset_seed: int | None = 0
     labels: str = "true"
     label_seed: int = 0
+    imbalance: float = 1.0
     resize: int | None = None
     normalisation: str = "standard"
     dtype: str = "float32"
@@ -139,6 +142,8 @@ class Variant:
         _one_of("dtype", self.dtype, tuple(DTYPES))
         if isinstance(self.validation, str):
             _one_of("validation", self.validation, ("test",))
+        if isinstance(self.imbalance, bool) or not isinstance(self.imbalance, int | float) or not self.imbalance >= 1:
+            raise ValueError(f"data set option imbalance must be a number of at least 1, got {self.imbalance!r}")
         for key, smallest in (("train", 1), ("validation", 0), ("test", 1), ("resize", 1), ("subset_seed", 0)):
             value = getattr(self, key)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= smallest
@@ -177,6 +182,8 @@ def load(folder: str | Path, options: Mapping[str, Any] | None = None) -> DataSe
     test_index = _first(_order(len(arrays.test_targets), variant.subset_seed), variant.test, "test")
     test = _tensors(arrays.test_inputs, arrays.test_targets, test_index, variant)
     train = _tensors(arrays.train_inputs, arrays.train_targets, train_index, variant)
+    if variant.imbalance > 1:
+        train = _long_tailed(train, 2 if variant.labels == "even-odd" else card["num_classes"], variant.imbalance)
     if variant.labels == "permuted":
         shuffle = np.random.default_rng([variant.label_seed, 1]).permutation(len(train))
         train = Split(train.inputs, train.targets[torch.from_numpy(shuffle)])
@@ -251,6 +258,17 @@ def _tensors(inputs: NDArray[Any], targets: NDArray[Any], index: NDArray[np.int6
             raise ValueError("labels: even-odd needs classes, but this data set's targets are numbers")
         return Split(x, y.to(dtype))
     return Split(x, y % 2 if variant.labels == "even-odd" else y)
+
+
+def _long_tailed(split: Split, classes: int, imbalance: float) -> Split:
+    r"""The first :math:`n\,\rho^{-k/(C-1)}` examples of each class k, in their order; n is the smallest class's count."""
+    if split.targets.is_floating_point():
+        raise ValueError("imbalance: needs classes, but this data set's targets are numbers")
+    found = [torch.nonzero(split.targets == k)[:, 0] for k in range(classes)]
+    fewest = min(len(places) for places in found)
+    kept = [places[: max(1, int(fewest * imbalance ** (-k / max(1, classes - 1))))] for k, places in enumerate(found)]
+    index = torch.cat(kept).sort().values
+    return Split(split.inputs[index], split.targets[index])
 
 
 def _resize(images: Tensor, size: int) -> Tensor:

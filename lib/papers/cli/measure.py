@@ -7,6 +7,7 @@ The spec has ``function`` (``module:function``), ``options`` (its keyword argume
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,15 @@ def measure(options: argparse.Namespace) -> None:
     function = common.load_function(spec["function"])
     common.set_threads(options.threads)
     common.spare_the_compiler()
+    scratch = _scratch(options)
     with use(spec.get("device", "cpu")) as device:
         context = Context(
             runs=[RunRecord(options.results / path) for path in spec.get("runs", [])],
             device=device,
             data_dir=options.data,
             settings=spec.get("datasets", {}),
+            scratch=scratch,
+            code=options.code,
         )
         table, arrays = _split(function(context, **spec.get("options", {})), spec)
         record = {**common.provenance(spec, options.code, device), "arithmetic": arithmetic()}
@@ -54,6 +58,14 @@ def measure(options: argparse.Namespace) -> None:
         if arrays is not None:
             np.savez_compressed(outputs[1], **arrays)  # type: ignore[arg-type]
     write_record(options.out.with_suffix(".run.json"), record, outputs)
+    if scratch is not None:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch(options: argparse.Namespace) -> Path | None:
+    """Where finished parts of a long measure wait for the rest: beside the states of training runs."""
+    out, results = options.out.resolve(), options.results.resolve()
+    return results / ".state" / out.relative_to(results).with_suffix("") if out.is_relative_to(results) else None
 
 
 def _split(result: Any, spec: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, np.ndarray] | None]:

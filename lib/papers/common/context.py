@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -24,6 +28,7 @@ class Context:
 
     runs: the runs that the measure declared, in that order. ``settings`` are the config blocks of its data sets by
     name; ``data_dir`` is where the prepared arrays lie, one folder each (:func:`curvspace.datasets.folder_name`).
+    ``scratch``: a folder for parts that are done, until the job is (None: nothing is kept); ``code``: the job's hash.
     """
 
     runs: list[RunRecord] = field(default_factory=list)
@@ -31,6 +36,8 @@ class Context:
     data_dir: Path = Path("data")
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     show_progress: bool = True
+    scratch: Path | None = None
+    code: str = ""
     _loaded: dict[str, DataSet] = field(default_factory=dict, repr=False)
 
     def dataset(self, name: str | RunRecord) -> DataSet:
@@ -48,6 +55,24 @@ class Context:
                 self.device
             )
         return self._loaded[key]
+
+    def remembered(self, key: Mapping[str, Any], compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """A part of a long measure: what an interrupted job with the same code computed for this key, or computed now.
+
+        ``key`` says all that the part depends on, in plain values.
+        """
+        if self.scratch is None:
+            return compute()
+        name = hashlib.sha256(json.dumps([self.code, key], sort_keys=True).encode()).hexdigest()[:20]
+        file = self.scratch / f"{name}.csv"
+        if file.is_file():
+            return pd.read_csv(file, float_precision="round_trip")
+        table = compute()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        table.to_csv(partial, index=False)
+        os.replace(partial, file)
+        return table
 
     def model(self, run: RunRecord, step: int) -> nn.Module:
         """The network of a run after ``step`` steps: on the device, in eval mode."""

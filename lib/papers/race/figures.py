@@ -1,0 +1,163 @@
+"""Figures of the race: pure functions from tidy tables. A family of optimisers has one colour; rivals are grey."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from papers.common.intervals import half_width
+from papers.common.style import Style, palette_colours
+from papers.race.tables import WORKLOAD, final_losses
+from papers.race.tables import speed_ups as speed_up_table
+
+Tables = dict[str, pd.DataFrame]
+RIVAL = "rival"
+LINES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def looks(style: Style, families: Mapping[str, str]) -> dict[str, dict[str, object]]:
+    """Colour by family (rivals in greys), line and marker by the place within the family."""
+    others = [family for family in dict.fromkeys(families.values()) if family != RIVAL]
+    colours = dict(zip(others, palette_colours(style.palette), strict=False))
+    seen: dict[str, int] = {}
+    found: dict[str, dict[str, object]] = {}
+    for name, family in families.items():
+        place = seen[family] = seen.get(family, -1) + 1
+        grey = str(0.15 + 0.2 * (place % 4))
+        found[name] = {
+            "color": colours.get(family, grey),
+            "linestyle": LINES[place % len(LINES)],
+            "marker": MARKERS[place % len(MARKERS)],
+        }
+    return found
+
+
+def horizons(tables: Tables, style: Style, families: Mapping[str, str]) -> tuple[Figure, pd.DataFrame]:
+    """X-R1: mean final validation loss against the length of training; each point is a run to the schedule's end.
+
+    Bars are 95 % t-intervals over seeds. Each curve's points stand a little apart so that the bars can be told.
+    """
+    races = tables["races"]
+    workloads = list(races.groupby(WORKLOAD, sort=False).groups)
+    look = looks(style, families)
+    figure, axes = style.panels(1, max(1, len(workloads)), height=3.1)
+    drawn = []
+    for axis, workload in zip(axes[0], workloads, strict=False):
+        part = races[(races[WORKLOAD] == list(workload)).all(axis=1)]
+        names = [name for name in families if name in set(part["optimizer"])]
+        for place, name in enumerate(names):
+            h, losses = final_losses(races, workload, name)
+            if len(losses) == 0:
+                continue
+            shift = 1 + 0.012 * (place - len(names) / 2)
+            mean = losses.mean(0)
+            half = np.array([half_width(float(np.std(column, ddof=1)), len(column)) for column in losses.T])
+            axis.errorbar(
+                h * shift, mean, yerr=np.nan_to_num(half), label=name, capsize=2, elinewidth=0.8, **look[name]
+            )
+            keys = dict(zip(WORKLOAD, workload, strict=True))
+            columns = {"horizon": h, "val_loss": mean, "half_width": half, "seeds": len(losses)}
+            drawn.append(pd.DataFrame(columns).assign(optimizer=name, family=families[name], **keys))
+        ticks = sorted(part.loc[part["phase"] == "final", "horizon"].unique())
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axis.minorticks_off()
+        axis.set(title=_title(workload), xlabel="length of training (1: whole budget)", ylabel="final validation loss")
+    handles, labels = _legend(axes[0])
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
+    return figure, pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame(columns=[*WORKLOAD, "horizon"])
+
+
+def speed_ups(
+    tables: Tables, style: Style, families: Mapping[str, str], against: Sequence[str]
+) -> tuple[Figure, pd.DataFrame]:
+    """X-R2: speed-up in horizon over each rival, a dot an optimiser, a bar its 95 % bootstrap interval over seeds.
+
+    An arrow marks a bound: the same loss lies beyond the shortest horizon.
+    """
+    table = speed_up_table(tables, against)
+    workloads = list(table.groupby(WORKLOAD, sort=False).groups)
+    look = looks(style, families)
+    names = [name for name in families if name in set(table["optimizer"])]
+    rows = max(1, len(against))
+    figure, axes = style.panels(rows, max(1, len(workloads)), height=0.7 + 0.24 * len(names), sharex="col", sharey=True)
+    for (row, rival), (column, workload) in itertools.product(enumerate(against), enumerate(workloads)):
+        axis = axes[row, column]
+        part = table[(table[WORKLOAD] == list(workload)).all(axis=1) & (table["against"] == rival)]
+        _dots(axis, part.set_index("optimizer"), names, look)
+        axis.set_title(f"{_title(workload)}\nover {rival}")
+        if row == rows - 1:
+            axis.set_xlabel("speed-up in length of training (×)")
+    return figure, table.assign(family=table["optimizer"].map(families))
+
+
+def _dots(axis: Axes, rows: pd.DataFrame, names: Sequence[str], look: Mapping[str, Mapping[str, object]]) -> None:
+    for y, name in enumerate(reversed(names)):
+        if name not in rows.index:
+            continue
+        row, style = rows.loc[name], look[name]
+        if np.isfinite(row["low"]):
+            axis.plot([row["low"], row["high"]], [y, y], color=style["color"], linewidth=2)
+        marker = (">" if row["speed_up"] > 1 else "<") if row["bound"] else style["marker"]
+        axis.plot(row["speed_up"], y, linestyle="none", marker=marker, color=style["color"], markersize=6)
+    axis.set_yticks(range(len(names)), list(reversed(names)))
+    axis.set_xscale("log")
+    axis.axvline(1.0, color="0.3", linewidth=1)
+    low, high = axis.get_xlim()
+    ticks = [t for t in (0.25, 0.5, 0.67, 1, 1.5, 2, 3, 4) if min(low, 0.9) <= t <= max(high, 1.1)]
+    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.minorticks_off()
+
+
+def tuning(tables: Tables, style: Style, families: Mapping[str, str]) -> tuple[Figure, pd.DataFrame]:
+    """X-R3: final loss of each trial against its learning rate; the ring is the setting that was run again.
+
+    Trials that diverged are crosses at the upper edge. The range of the axis is the range that was searched.
+    """
+    races = tables["races"]
+    tried = races[races["phase"] == "tuning"]
+    ended = tried["val_loss"].where((tried["status"] == "finished") & np.isfinite(tried["val_loss"]))
+    by = [*WORKLOAD, "optimizer", "trial", "lr"]
+    table = tried.assign(val_loss=ended).groupby(by, sort=False)["val_loss"].mean().reset_index()
+    best = races[races["phase"] == "final"].groupby([*WORKLOAD, "optimizer"])["trial"].first()
+    table["chosen"] = [best.get(tuple(row[:4]), -1) == row[4] for row in table[by].itertuples(index=False)]
+    workloads = list(table.groupby(WORKLOAD, sort=False).groups)
+    names = [name for name in families if name in set(table["optimizer"])]
+    look = looks(style, families)
+    figure, axes = style.panels(max(1, len(workloads)), max(1, len(names)), height=1.9, sharey="row", sharex="col")
+    figure.set_figwidth(1.5 * max(3, len(names)))
+    for (row, workload), (column, name) in itertools.product(enumerate(workloads), enumerate(names)):
+        axis = axes[row, column]
+        own = table[(table[WORKLOAD] == list(workload)).all(axis=1) & (table["optimizer"] == name)]
+        worst = table.loc[(table[WORKLOAD] == list(workload)).all(axis=1), "val_loss"].max()
+        fine, lost = own.dropna(subset=["val_loss"]), own[own["val_loss"].isna()]
+        axis.plot(fine["lr"], fine["val_loss"], linestyle="none", marker="o", color=look[name]["color"])
+        axis.plot(lost["lr"], np.full(len(lost), worst), linestyle="none", marker="x", color="0.3")
+        ring = fine[fine["chosen"]]
+        axis.plot(ring["lr"], ring["val_loss"], linestyle="none", marker="o", mfc="none", mec="0.1", markersize=10)
+        axis.set_xscale("log")
+        axis.set_title(name if row == 0 else "", fontsize="small")
+        if row == len(workloads) - 1:
+            axis.set_xlabel("learning rate")
+        if column == 0:
+            axis.set_ylabel(f"{_title(workload)}\nfinal loss", fontsize="small")
+    return figure, table
+
+
+def _legend(axes: Sequence[Axes]) -> tuple[list[object], list[str]]:
+    """Each optimiser once, whichever panels it is in."""
+    found: dict[str, object] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)
+
+
+def _title(workload: Sequence[object]) -> str:
+    return f"{workload[0]}, {workload[1]}"
