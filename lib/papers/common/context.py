@@ -66,7 +66,7 @@ class Context:
         name = hashlib.sha256(json.dumps([self.code, key], sort_keys=True).encode()).hexdigest()[:20]
         file = self.scratch / f"{name}.csv"
         if file.is_file():
-            return pd.read_csv(file, float_precision="round_trip")
+            return pd.read_csv(file)
         table = compute()
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")

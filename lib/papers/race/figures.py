@@ -16,18 +16,20 @@ from papers.race.tables import WORKLOAD, final_losses
 from papers.race.tables import speed_ups as speed_up_table
 
 Tables = dict[str, pd.DataFrame]
+Families = Sequence[tuple[str, str]]
+"""(optimiser, family) in the order of the legend."""
 RIVAL = "rival"
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def looks(style: Style, families: Mapping[str, str]) -> dict[str, dict[str, object]]:
+def looks(style: Style, families: Families) -> dict[str, dict[str, object]]:
     """Colour by family (rivals in greys), line and marker by the place within the family."""
-    others = [family for family in dict.fromkeys(families.values()) if family != RIVAL]
+    others = [family for family in dict.fromkeys(family for _, family in families) if family != RIVAL]
     colours = dict(zip(others, palette_colours(style.palette), strict=False))
     seen: dict[str, int] = {}
     found: dict[str, dict[str, object]] = {}
-    for name, family in families.items():
+    for name, family in families:
         place = seen[family] = seen.get(family, -1) + 1
         grey = str(0.15 + 0.2 * (place % 4))
         found[name] = {
@@ -38,7 +40,7 @@ def looks(style: Style, families: Mapping[str, str]) -> dict[str, dict[str, obje
     return found
 
 
-def horizons(tables: Tables, style: Style, families: Mapping[str, str]) -> tuple[Figure, pd.DataFrame]:
+def horizons(tables: Tables, style: Style, families: Families) -> tuple[Figure, pd.DataFrame]:
     """X-R1: mean final validation loss against the length of training; each point is a run to the schedule's end.
 
     Bars are 95 % t-intervals over seeds. Each curve's points stand a little apart so that the bars can be told.
@@ -50,7 +52,7 @@ def horizons(tables: Tables, style: Style, families: Mapping[str, str]) -> tuple
     drawn = []
     for axis, workload in zip(axes[0], workloads, strict=False):
         part = races[(races[WORKLOAD] == list(workload)).all(axis=1)]
-        names = [name for name in families if name in set(part["optimizer"])]
+        names = [name for name, _ in families if name in set(part["optimizer"])]
         for place, name in enumerate(names):
             h, losses = final_losses(races, workload, name)
             if len(losses) == 0:
@@ -63,7 +65,7 @@ def horizons(tables: Tables, style: Style, families: Mapping[str, str]) -> tuple
             )
             keys = dict(zip(WORKLOAD, workload, strict=True))
             columns = {"horizon": h, "val_loss": mean, "half_width": half, "seeds": len(losses)}
-            drawn.append(pd.DataFrame(columns).assign(optimizer=name, family=families[name], **keys))
+            drawn.append(pd.DataFrame(columns).assign(optimizer=name, family=dict(families)[name], **keys))
         ticks = sorted(part.loc[part["phase"] == "final", "horizon"].unique())
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
@@ -74,9 +76,7 @@ def horizons(tables: Tables, style: Style, families: Mapping[str, str]) -> tuple
     return figure, pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame(columns=[*WORKLOAD, "horizon"])
 
 
-def speed_ups(
-    tables: Tables, style: Style, families: Mapping[str, str], against: Sequence[str]
-) -> tuple[Figure, pd.DataFrame]:
+def speed_ups(tables: Tables, style: Style, families: Families, against: Sequence[str]) -> tuple[Figure, pd.DataFrame]:
     """X-R2: speed-up in horizon over each rival, a dot an optimiser, a bar its 95 % bootstrap interval over seeds.
 
     An arrow marks a bound: the same loss lies beyond the shortest horizon.
@@ -84,7 +84,7 @@ def speed_ups(
     table = speed_up_table(tables, against)
     workloads = list(table.groupby(WORKLOAD, sort=False).groups)
     look = looks(style, families)
-    names = [name for name in families if name in set(table["optimizer"])]
+    names = [name for name, _ in families if name in set(table["optimizer"])]
     rows = max(1, len(against))
     figure, axes = style.panels(rows, max(1, len(workloads)), height=0.7 + 0.24 * len(names), sharex="col", sharey=True)
     for (row, rival), (column, workload) in itertools.product(enumerate(against), enumerate(workloads)):
@@ -94,7 +94,7 @@ def speed_ups(
         axis.set_title(f"{_title(workload)}\nover {rival}")
         if row == rows - 1:
             axis.set_xlabel("speed-up in length of training (×)")
-    return figure, table.assign(family=table["optimizer"].map(families))
+    return figure, table.assign(family=table["optimizer"].map(dict(families)))
 
 
 def _dots(axis: Axes, rows: pd.DataFrame, names: Sequence[str], look: Mapping[str, Mapping[str, object]]) -> None:
@@ -115,7 +115,7 @@ def _dots(axis: Axes, rows: pd.DataFrame, names: Sequence[str], look: Mapping[st
     axis.minorticks_off()
 
 
-def tuning(tables: Tables, style: Style, families: Mapping[str, str]) -> tuple[Figure, pd.DataFrame]:
+def tuning(tables: Tables, style: Style, families: Families) -> tuple[Figure, pd.DataFrame]:
     """X-R3: final loss of each trial against its learning rate; the ring is the setting that was run again.
 
     Trials that diverged are crosses at the upper edge. The range of the axis is the range that was searched.
@@ -128,7 +128,7 @@ def tuning(tables: Tables, style: Style, families: Mapping[str, str]) -> tuple[F
     best = races[races["phase"] == "final"].groupby([*WORKLOAD, "optimizer"])["trial"].first()
     table["chosen"] = [best.get(tuple(row[:4]), -1) == row[4] for row in table[by].itertuples(index=False)]
     workloads = list(table.groupby(WORKLOAD, sort=False).groups)
-    names = [name for name in families if name in set(table["optimizer"])]
+    names = [name for name, _ in families if name in set(table["optimizer"])]
     look = looks(style, families)
     figure, axes = style.panels(max(1, len(workloads)), max(1, len(names)), height=1.9, sharey="row", sharex="col")
     figure.set_figwidth(1.5 * max(3, len(names)))
@@ -142,6 +142,9 @@ def tuning(tables: Tables, style: Style, families: Mapping[str, str]) -> tuple[F
         ring = fine[fine["chosen"]]
         axis.plot(ring["lr"], ring["val_loss"], linestyle="none", marker="o", mfc="none", mec="0.1", markersize=10)
         axis.set_xscale("log")
+        ends = [float(f"{own['lr'].min():.1g}"), float(f"{own['lr'].max():.1g}")] if len(own) else []
+        axis.set_xticks(ends, [f"{end:g}" for end in ends])
+        axis.minorticks_off()
         axis.set_title(name if row == 0 else "", fontsize="small")
         if row == len(workloads) - 1:
             axis.set_xlabel("learning rate")

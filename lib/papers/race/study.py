@@ -16,7 +16,7 @@ def declare(config: Mapping[str, Any]) -> Study:
     """One job per workload and optimiser tunes it and runs the winner; figures and tables compare the runs."""
     r = config["studies"]["race"]
     races = tuple(_race(config, r, workload, name) for workload in r["workloads"] for name in _entrants(r, workload))
-    families = {name: block["family"] for name, block in r["optimizers"].items()}
+    families = [[name, block["family"]] for name, block in r["optimizers"].items()]  # a list: its order is the legend's
     rivals = {"families": families, "against": r["against"]}
 
     def artefact(id: str, kind: str, function: str, title: str, spec: Mapping[str, Any]) -> Artefact:
