@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -153,9 +154,9 @@ def tuning(tables: Tables, style: Style, families: Families) -> tuple[Figure, pd
     return figure, table
 
 
-def _legend(axes: Sequence[Axes]) -> tuple[list[object], list[str]]:
+def _legend(axes: Sequence[Axes]) -> tuple[list[Artist], list[str]]:
     """Each optimiser once, whichever panels it is in."""
-    found: dict[str, object] = {}
+    found: dict[str, Artist] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
