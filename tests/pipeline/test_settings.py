@@ -46,8 +46,11 @@ def test_what_two_names_share_in_a_file_is_changed_for_one_alone():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"scale": "huge", "studies": ["a"]}, r"scale = 'huge' is not allowed; allowed: default, paper, smoke"),
-        ({"studies": {"a": "tiny"}}, r"studies\.a = 'tiny' is not allowed; allowed: default, paper, smoke"),
+        (
+            {"scale": "huge", "studies": ["a"]},
+            r"scale = 'huge' is not allowed; allowed: default, paper, ref",
+        ),
+        ({"studies": {"a": "tiny"}}, r"studies\.a = 'tiny' is not allowed; allowed: default, paper, reference, smoke"),
         ({"studies": {"a": 3}}, r"studies\.a = 3 is not allowed"),
         ({"studies": 3}, r"studies = 3 is not allowed"),
         ({"scale": [1], "studies": ["a"]}, r"scale = \[1\] is not allowed"),

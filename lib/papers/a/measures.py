@@ -142,6 +142,10 @@ def diagnosis(
     One row a (step, quantity, class or pair):
 
     - "ratio": :math:`\lambda_k / v_k^\top G v_k`; "lambda": eq. 12; "curvature": :math:`v_k^\top G v_k`;
+    - "newton step": the largest eigenvalue of :math:`\Lambda^{-1/2} V^\top G V \Lambda^{-1/2}`, by which the step
+      :math:`V \Lambda^{-1} V^\top g` overshoots along the worst direction of the span; 1 where eq. 11 is exact. On a
+      quadratic the step is stable below :math:`2(1+\mu)` under the heavy ball and below :math:`2(1+\mu)/(1-\mu)` under
+      a running average: 3.8 and 38 for :math:`\mu=0.9`;
     - "cosine": :math:`v_j^\top v_k` for j < k;
     - "share of gradient", "share of trace H", "share of trace G": of |g|², Tr H, Tr G, the part in the span of the
       v_k, with the null k/P of a random span; the traces by Hutch++;
@@ -184,6 +188,9 @@ def _diagnose(
         rows.append({"quantity": "lambda", "index": k, "value": value})
         rows.append({"quantity": "curvature", "index": k, "value": along})
         rows.append({"quantity": "ratio", "index": k, "value": value / along if along else np.nan})
+    scaled = (v.T @ gv) / (lambdas[:, None] * lambdas).sqrt()
+    if bool((lambdas > 0).all()):
+        rows.append({"quantity": "newton step", "value": float(torch.linalg.eigvalsh((scaled + scaled.T) / 2)[-1])})
     gram = v.T @ v
     pairs = torch.triu_indices(len(gram), len(gram), offset=1)
     rows += [

@@ -13,9 +13,9 @@ MEASURES = "papers.a.measures"
 
 
 def declare(config: Mapping[str, Any]) -> Study:
-    """A-F1 … A-X1 at the scale of ``studies.a``."""
+    """A-F1 … A-X1, A-R at the scale of ``studies.a``."""
     a = config["studies"]["a"]
-    return Study(artefacts=[*_learning_rates(a), *_batch_sizes(a), *_subspaces(a), _diagnosis(a)])
+    return Study(artefacts=[*_learning_rates(a), *_batch_sizes(a), *_subspaces(a), _diagnosis(a), *_readings(a)])
 
 
 def _optimizers(a: Mapping[str, Any]) -> list[str]:
@@ -136,3 +136,37 @@ def _diagnosis(a: Mapping[str, Any]) -> Artefact:
         paper="A",
         title="What eq. 12 claims of the span, and what holds",
     )
+
+
+def _readings(a: Mapping[str, Any]) -> list[Artefact]:
+    """A-R, A-R1, A-R2: every reading of the method, held against the paper's statements."""
+    block = a["readings"]
+    rates, screened = block["learning_rates"], block.get("screened", {})
+    pairs = {sgd: [*readings, *screened.get(sgd, [])] for sgd, readings in block["pairs"].items()}
+    grid = [(lr, seed) for lr in [*rates["lrs"], *rates["diverging_lrs"]] for seed in rates["seeds"]]
+
+    def at(part: Mapping[str, Any], optimizer: str, size: int | str, lr: float, seed: int) -> Run:
+        return Run(part["dataset"], part["model"], optimizer, size, lr, seed)
+
+    full = [name for sgd, readings in block["pairs"].items() for name in (sgd, *readings)]
+    runs = [at(rates, name, rates["batch_size"], lr, seed) for name in full for lr, seed in grid]
+    for name in (name for readings in screened.values() for name in readings):
+        runs.append(at(rates, name, rates["batch_size"], max(rates["lrs"]), rates["seeds"][0]))
+    batches = [
+        at(part, name, size, part["lr"], seed)
+        for part in block["batch_sizes"]
+        for name in full
+        for size in part["sizes"]
+        for seed in part["seeds"]
+    ]
+    inputs = {"rates": tuple(runs), "batches": tuple(batches)}
+    spec = {"pairs": pairs, "above": max(rates["lrs"])}
+    labels = {"data": rates["dataset"], "model": rates["model"]}
+    return [
+        Artefact(id, kind, f"papers.a.{function}", inputs, spec=spec, paper="A", title=title, labels=labels)
+        for id, kind, function, title in (
+            ("A-R", "figure", "figures_readings:curves_by_reading", "Validation loss by reading of the method"),
+            ("A-R1", "table", "readings:readings_by_statement", "Readings of the method by the paper's statements"),
+            ("A-R2", "table", "readings:judgements", "The same as numbers, one row a reading and statement"),
+        )
+    ]

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pandas as pd
 
+from papers.a.readings import STATEMENTS, score
 from papers.a.tables import crossovers
-from papers.common.outcomes import FAILS, HOLDS, Case, Outcome, Untested, estimate, judge, number
+from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Case, Outcome, Untested, estimate, judge, number
 from papers.common.verdicts import Tables, Where, cases_of, pick
 
 
@@ -89,3 +90,15 @@ def rank_falls(
         note = f"C = {classes}; rank by tolerance {'; '.join(lines)}"
         found.append(Case(f"{name} lowest final rank".strip(), estimate([min(ends)]), verdict, note))
     return Outcome(tuple(found))
+
+
+def best_reading(tables: Tables, *, table: str | None = None, where: Where | None = None) -> Outcome:
+    """A12: the reading that meets most, and how many of the paper's statements hold for it; all must."""
+    judged = pick(tables, table, where)
+    best = score(judged).iloc[0]
+    own = judged[(judged["reading"] == best["reading"]) & judged["statement"].isin(STATEMENTS)]
+    holding = set(own.loc[own["verdict"] == HOLDS, "statement"])
+    open_ = {row["statement"]: row["verdict"] for _, row in own.iterrows() if row["statement"] not in holding}
+    note = "; ".join(f"{STATEMENTS[key]}: {verdict}" for key, verdict in open_.items()) or "all hold"
+    verdict = HOLDS if not open_ else FAILS if FAILS in open_.values() else INCONCLUSIVE
+    return Outcome((Case(f"{best['reading']}", estimate([float(best["hold"])]), verdict, note),))

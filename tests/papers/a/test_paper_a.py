@@ -101,6 +101,10 @@ def test_diagnosis_against_dense_matrices(context):
     outer = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     dense = torch.einsum("nkp,nkl,nlq->pq", jacobian, outer, jacobian) / 60
     np.testing.assert_allclose(part.loc["curvature", "value"], torch.diag(v.T @ dense @ v), rtol=1e-3)
+    values = torch.linalg.eigvals(
+        dense @ v @ torch.diag(1 / torch.tensor(part.loc["lambda", "value"].to_numpy()).float()) @ v.T
+    )
+    assert part.loc["newton step", "value"] == pytest.approx(float(values.real.max()), rel=1e-3)
     q, _ = torch.linalg.qr(v)
     share = torch.trace(q.T @ dense @ q) / torch.trace(dense)
     assert part.loc["share of trace G", "value"] == pytest.approx(float(share), rel=0.1)

@@ -1,0 +1,152 @@
+"""A-R: verdicts on readings whose curves are made so that the answer is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pandas as pd
+import pytest
+
+from papers.a.figures_readings import curves_by_reading
+from papers.a.readings import judgements, readings_by_statement, score, summary
+from papers.a.verdicts import best_reading
+from papers.common.style import Style
+
+PAIRS = {"sgd": ["good", "diverging"]}
+STEPS = range(0, 101, 5)
+
+
+def run(optimizer: str, lr: float, seed: int, loss: Callable[[int], float], accuracy: float) -> list[dict]:
+    """One run; it ends where its loss is not finite. Between evaluations there is a row without one."""
+    rows = []
+    for step in STEPS:
+        value = loss(step)
+        known = {"val_loss": value, "val_accuracy": accuracy, "eval_train_loss": value}
+        rows.append({"optimizer": optimizer, "lr": lr, "seed": seed, "step": step, "epoch": step / 50, **known})
+        if not math.isfinite(value) or step == STEPS[-1]:
+            break
+        rows.append({"optimizer": optimizer, "lr": lr, "seed": seed, "step": step + 1, "epoch": (step + 1) / 50})
+    return rows
+
+
+def falling(speed: float, wobble: float = 0.0) -> Callable[[int], float]:
+    return lambda step: 2.3 * math.exp(-speed * step) + wobble * (-1) ** (step // 5) * (step > 0)
+
+
+def rates() -> pd.DataFrame:
+    rows = []
+    for seed in (0, 1):
+        for lr, sgd, good in ((0.1, 80, 78 + seed), (0.01, 70, 69)):
+            rows += run("sgd", lr, seed, falling(0.02 * lr * 10, 0.001), sgd / 100)
+            rows += run("good", lr, seed, falling(0.0125 * lr * 10, 0.004), good / 100)
+            rows += run("diverging", lr, seed, lambda step: 2.3 if step == 0 else math.nan, 0.1)
+        for name in ("sgd", "good", "diverging"):
+            rows += run(name, 0.5, seed, lambda step: 2.3 + step, 0.1)
+    return pd.DataFrame(rows).assign(dataset="d", model="m", batch_size=10)
+
+
+def batches() -> pd.DataFrame:
+    """On "small" the reading leads until step 50, on "other" never."""
+    rows = []
+    for model in ("small", "other"):
+        late = 2.0 if model == "small" else 3.0
+        found = run("sgd", 0.01, 0, lambda step: 2.3 - 0.01 * step, 0.5)
+        found += run("good", 0.01, 0, lambda step, top=late: min(2.3 - 0.02 * step + top * max(0, step - 50) / 10, 9)
+                     if top == 2.0 else 2.3 + step, 0.5)  # fmt: skip
+        found += run("diverging", 0.01, 0, lambda step: 2.3 if step == 0 else math.nan, 0.1)
+        rows += [{**row, "model": model} for row in found]
+    return pd.DataFrame(rows).assign(dataset="mnist", batch_size=10)
+
+
+@pytest.fixture(scope="module")
+def judged() -> pd.DataFrame:
+    return judgements({"rates": rates(), "batches": batches()}, PAIRS, above=0.1).set_index(["reading", "statement"])
+
+
+@pytest.mark.parametrize(
+    ("statement", "value", "met", "cases", "verdict"),
+    [
+        ("trains", 1.0, 4, 4, "holds"),
+        ("near", -1.25, 4, 4, "holds"),
+        ("below", -1.25, 4, 4, "holds"),
+        ("diverges", 1.0, 2, 2, "holds"),
+        ("slower", 1.6, 4, 4, "holds"),
+    ],
+)
+def test_a_reading_that_is_as_the_paper_says(
+    judged: pd.DataFrame, statement: str, value: float, met: int, cases: int, verdict: str
+) -> None:
+    row = judged.loc[("good", statement)]
+    if isinstance(row, pd.DataFrame):
+        row = row.iloc[0]
+    assert row["value"] == pytest.approx(value, rel=0.15)
+    assert (row["met"], row["cases"], row["verdict"]) == (met, cases, verdict)
+
+
+def test_volatility_is_a_ratio_of_standard_deviations(judged: pd.DataFrame) -> None:
+    table = summary(rates())
+    expected = [table.loc[("good", lr, s), "volatility"] / table.loc[("sgd", lr, s), "volatility"]
+                for lr in (0.1, 0.01) for s in (0, 1)]  # fmt: skip
+    geometric = math.exp(sum(math.log(r) for r in expected) / 4)
+    assert judged.loc[("good", "volatile"), "value"] == pytest.approx(geometric)
+
+
+def test_the_table_says_how_sgd_and_the_reading_fall_with_the_rate(judged: pd.DataFrame) -> None:
+    # SGD 80 to 70: 10 points; the reading 78 (79) to 69: 9 (10) points.
+    row = judged.loc[("good", "tables")]
+    assert (row["value"], row["met"], row["cases"]) == (pytest.approx(0.5), 1, 2)
+
+
+def test_each_network_is_judged_and_one_is_enough(judged: pd.DataFrame) -> None:
+    rows = judged.loc[("good", "overtaken")].set_index("network")
+    assert rows.loc["small", "verdict"] == "holds"
+    assert rows.loc["other", "verdict"] == "fails"
+    table = score(judged.reset_index())
+    assert table["reading"].tolist() == ["good", "diverging"]
+    assert table.loc[0, "hold"] >= 6
+
+
+def test_a_diverging_reading_meets_nothing_but_the_divergence(judged: pd.DataFrame) -> None:
+    rows = judged.loc["diverging"].groupby("statement").first()
+    assert rows.loc["trains", "met"] == 0
+    assert set(rows.loc[["trains", "near", "below", "volatile", "slower", "overtaken"], "verdict"]) == {"fails"}
+    assert rows.loc["diverges", "verdict"] == "holds"
+
+
+def test_the_table_for_people_has_a_row_for_each_reading() -> None:
+    table = readings_by_statement({"rates": rates(), "batches": batches()}, PAIRS, above=0.1)
+    assert table["reading"].tolist() == ["good", "diverging"]
+    assert table.loc[0, "trains at each rate"] == "holds: 1 (4 of 4)"
+    assert table.loc[1, "slower than SGD"] == "no runs to judge"
+    assert not table.isna().any().any()
+
+
+def test_a_reading_run_at_some_rates_only_is_open_or_fails() -> None:
+    part = rates()
+    part = part[(part["optimizer"] == "sgd") | ((part["lr"] == 0.1) & (part["seed"] == 0))]
+    found = judgements({"rates": part}, PAIRS, above=0.1).set_index(["reading", "statement"])
+    assert found.loc[("good", "trains"), "verdict"] == "not tested at this scale"
+    assert found.loc[("diverging", "trains"), "verdict"] == "fails"
+    assert found.loc[("good", "diverges"), "cases"] == 0
+
+
+def test_the_claim_names_the_best_reading_and_what_it_does_not_meet() -> None:
+    table = judgements({"rates": rates(), "batches": batches()}, PAIRS, above=0.1)
+    outcome = best_reading({"readings": table})
+    assert outcome.deciding.name == "good"
+    assert "then overtaken" not in outcome.deciding.note
+    open_ = set(table[(table["reading"] == "good") & (table["verdict"] == "inconclusive")]["statement"]) - {"tables"}
+    assert outcome.verdict == ("inconclusive" if open_ else "holds")
+    worse = table[table["reading"] == "diverging"]
+    assert best_reading({"readings": worse}).verdict == "fails"
+
+
+def test_the_figure_shows_every_run_and_colours_the_best() -> None:
+    figure, drawn = curves_by_reading({"rates": rates(), "batches": batches()}, Style(), PAIRS, above=0.1, shown=1)
+    assert set(drawn["optimizer"]) == {"sgd", "good", "diverging"}
+    assert len(figure.axes) == 3
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {
+        "SGD with the same momentum",
+        "good",
+    }
