@@ -11,6 +11,9 @@ from small_networks import C, D, batches, linear_softmax
 
 from curvspace.optim import ClassGradients, DiagonalNewton, Drop, GradientDescent, SubspaceNewton, class_gradient_newton
 
+PRINTED = {"dampening": 0.0, "orthonormal": False}
+"""Heavy-ball momentum, unit class gradients as they are."""
+
 
 def paper_a_by_hand(model, data, lr, momentum, gamma, on_step, initial, damping=0.0, floor=0.0):
     """Eq. 12, 15, 16, 17 for a linear softmax model in scalars and lists: no autograd, no code of the library."""
@@ -75,7 +78,7 @@ def test_paper_a_three_steps_equal_the_hand_computation(initial: str, momentum: 
     model = linear_softmax()
     options = {"lr": 0.1, "momentum": momentum, "gamma": gamma}
     weight, bias = paper_a_by_hand(model, data, on_step=momentum > 0, initial=initial, **options)
-    optimizer = class_gradient_newton(model, num_classes=C, initial=initial, **options)
+    optimizer = class_gradient_newton(model, num_classes=C, initial=initial, **PRINTED, **options)
     for x, y in data:
         optimizer.step(x, y)
     torch.testing.assert_close(model.weight.detach(), weight, rtol=0, atol=1e-10)
@@ -85,7 +88,9 @@ def test_paper_a_three_steps_equal_the_hand_computation(initial: str, momentum: 
 def test_damping_and_floor_enter_as_documented() -> None:
     data, model = batches(3), linear_softmax()
     weight, _ = paper_a_by_hand(model, data, 0.1, 0.0, 0.9, False, "until-seen", damping=0.3, floor=0.2)
-    optimizer = class_gradient_newton(model, num_classes=C, lr=0.1, momentum=0.0, damping=0.3, floor=0.2)
+    optimizer = class_gradient_newton(
+        model, num_classes=C, lr=0.1, momentum=0.0, initial="until-seen", damping=0.3, floor=0.2, **PRINTED
+    )
     for x, y in data:
         optimizer.step(x, y)
     torch.testing.assert_close(model.weight.detach(), weight, rtol=0, atol=1e-10)

@@ -121,8 +121,7 @@ def test_three_steps_of_a_reading_equal_the_hand_computation(reading: dict[str, 
     lr = 0.01
     w, u = by_hand(lr, 0.9, **reading)
     options = {key: value for key, value in reading.items() if key != "how"}
-    if reading["how"] in ("qr", "symmetric"):
-        options["orthonormal"] = reading["how"]
+    options["orthonormal"] = reading["how"] if reading["how"] in ("qr", "symmetric") else False
     options["sequential"] = reading["how"] == "sequential"
     model = network()
     optimizer = class_gradient_newton(model, num_classes=C, lr=lr, momentum=0.9, gamma=GAMMA, **options)
@@ -194,3 +193,13 @@ def test_any_orthonormal_basis_has_no_estimate_of_its_own() -> None:
     optimizer = SubspaceNewton(network(), ClassGradients(orthonormal=True), DiagonalNewton(), GradientDescent(0.1))
     with pytest.raises(ValueError, match="no estimate"):
         optimizer.step(*minibatches()[0])
+
+
+def test_the_default_is_the_reading_that_meets_most() -> None:
+    reading = {**PRINTED, "dampening": 0.9, "initial": "averaged", "how": "qr"}
+    w, _ = by_hand(0.1, 0.9, **reading)
+    model = network()
+    optimizer = class_gradient_newton(model, num_classes=C, lr=0.1, momentum=0.9, gamma=GAMMA)
+    for x, y in minibatches():
+        optimizer.step(x, y)
+    np.testing.assert_allclose(model[0].weight.detach().numpy(), w, rtol=1e-10, atol=1e-10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -62,16 +64,14 @@ def describe(runs: pd.DataFrame) -> str:
     return ", ".join(parts)
 
 
-def loss_by_batch_size(
-    tables: Tables, style: Style, overtaking: str, overtaken: list[str]
-) -> tuple[Figure, pd.DataFrame]:
+def loss_by_batch_size(tables: Tables, style: Style, pairs: Mapping[str, str]) -> tuple[Figure, pd.DataFrame]:
     """A-F2: training loss against step by batch size; crossovers between the optimisers are marked.
 
-    A dotted line stands where ``overtaking`` falls below one of ``overtaken`` for good.
+    ``pairs``: method -> SGD with the same momentum. A dotted line stands where SGD falls below its method for good.
     """
     runs = tables["runs"].dropna(subset=["eval_train_loss"])
     sizes = sorted(runs["batch_size"].unique())
-    colours = style.colours([overtaking, *overtaken])
+    colours = style.colours(name for method, sgd in pairs.items() for name in (sgd, method))
     figure, axes = style.panels(2, -(-len(sizes) // 2), sharey=True)
     drawn = []
     for axis, size in zip(axes.flat, sizes, strict=False):
@@ -80,7 +80,7 @@ def loss_by_batch_size(
             one = part[part["optimizer"] == name]
             band = style.band(axis, one, "step", "eval_train_loss", label=name, colour=colour)
             drawn.append(band.assign(batch_size=size, optimizer=name))
-        notes = [_mark_crossover(axis, part, overtaking, name, colours[name]) for name in overtaken]
+        notes = [_mark_crossover(axis, part, sgd, method, colours[method]) for method, sgd in pairs.items()]
         full = part.loc[part["step"] > 0, "epoch"].min() == part.loc[part["step"] > 0, "step"].min()
         note = "; ".join(filter(None, notes)) or "no crossover"
         axis.set_title(f"batch {size}{' (full)' if full else ''}: {note}")

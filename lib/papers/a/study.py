@@ -19,8 +19,8 @@ def declare(config: Mapping[str, Any]) -> Study:
 
 
 def _optimizers(a: Mapping[str, Any]) -> list[str]:
-    """The first-order optimiser, and the paper's method in its variants (the first is as printed)."""
-    return [a["first_order"], *a["newton"]]
+    """The paper's method in its readings, the one that meets most first, each after SGD with the same momentum."""
+    return list(dict.fromkeys(name for method, sgd in a["newton"].items() for name in (sgd, method)))
 
 
 def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
@@ -86,7 +86,7 @@ def _batch_sizes(a: Mapping[str, Any]) -> list[Artefact]:
         for seed in block["seeds"]
     )
     labels = {"data": block["dataset"], "model": block["model"]}
-    spec = {"overtaking": a["first_order"], "overtaken": a["newton"]}
+    spec = {"pairs": a["newton"]}
     return [
         Artefact(
             "A-F2",

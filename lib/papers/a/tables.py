@@ -46,7 +46,7 @@ def _by_lr(metrics: pd.DataFrame, column: str, scale: float, name: str, place: i
         sd=(name, "std"),
     ).reset_index()
     table["paper"] = [
-        PAPER.get((o.removesuffix("-damped"), lr), (None, None))[place]
+        PAPER.get((o.removesuffix("-heavy-ball").removesuffix("-running-average"), lr), (None, None))[place]
         for o, lr in zip(table.optimizer, table.lr, strict=True)
     ]
     table = table.rename(columns={"mean": f"{name}_mean", "sd": f"{name}_sd", "paper": f"paper_{name}"})

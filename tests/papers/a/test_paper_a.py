@@ -152,7 +152,7 @@ def test_tables_say_who_diverged():
 def test_figures_draw_what_they_are_given(context):
     style = Style()
     table = runs({"sgd": [2.0, 1.5, 0.7], "newton": [2.0, 1.0, 0.9]})
-    figure, drawn = figures.loss_by_batch_size({"runs": table}, style, overtaking="sgd", overtaken=["newton"])
+    figure, drawn = figures.loss_by_batch_size({"runs": table}, style, pairs={"newton": "sgd"})
     assert "crossover at epoch" in figure.axes[0].get_title()
     assert set(drawn["optimizer"]) == {"sgd", "newton"}
     figure, drawn = figures.loss_over_training({"runs": table}, style)
