@@ -58,10 +58,12 @@ def class_gradient_newton(
 
     What the paper leaves open is an option; the defaults are the reading that meets most of what the paper says of its
     method. With ``dampening=0.0, initial="until-seen", orthonormal=False`` it is the formulas as printed under
-    heavy-ball momentum, which diverge in a few steps. Momentum: ``dampening`` is :math:`\tau`, 0 for the heavy ball, None for
-    :math:`\tau=\mu`, a running average; ``momentum_on``, ``refresh_every``: see ``SubspaceNewton``. The curvature:
-    ``initial`` (what :math:`\lambda(0)=1` does), ``estimate``, ``damping``, ``floor``, ``trust_radius``, ``fraction``
-    and ``scale`` (``"lr"``: :math:`\eta/\hat\lambda_k` in place of :math:`1/\hat\lambda_k`) are those of
+    heavy-ball momentum, which diverge in a few steps.
+
+    Momentum: ``dampening`` is :math:`\tau`, 0 for the heavy ball, None for :math:`\tau=\mu`, a running average;
+    ``momentum_on``, ``refresh_every``: see ``SubspaceNewton``. The curvature: ``initial`` (what :math:`\lambda(0)=1`
+    does), ``estimate``, ``damping``, ``floor``, ``trust_radius``, ``fraction`` and ``scale`` (``"lr"``:
+    :math:`\eta/\hat\lambda_k` in place of :math:`1/\hat\lambda_k`) are those of
     :class:`~curvspace.optim.inside.DiagonalNewton`. How the span is taken out: ``orthonormal``, ``sequential``, and
     ``reduction``, ``batch_norm``, ``algorithm`` are those of :class:`~curvspace.optim.bases.ClassGradients`.
     With ``orthonormal=True`` eq. 12 no longer estimates the curvature along the basis: give ``estimate`` too.
