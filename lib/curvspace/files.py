@@ -103,6 +103,22 @@ def differing(folder: Path, outputs: Mapping[str, str]) -> list[str]:
     return found
 
 
+def check(path: Path, record: Path) -> None:
+    """Compare a file with the record that lists it, where there is one.
+
+    Raises
+    ------
+    DamagedFile
+        If the file, or the record, is not what was written.
+    """
+    if not record.is_file():
+        return
+    name = path.relative_to(record.parent).as_posix()
+    expected = read_record(record).get("outputs", {}).get(name)
+    if expected and (bad := differing(record.parent, {name: expected})):
+        raise DamagedFile(f"{record.parent}: {bad[0]} since its job wrote it; delete it and run the study again")
+
+
 def write_record(path: Path, record: Mapping[str, Any], outputs: Iterable[Path] = ()) -> None:
     """Write a record with its checksum and, where there are any, the digests of the outputs beside or below it."""
     listed = digests(path.parent, outputs)

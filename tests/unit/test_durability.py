@@ -240,6 +240,21 @@ def test_a_damaged_run_is_an_error_of_one_line_that_names_the_file(name, how, tr
     assert "again" in str(error.value) or "train it first" in str(error.value)
 
 
+def test_a_flipped_checkpoint_is_no_networks_weights(training, tmp_path):
+    """A checkpoint that is named as a file, without its run."""
+    from curvspace.cli.loading import load_weights
+
+    model = training("run")().build_model(RunRecord(tmp_path / "run").dataset(tmp_path / "tiny"))
+    file = tmp_path / "run" / "checkpoints" / "step-1.pt"
+    load_weights(model, file)
+    whole = file.read_bytes()
+    for place in range(12):
+        file.write_bytes(whole)
+        flipped(file, place / 12, place % 8)
+        with pytest.raises(UserError, match=r"step-1\.pt"):
+            load_weights(model, file)
+
+
 def test_a_run_of_an_earlier_version_is_refused_in_one_line(training, tmp_path):
     training("run")()
     file = tmp_path / "run" / "run.json"

@@ -21,6 +21,7 @@ from curvspace.datasets.store import Arrays
 from curvspace.device import use
 from curvspace.errors import UserError
 from curvspace.functional import batch_size, select
+from curvspace.training import tensor_file
 from curvspace.training.record import RunRecord
 from curvspace.training.spec import derived_seed
 
@@ -267,6 +268,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
         found: Any = load_file(file)
     else:
+        tensor_file.check(file)
         try:
             found = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:

@@ -28,6 +28,14 @@ def write(path: Path, value: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def check(path: Path) -> None:
+    """Raise ``DamagedFile`` where a file ends in a digest that is not the one of its contents; others pass."""
+    data = path.read_bytes()
+    body, tail = data[:-_TAIL], data[-_TAIL:]
+    if tail.startswith(_MARK) and tail != _MARK + hashlib.sha256(body).hexdigest().encode():
+        raise files.DamagedFile(f"{path} is damaged: its contents do not have the digest at its end")
+
+
 def read(path: Path, device: torch.device | str = "cpu", expected: str | None = None) -> Any:
     """The value, on a device; ``expected`` is the whole file's digest where a record gives it.
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from curvspace import files
 from curvspace.errors import UserError
 
 
@@ -28,7 +29,7 @@ def read(results: Path, inputs: Mapping[str, Sequence[str]]) -> dict[str, pd.Dat
     """The tables by label; several files under one label are concatenated.
 
     ``inputs`` has paths of CSV files below ``results``. Arrays beside them (``.npz``, of a measure that declares
-    some) are in ``table.attrs["arrays"]``.
+    some) are in ``table.attrs["arrays"]``. What was altered since its job wrote it is refused in one line.
     """
     tables = {}
     for label, paths in inputs.items():
@@ -42,6 +43,7 @@ def read(results: Path, inputs: Mapping[str, Sequence[str]]) -> dict[str, pd.Dat
 
 
 def _table(path: Path) -> pd.DataFrame:
+    _check(path)
     try:
         return pd.read_csv(path)
     except pd.errors.EmptyDataError:
@@ -50,9 +52,16 @@ def _table(path: Path) -> pd.DataFrame:
         raise UserError(f"{path} is not a readable table: {error}") from None
 
 
+def _check(path: Path) -> None:
+    """Compare with the record of the measure, or of the run, that wrote it."""
+    own = path.with_suffix(".run.json")
+    files.check(path, own if own.is_file() else path.parent / "run.json")
+
+
 def _arrays(label: str, archives: Sequence[Path]) -> Arrays:
     found = Arrays()
     for archive in archives:
+        _check(archive)
         with np.load(archive) as content:
             if twice := set(found) & set(content):
                 raise UserError(f"input {label!r}: two measures have the array {min(twice)!r}; give them two labels")

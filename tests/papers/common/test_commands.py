@@ -113,6 +113,28 @@ def test_a_measure_writes_its_table_and_the_arrays_that_it_declares(tmp_path):
     assert np.load(out.with_suffix(".npz"))["v"].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["one.csv", "one.npz", "one.run.json"])
+@pytest.mark.parametrize("how", ["a bit", "a line", "empty"])
+def test_a_table_that_was_altered_is_not_drawn(tmp_path, capsys, name, how):
+    out = tmp_path / "measures" / "one.csv"
+    text = json.dumps({"function": f"{HERE}:with_arrays", "arrays": True})
+    measure.main(["--spec", text, "--results", str(tmp_path), "--out", str(out)])
+    assert tables.read(tmp_path, {"a": ["measures/one.csv"]})["a"]["x"].tolist() == [1]
+    file = tmp_path / "measures" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 2
+    file.write_bytes({"a bit": bytes(content), "a line": file.read_bytes() + b"2\n", "empty": b""}[how])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        table.main(
+            ["--spec", spec(function=f"{HERE}:best"), "--results", str(tmp_path), "--out", str(tmp_path / "T.csv")]
+        )
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert name in line
+    assert "again" in line
+
+
 @pytest.mark.parametrize(
     ("command", "values", "said"),
     [
