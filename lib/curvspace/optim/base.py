@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._trainable = list(parameters.values())
         self.loss = get_loss(loss)
         self.costs = Costs()
+        self.evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.steps = 0
         """Steps taken; inside ``_step``, those before it."""
         self.grad_norm: Tensor | None = None
@@ -81,7 +83,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         """One step on a minibatch; returns its mean loss before the step (a detached scalar)."""
         start = time.perf_counter()
         self._require_same_parameters()
-        with self._as_written(), _fresh_autocast():
+        with self._as_written(), _fresh_autocast(), self._full_precision():
             loss = self._step(inputs, targets)
         self.ranks.equalise_buffers(self.model)
         self.steps += 1
@@ -98,6 +100,20 @@ class ModelOptimizer(torch.optim.Optimizer):
         if self.couples_parameters:
             return as_written()
         return nullcontext() if self.ranks.alone else without_checkpointing()
+
+    @contextmanager
+    def _full_precision(self) -> Iterator[None]:
+        """Only what is inside ``with self.evaluating()`` follows an autocast around the step: the model's passes."""
+        kind = self._trainable[0].device.type
+        if not (self.couples_parameters and torch.is_autocast_enabled(kind)):
+            yield
+            return
+        self.evaluating = partial(torch.autocast, kind, torch.get_autocast_dtype(kind))
+        try:
+            with torch.autocast(kind, enabled=False):
+                yield
+        finally:
+            self.evaluating = nullcontext
 
     def _require_same_parameters(self) -> None:
         """A step is for the parameters that were trainable when the optimiser was made."""

@@ -120,17 +120,20 @@ class CurveBall(ModelOptimizer):
         check = group["adapt_damping"] and self.steps % group["damping_interval"] == 0
 
         share = self.ranks.share(self.loss, targets, parameters[0].device)
-        point = linearise(self.model, inputs, velocity, self._way, self.loss.outputs)
+        with self.evaluating():
+            point = linearise(self.model, inputs, velocity, self._way, self.loss.outputs)
         self._way = type(point)  # a layer without a forward-mode rule will not get one
         outputs, of_outputs = point.outputs.detach(), self._loss_of(point)
-        loss, slope = self._value_and_slope(of_outputs, outputs, targets)
+        with self.evaluating():
+            loss, slope = self._value_and_slope(of_outputs, outputs, targets)
         curved_z = of_outputs.hessian_product(outputs, targets, point.first)
         loss, *pulled = self.ranks.mean([loss, *point.pull(curved_z + slope)], share)
         delta = self._direction(pulled, velocity)
 
         quadratic = None
         if check or "auto" in (group["rho"], group["beta"]):
-            along = (point.push(delta), point.first)
+            with self.evaluating():
+                along = (point.push(delta), point.first)
             self.costs.jvp += 1
             curved = (of_outputs.hessian_product(outputs, targets, along[0]), curved_z)
             products = self.ranks.mean(_output_products(along, curved, slope), share)
@@ -145,7 +148,9 @@ class CurveBall(ModelOptimizer):
                 decayed = _decay_change(parameters, velocity, group["lr"], decay)
             torch._foreach_add_(parameters, velocity, alpha=group["lr"])
             if check and quadratic is not None:
-                (after,) = self.ranks.mean([of_outputs(point.replay(), targets)], share)
+                with self.evaluating():
+                    after = of_outputs(point.replay(), targets)
+                (after,) = self.ranks.mean([after], share)
                 change = after.double() - loss.double() + decayed
                 self.costs.forward += 1
                 self._adapt_damping(change, quadratic.value(-beta, rho, group["lr"], group["damping_in_model"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,6 +52,7 @@ class Minibatch:
     costs: Costs
     weight: float = 1.0
     ranks: Ranks = field(default_factory=Ranks)
+    evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
         self.share = self.ranks.share(self.loss, self.targets, self.device)
@@ -72,12 +75,14 @@ class Minibatch:
                 "examples one by one; use fraction=1"
             )
         inputs, targets = select((self.inputs, self.targets), slice(0, m), size=n)
-        return Minibatch(self.model, self.loss, inputs, targets, self.costs, self.weight * m / n, self.ranks)
+        return Minibatch(
+            self.model, self.loss, inputs, targets, self.costs, self.weight * m / n, self.ranks, self.evaluating
+        )
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Mean loss and its gradient (P,)."""
         parameters = list(trainable_parameters(self.model).values())
-        with torch.enable_grad():
+        with torch.enable_grad(), self.evaluating():
             loss = self.loss(call(self.model, self.inputs), self.targets)
             gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True))
         self._count(forward=1, backward=1)
@@ -95,10 +100,12 @@ class Minibatch:
                 'use "vjp" (or batch_norm="running")'
             )
         if interact or algorithm == "vjp":
-            found = vjp_pass(self.model, self.inputs, self.targets, num_classes, self.loss)
+            with self.evaluating():
+                found = vjp_pass(self.model, self.inputs, self.targets, num_classes, self.loss)
             self._count(forward=1, backward=1 + len(self.targets.unique()))
             return self._shared(found)
-        found = split_pass(self.model, self.inputs, self.targets, num_classes, self.loss)
+        with self.evaluating():
+            found = split_pass(self.model, self.inputs, self.targets, num_classes, self.loss)
         self._count(forward=1, backward=2)
         return self._shared(found)
 
@@ -109,7 +116,7 @@ class Minibatch:
             self.model, self.inputs, self.targets, num_classes, method=algorithm, state=batch_norm
         )
         shared = algorithm == "vjp" or FrozenModel(self.model, batch_norm).uses_batch_statistics
-        with torch.enable_grad():
+        with torch.enable_grad(), self.evaluating():
             z = call(self.model, self.inputs)
             loss = self.loss(z, self.targets)
             gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True))
@@ -156,7 +163,7 @@ class Minibatch:
         Two calls draw the same random numbers (dropout masks).
         """
         torch.clear_autocast_cache()  # it may hold casts of what the parameters were
-        with preserved_buffers(self.model), replayed_randomness(self.device):
+        with preserved_buffers(self.model), replayed_randomness(self.device), self.evaluating():
             loss = self.loss(call(self.model, self.inputs), self.targets)
         self._count(forward=1)
         return self.mean(loss)[0]

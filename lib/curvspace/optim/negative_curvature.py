@@ -118,8 +118,10 @@ class NegativeCurvature(FirstOrder):
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         group = self.param_groups[0]
         if self.steps % group["every"] != 0:
-            return super()._step(inputs, targets)
-        loss, gradients, product = self._gradient_and_product(inputs, targets)
+            with self.evaluating():
+                return super()._step(inputs, targets)
+        with self.evaluating():
+            loss, gradients, product = self._gradient_and_product(inputs, targets)
         for p, g in zip(group["params"], gradients, strict=True):
             p.grad = g
         gradient = flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"])

@@ -81,7 +81,9 @@ class SubspaceNewton(ModelOptimizer):
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         group = self.param_groups[0]
-        batch = Minibatch(self.model, self.loss, inputs, targets, self.costs, ranks=self.ranks)
+        batch = Minibatch(
+            self.model, self.loss, inputs, targets, self.costs, ranks=self.ranks, evaluating=self.evaluating
+        )
         since = self.steps - self.first_refresh
         refresh = since >= 0 and since % self.refresh_every == 0
         old = self.basis.span
