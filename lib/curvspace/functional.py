@@ -184,6 +184,24 @@ def pull_back(
     return torch.autograd.grad(inner, inputs, **options)
 
 
+def require_second_derivatives(gradient: Sequence[Tensor | None]) -> None:
+    """torch's own error for ``once_differentiable`` hangs beside the way to the parameters: it would take for constant
+    what it cannot differentiate, without a word."""
+    waiting = [g.grad_fn for g in gradient if g is not None and g.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "the model or the loss has a function without second derivative (once_differentiable); "
+                "take objective.hessian_by_differences()"
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
 def map_tensors(f: Callable[[Tensor], Any], value: Any) -> Any:
     """``f`` of each tensor of a value that may nest tuples, lists and mappings; other things as they are."""
     if isinstance(value, Tensor):

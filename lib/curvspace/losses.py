@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvspace.functional import batch_size, pull_back
+from curvspace.functional import batch_size, pull_back, require_second_derivatives
 from curvspace.outputs import logits
 
 Reduction = Literal["mean", "sum"]
@@ -68,6 +68,7 @@ class Loss:
         with torch.enable_grad():
             z = outputs.detach().requires_grad_()
             (g,) = torch.autograd.grad(self(z, targets), z, create_graph=True)
+            require_second_derivatives([g])
             if not g.requires_grad:  # linear in z
                 return torch.zeros_like(u)
             return pull_back([g], [z], [u.detach()], materialize_grads=True)[0]

@@ -8,6 +8,8 @@ their mean divides by (labels that count, class weights, entries). Then L is the
 
 from __future__ import annotations
 
+import copy
+import glob
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -18,11 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.batches import as_pairs, layout
-from curvspace.curvature.frozen import FrozenModel, State
-from curvspace.curvature.linearisation import Batch, Point
+from curvspace.curvature.differences import DifferenceHessianOperator
+from curvspace.curvature.fisher import EmpiricalFisherOperator
+from curvspace.curvature.frozen import BatchNorm, FrozenModel
+from curvspace.curvature.linearisation import Batch, Point, mean_gradient
 from curvspace.curvature.operators import Engine, GaussNewtonOperator, HessianOperator
 from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, independent, within_memory
-from curvspace.functional import Batched, flatten, replayed_randomness
+from curvspace.errors import refuse_options
+from curvspace.functional import Batched, replayed_randomness
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import output_tensors
 
@@ -48,7 +53,7 @@ class Objective:
     engine, memory_budget
         ``"linearize"`` keeps each batch's gradient graph, ``"recompute"`` rebuilds it for each product,
         ``"auto"`` keeps as many as ``memory_budget`` bytes allow (default: a share of the free memory).
-    state
+    batch_norm
         How batch normalisation behaves: ``"batch"`` or ``"running"`` statistics, ``None``: the module's present
         mode. Running statistics are never changed.
     dropout_seed
@@ -75,7 +80,7 @@ class Objective:
         loss: str | Loss | Callable[[Any, Any], Tensor] = "cross_entropy",
         *,
         engine: Engine = "auto",
-        state: State = None,
+        batch_norm: BatchNorm = None,
         dropout_seed: int | None = None,
         dtype: torch.dtype | None = None,
         microbatch: int | Literal["auto"] | None = "auto",
@@ -83,9 +88,11 @@ class Objective:
         batched: Batched = None,
         parameters: str | Sequence[str] | None = None,
         group: Any = None,
+        **old: object,
     ):
+        refuse_options("Objective", {"state": "batch_norm"}, old)
         self.model = model
-        self.function = FrozenModel(model, state, dropout_seed, dtype, parameters)
+        self.function = FrozenModel(model, batch_norm, dropout_seed, dtype, parameters)
         self.loss_function = get_loss(loss)
         self.engine: Engine = engine
         self.memory_budget = memory_budget
@@ -112,7 +119,7 @@ class Objective:
 
     @property
     def policy(self) -> dict[str, str]:
-        """The state policy, in words for an output table."""
+        """The policy, in words for an output table."""
         return self.function.policy
 
     @cached_property
@@ -157,20 +164,7 @@ class Objective:
     def gradient(self) -> Tensor:
         """The gradient of L at the model's present parameters, (P,)."""
         point = self._point()
-
-        def total(batches: list[Batch]) -> Tensor:
-            result = torch.zeros(self.num_parameters, dtype=self.function.dtype, device=self.function.device)
-            for b in batches:
-                with torch.enable_grad():
-                    value = b.weight * point.finite(point.value(b), b)
-                    found = point.gradient(value)
-                result += flatten(
-                    torch.zeros_like(p) if g is None else g.detach()
-                    for g, p in zip(found, point.parameters, strict=True)
-                )
-            return result
-
-        return self._summed(self._within_memory(total))
+        return self._summed(self._within_memory(lambda batches: mean_gradient(point, batches)))
 
     def hessian(self) -> HessianOperator:
         """The Hessian of L, a copy at the time of the call: later changes of the model need ``H.refresh()``.
@@ -195,6 +189,44 @@ class Objective:
                 stacklevel=2,
             )
         return GaussNewtonOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
+
+    def empirical_fisher(self) -> EmpiricalFisherOperator:
+        """The empirical Fisher matrix, N times the sum of the examples' gradient shares squared; a copy at the call.
+
+        Raises
+        ------
+        ValueError
+            If the model or the loss does not treat examples one by one.
+        """
+        self._require_deterministic()
+        point = self._point()
+        some = [b.examples(torch.linspace(0, b.size - 1, min(b.size, 64)).long()) for b in self._given]
+        if cut(point, some, 1) is None:
+            raise ValueError("the empirical Fisher matrix needs a model and a loss that treat examples one by one")
+        options = (self.engine, self.memory_budget, self.group)
+        return EmpiricalFisherOperator(point, self.batches, *options, examples=self.num_examples)
+
+    def hessian_by_differences(self, step: float | None = None) -> DifferenceHessianOperator:
+        """The Hessian by differences of gradients at a distance ``step``: for models without second derivatives."""
+        self._require_deterministic()
+        return DifferenceHessianOperator(self._point(), self.batches, self.memory_budget, self.group, step)
+
+    def part(self, parameters: str | Sequence[str]) -> Objective:
+        """The same loss as a function of some of the parameters, by name or pattern (``"head.*"``)."""
+        other = copy.copy(self)
+        other.function = self.function.restricted(parameters)
+        return other
+
+    def layers(self, depth: int | None = None) -> dict[str, Objective]:
+        """The same loss as a function of each layer's parameters: one :meth:`part` a module that has some of its own.
+
+        ``depth``: one a block instead, the modules ``depth`` levels below the model.
+        """
+        groups: dict[str, list[str]] = {}
+        for name in self.function.names:
+            path = name.split(".")[:-1]
+            groups.setdefault(".".join(path if depth is None else path[:depth]), []).append(name)
+        return {block: self.part([glob.escape(name) for name in names]) for block, names in groups.items()}
 
     def _point(self) -> Point:
         return Point.here(self.function, self.loss_function)

@@ -106,7 +106,7 @@ class Case:
     inputs: Callable[[int], Any]
     loss: str = "cross_entropy"
     classes: int = 3
-    state: str | None = None
+    batch_norm: str | None = None
     positions: tuple[int, ...] = ()
 
     def make(self, seed: int = 0) -> tuple[nn.Module, list[tuple[Any, Tensor]]]:
@@ -153,12 +153,12 @@ CASES: Mapping[str, Case] = {
             nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)
         ),
         _IMAGE,
-        state="batch",
+        batch_norm="batch",
     ),
     "batchnorm-running": Case(
         lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)),
         _reals(5),
-        state="running",
+        batch_norm="running",
     ),
     "layernorm": Case(lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3)), _reals(5)),
     "groupnorm-residual": Case(

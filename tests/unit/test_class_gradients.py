@@ -30,31 +30,31 @@ def _naive(model: nn.Module, x: torch.Tensor, y: torch.Tensor, k: int, j: int | 
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(mean, list(model.parameters()))])
 
 
-@pytest.mark.parametrize("method", ["auto", "split", "vjp"])
-def test_methods_agree_with_one_backward_pass_per_class(method):
+@pytest.mark.parametrize("algorithm", ["auto", "split", "vjp"])
+def test_methods_agree_with_one_backward_pass_per_class(algorithm):
     model, (x, y) = _network(False), _batch()
-    c, counts = class_gradients(model, x, y, num_classes=C, method=method)
+    c, counts = class_gradients(model, x, y, num_classes=C, algorithm=algorithm)
     assert counts.tolist() == [3, 3, 0, 3]
     assert not c[2].any()
     for k in (0, 1, 3):
         torch.testing.assert_close(c[k], _naive(model, x, y, k), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("state", ["batch", "running"])
-def test_batch_statistics(state):
+@pytest.mark.parametrize("batch_norm", ["batch", "running"])
+def test_batch_statistics(batch_norm):
     model, (x, y) = _network(True), _batch()
     model[1].running_mean.uniform_(-1, 1)
     before = {name: b.clone() for name, b in model.named_buffers()}
-    c, _ = class_gradients(model, x, y, C, state=state)
+    c, _ = class_gradients(model, x, y, C, batch_norm=batch_norm)
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
-    model.train(state == "batch")
+    model.train(batch_norm == "batch")
     for k in (0, 1, 3):
         torch.testing.assert_close(c[k], _naive(model, x, y, k), rtol=0, atol=1e-12)
-    if state == "batch":
+    if batch_norm == "batch":
         with pytest.raises(ValueError, match="not exact with batch statistics"):
-            class_gradients(model, x, y, C, method="split", state=state)
+            class_gradients(model, x, y, C, algorithm="split", batch_norm=batch_norm)
     else:
-        split, _ = class_gradients(model, x, y, C, method="split", state=state)
+        split, _ = class_gradients(model, x, y, C, algorithm="split", batch_norm=batch_norm)
         torch.testing.assert_close(c, split, rtol=0, atol=1e-12)
 
 
@@ -85,8 +85,8 @@ def test_a_fused_pass_in_training_mode_updates_running_statistics_once():
 @pytest.mark.parametrize("norm", [False, True])
 def test_cross_class_gradients_contain_the_class_gradients(norm):
     model, (x, y) = _network(norm), _batch()
-    cross, counts = cross_class_gradients(model, x, y, C, state="batch")
-    c, _ = class_gradients(model, x, y, C, state="batch")
+    cross, counts = cross_class_gradients(model, x, y, C, batch_norm="batch")
+    c, _ = class_gradients(model, x, y, C, batch_norm="batch")
     torch.testing.assert_close(torch.stack([cross[k, k] for k in range(C)]), c, rtol=0, atol=1e-12)
     torch.testing.assert_close(cross[1, 3], _naive(model, x, y, 3, j=1), rtol=0, atol=1e-12)
     assert counts.sum() == 9
@@ -109,5 +109,5 @@ def test_bad_outputs_and_method():
     x, y = _batch()
     with pytest.raises(ValueError, match=r"outputs have shape \(3, 4\); class gradients need \(N, 7\)"):
         class_gradients(_network(False), x, y, 7)
-    with pytest.raises(ValueError, match="method must be"):
-        class_gradients(_network(False), x, y, C, method="fast")
+    with pytest.raises(ValueError, match="algorithm must be"):
+        class_gradients(_network(False), x, y, C, algorithm="fast")

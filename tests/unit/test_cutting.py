@@ -132,8 +132,8 @@ def test_models_and_inputs(name, forward, more):
         with pytest.raises(ValueError, match="would change the function"):
             Objective(model, (inputs, y), microbatch=70).gradient()
         with pytest.raises(ValueError, match='"split" is not exact'):
-            class_gradients(model, inputs, y, 3, method="split")
-    slow, _ = class_gradients(model, inputs, y, 3, method="vjp")
+            class_gradients(model, inputs, y, 3, algorithm="split")
+    slow, _ = class_gradients(model, inputs, y, 3, algorithm="vjp")
     torch.testing.assert_close(class_gradients(model, inputs, y, 3)[0], slow, rtol=0, atol=1e-12)
 
 
@@ -147,8 +147,8 @@ def test_the_user_says_which_inputs_are_the_batch():
     assert stated.loss() == pytest.approx(value, abs=1e-12)
     assert [b.size for b in stated.batches] == [64, 64, 64, 64, 44]
     assert splits_exactly(model, inputs, y, batched=[0])
-    c, _ = class_gradients(model, inputs, y, 3, method="split", batched=[0])
-    torch.testing.assert_close(c, class_gradients(model, inputs, y, 3, method="vjp")[0], rtol=0, atol=1e-12)
+    c, _ = class_gradients(model, inputs, y, 3, algorithm="split", batched=[0])
+    torch.testing.assert_close(c, class_gradients(model, inputs, y, 3, algorithm="vjp")[0], rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match=r"batched names 2, but the inputs are \[0, 1\]"):
         Objective(model, (inputs, y), batched=[2])
     with pytest.raises(ValueError, match=r"batched names 1 of shape \(9, 4\), but there are 300 targets"):

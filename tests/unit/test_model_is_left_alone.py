@@ -133,15 +133,20 @@ def _ids(value: Any) -> Any:
 
 
 def _everything(model: nn.Module, batches: list[Any], loss: str) -> None:
-    for options in ({}, {"state": "batch"}, {"state": "running", "dropout_seed": 3}, {"dtype": torch.float32}):
+    for options in (
+        {},
+        {"batch_norm": "batch"},
+        {"batch_norm": "running", "dropout_seed": 3},
+        {"dtype": torch.float32},
+    ):
         objective = Objective(model, batches, loss, **options)
         v = torch.ones(objective.num_parameters)
         objective.loss(), objective.gradient(), objective.hessian() @ v, objective.gauss_newton() @ v
     x, y = batches[-1]
     if loss == "cross_entropy" and y.ndim == 1:
         classes = 5 if int(y.max()) > 2 else 3
-        for method in ("auto", "vjp"):
-            class_gradients(model, x, y, classes, method=method)
+        for algorithm in ("auto", "vjp"):
+            class_gradients(model, x, y, classes, algorithm=algorithm)
         cross_class_gradients(model, x, y, classes)
 
 

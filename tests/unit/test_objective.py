@@ -1,4 +1,4 @@
-"""What an Objective promises beside exact products: state policy, memory, bad input, and traps of the framework."""
+"""What an Objective promises beside exact products: policy, memory, bad input, and traps of the framework."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from curvspace import Objective
+from curvspace import Objective, class_gradients
 from curvspace.curvature import dense_matrix, eigsh, gram_eigh, projected_gauss_newton
 from tests.unit.architectures import CASES
 from tests.unit.oracles import dense_hessian
@@ -33,14 +33,14 @@ def _norm_network() -> nn.Module:
     return model
 
 
-# State policy
+# Policy
 
 
 def test_running_statistics_and_modes_are_left_alone():
     model = _norm_network().train()
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    for state in ("batch", "running", None):
-        objective = Objective(model, [_batch()], state=state)
+    for batch_norm in ("batch", "running", None):
+        objective = Objective(model, [_batch()], batch_norm=batch_norm)
         v = torch.ones(objective.num_parameters).double()
         objective.loss(), objective.gradient(), objective.hessian() @ v, objective.gauss_newton() @ v
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -48,15 +48,15 @@ def test_running_statistics_and_modes_are_left_alone():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_state_chooses_the_statistics():
+def test_batch_norm_chooses_the_statistics():
     model, batch = _norm_network(), _batch()
-    loss = {state: Objective(model, [batch], state=state).loss() for state in ("batch", "running")}
+    loss = {batch_norm: Objective(model, [batch], batch_norm=batch_norm).loss() for batch_norm in ("batch", "running")}
     assert abs(loss["batch"] - loss["running"]) > 1e-3
     assert Objective(model.train(), [batch]).loss() == loss["batch"]
     assert Objective(model.eval(), [batch]).loss() == loss["running"]
-    assert Objective(model, [batch], state="batch").policy == {"normalisation": "batch", "dropout": "off"}
-    with pytest.raises(ValueError, match="state must be"):
-        Objective(model, [batch], state="train")
+    assert Objective(model, [batch], batch_norm="batch").policy == {"batch_norm": "batch", "dropout": "off"}
+    with pytest.raises(ValueError, match="batch_norm must be"):
+        Objective(model, [batch], batch_norm="train")
 
 
 def test_dropout_is_off_or_fixed():
@@ -117,9 +117,9 @@ def test_auto_cuts_large_batches_for_the_cache_but_never_batch_statistics():
     assert max(sizes) < 512
     assert sum(sizes) == 512
     big = (torch.randn(600, 4).double(), torch.randint(3, (600,)))
-    assert len(Objective(_norm_network(), [big], state="batch").batches) == 1
+    assert len(Objective(_norm_network(), [big], batch_norm="batch").batches) == 1
     with pytest.raises(ValueError, match="microbatch would change batch statistics"):
-        Objective(_norm_network(), [big], state="batch", microbatch=100)
+        Objective(_norm_network(), [big], batch_norm="batch", microbatch=100)
 
 
 def test_the_memory_budget_decides_how_much_is_kept():
@@ -291,11 +291,11 @@ def test_layers_through_which_jacrev_under_a_derivative_goes_wrong(name):
     model, batches = case.make()
     H = dense_matrix_of(model, batches, case)
     torch.testing.assert_close(H, H.T, rtol=0, atol=1e-12)
-    assert (H - dense_hessian(model.train(case.state == "batch"), batches, case.loss)).abs().max() < 1e-12
+    assert (H - dense_hessian(model.train(case.batch_norm == "batch"), batches, case.loss)).abs().max() < 1e-12
 
 
 def dense_matrix_of(model, batches, case):
-    H = Objective(model, batches, case.loss, state=case.state).hessian()
+    H = Objective(model, batches, case.loss, batch_norm=case.batch_norm).hessian()
     return H @ torch.eye(H.shape[0]).double()  # not symmetrised
 
 
@@ -317,3 +317,13 @@ def test_attention_has_second_derivatives_though_its_fused_kernel_has_none():
     model, batches = CASES["fused-attention"].make()
     H = Objective(model, batches).hessian()
     assert torch.isfinite(H @ torch.ones(H.shape[0]).double()).all()
+
+
+def test_old_and_unknown_options():
+    batch = _batch()
+    with pytest.raises(ValueError, match="state='batch' is now batch_norm"):
+        Objective(_mlp(), batch, state="batch")
+    with pytest.raises(ValueError, match="method='vjp' is now algorithm"):
+        class_gradients(_mlp(), *batch, 3, method="vjp")
+    with pytest.raises(TypeError, match="Objective has no option 'engines'"):
+        Objective(_mlp(), batch, engines="auto")

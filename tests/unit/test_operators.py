@@ -14,8 +14,8 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 def _objective(case: Case, **options):
     model, batches = case.make()
-    model.train(case.state == "batch")
-    return model, batches, Objective(model, batches, case.loss, state=case.state, **options)
+    model.train(case.batch_norm == "batch")
+    return model, batches, Objective(model, batches, case.loss, batch_norm=case.batch_norm, **options)
 
 
 def _identity(n: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ class Loaded:
     @property
     def options(self) -> dict[str, Any]:
         """Of the objective."""
-        return {"state": self.subject.batch_norm, "dtype": DTYPES[self.subject.dtype]}
+        return {"batch_norm": self.subject.batch_norm, "dtype": DTYPES[self.subject.dtype]}
 
     def objective(self) -> Objective:
         with user_errors():

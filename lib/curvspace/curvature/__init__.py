@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from curvspace.curvature.dense import gram_eigh as gram_eigh
     from curvspace.curvature.density import SpectralDensity as SpectralDensity
     from curvspace.curvature.density import spectral_density as spectral_density
+    from curvspace.curvature.differences import DifferenceHessianOperator as DifferenceHessianOperator
     from curvspace.curvature.eigensolver import EigenPairs as EigenPairs
     from curvspace.curvature.eigensolver import eigsh as eigsh
+    from curvspace.curvature.fisher import EmpiricalFisherOperator as EmpiricalFisherOperator
     from curvspace.curvature.operators import GaussNewtonOperator as GaussNewtonOperator
     from curvspace.curvature.operators import HessianOperator as HessianOperator
+    from curvspace.curvature.preconditioner import preconditioned as preconditioned
     from curvspace.curvature.projected import projected_gauss_newton as projected_gauss_newton
     from curvspace.curvature.trace import hutchpp as hutchpp
     from curvspace.curvature.tracker import SubspaceTracker as SubspaceTracker
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "EigenPairs": "eigensolver",
     "GaussNewtonOperator": "operators",
+    "DifferenceHessianOperator": "differences",
+    "EmpiricalFisherOperator": "fisher",
     "HessianOperator": "operators",
     "SpectralDensity": "density",
     "SubspaceTracker": "tracker",
@@ -36,12 +41,15 @@ _EXPORTS = {
     "eigsh": "eigensolver",
     "gram_eigh": "dense",
     "hutchpp": "trace",
+    "preconditioned": "preconditioner",
     "projected_gauss_newton": "projected",
     "spectral_density": "density",
     "track": "tracker",
 }
 __all__ = [
+    "DifferenceHessianOperator",
     "EigenPairs",
+    "EmpiricalFisherOperator",
     "GaussNewtonOperator",
     "HessianOperator",
     "SpectralDensity",
@@ -52,6 +60,7 @@ __all__ = [
     "eigsh",
     "gram_eigh",
     "hutchpp",
+    "preconditioned",
     "projected_gauss_newton",
     "spectral_density",
     "track",

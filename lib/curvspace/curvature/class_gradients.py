@@ -16,14 +16,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from curvspace.curvature.frozen import FrozenModel, State
+from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.layerwise import LayerRecorder, add_class_gradients
 from curvspace.curvature.split import independent
+from curvspace.errors import refuse_options
 from curvspace.functional import Batched, Inputs, batch_flags, batch_size, call, flatten, take, trainable_parameters
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import joined, logits
 
-Method = Literal["auto", "split", "vjp"]
+Algorithm = Literal["auto", "split", "vjp"]
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,15 @@ class ClassPass:
     probabilities: Tensor
 
 
-def splits_exactly(model: nn.Module, x: Inputs, y: Tensor, *, batched: Batched = None, state: State = None) -> bool:
+def splits_exactly(
+    model: nn.Module, x: Inputs, y: Tensor, *, batched: Batched = None, batch_norm: BatchNorm = None
+) -> bool:
     """Whether the model treats the examples one by one, so that a batch may be split by class, or a part of it taken.
 
     Tried once for a model and its modes, on a few examples; see :func:`~curvspace.curvature.split.independent`.
     """
     n = y.shape[0]
-    return n == 1 or independent(FrozenModel(model, state), x, n, batch_flags(x, n, batched))
+    return n == 1 or independent(FrozenModel(model, batch_norm), x, n, batch_flags(x, n, batched))
 
 
 def split_pass(
@@ -162,20 +165,21 @@ def class_gradients(
     x: Inputs,
     y: Tensor,
     num_classes: int,
-    method: Method = "auto",
+    algorithm: Algorithm = "auto",
     *,
-    state: State = None,
+    batch_norm: BatchNorm = None,
     dtype: torch.dtype | None = None,
     batched: Batched = None,
+    **old: object,
 ) -> tuple[Tensor, Tensor]:
     """Class gradients (C, P), with zero rows for absent classes, and the counts (C,).
 
     Parameters
     ----------
-    method
+    algorithm
         ``"split"``: the batch by class, about one pass in all; needs examples that do not interact.
         ``"vjp"``: one vector-Jacobian product per class through the shared graph. ``"auto"``: split where exact.
-    state
+    batch_norm
         Batch normalisation by ``"batch"`` or ``"running"`` statistics (None: the module's mode).
     batched
         Which inputs have the examples along their first dimension, as for an objective.
@@ -185,17 +189,20 @@ def class_gradients(
     ValueError
         If targets are not class indices below C, or ``"split"`` is asked for where examples interact.
     """
-    function = FrozenModel(model, state, None, dtype)
-    if method not in ("auto", "split", "vjp"):
-        raise ValueError(f'method must be "auto", "split" or "vjp", got {method!r}')
-    if method == "split" and function.uses_batch_statistics:
-        raise ValueError('method="split" is not exact with batch statistics; use method="vjp" or state="running"')
+    refuse_options("class_gradients", {"method": "algorithm", "state": "batch_norm"}, old)
+    function = FrozenModel(model, batch_norm, None, dtype)
+    if algorithm not in ("auto", "split", "vjp"):
+        raise ValueError(f'algorithm must be "auto", "split" or "vjp", got {algorithm!r}')
+    if algorithm == "split" and function.uses_batch_statistics:
+        raise ValueError(
+            'algorithm="split" is not exact with batch statistics; use algorithm="vjp" or batch_norm="running"'
+        )
     with torch.inference_mode(False):
         x, y = function.cast(x), function.cast(y)
         flags, counts = _layout(x, y, num_classes, batched)
-        apart = method != "vjp" and (len(y) == 1 or independent(function, x, len(y), flags))
-        if method == "split" and not apart:
-            raise ValueError('method="split" is not exact: the model does not treat examples one by one; use "vjp"')
+        apart = algorithm != "vjp" and (len(y) == 1 or independent(function, x, len(y), flags))
+        if algorithm == "split" and not apart:
+            raise ValueError('algorithm="split" is not exact: the model does not treat examples one by one; use "vjp"')
         theta, constants = function.parameters(), function.constants()
         c = torch.zeros(num_classes, function.size, dtype=function.dtype, device=function.device)
         with torch.enable_grad(), function.policy_in_force():
@@ -223,7 +230,7 @@ def cross_class_gradients(
     y: Tensor,
     num_classes: int,
     *,
-    state: State = None,
+    batch_norm: BatchNorm = None,
     dtype: torch.dtype | None = None,
     batched: Batched = None,
 ) -> tuple[Tensor, Tensor]:
@@ -233,7 +240,7 @@ def cross_class_gradients(
 
     Shape (C, C, P), first the examples' class j, then the logit k; the counts are (C,). Costs about C passes.
     """
-    function = FrozenModel(model, state, None, dtype)
+    function = FrozenModel(model, batch_norm, None, dtype)
     with torch.inference_mode(False):
         x, y = function.cast(x), function.cast(y)
         flags, counts = _layout(x, y, num_classes, batched)

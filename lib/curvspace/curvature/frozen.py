@@ -1,7 +1,7 @@
-r"""A module as a deterministic pure function :math:`z = \phi(\theta, x)` under an explicit state policy.
+r"""A module as a deterministic pure function :math:`z = \phi(\theta, x)` under an explicit policy.
 
 Curvature is a property of a function. A module becomes one when it is said how its batch normalisation behaves
-(``state``), when dropout is off or replays fixed draws, and when running statistics are read but never written.
+(``batch_norm``), when dropout is off or replays fixed draws, and when running statistics are read but never written.
 An evaluation changes nothing of the module: parameters, buffers, attributes, modes, generators.
 """
 
@@ -25,13 +25,15 @@ from curvspace.functional import (
     map_tensors,
     preserved_attributes,
     replayed_randomness,
+    require_second_derivatives,
     substituted,
     tensors_in,
     trainable_parameters,
     unwrapped,
 )
 
-State = Literal["batch", "running"] | None
+BatchNorm = Literal["batch", "running"] | None
+"""Whose statistics batch normalisation takes: the batch's, the stored ones, or as the module's present mode says."""
 
 
 class FrozenModel:
@@ -42,7 +44,7 @@ class FrozenModel:
     model
         Any ``nn.Module``. Parameters with ``requires_grad=False`` and buffers are constants. Of a compiled or
         data-parallel one the module inside is taken.
-    state
+    batch_norm
         How normalisation layers with running statistics behave: ``"batch"`` uses the statistics of the batch,
         ``"running"`` the stored ones, ``None`` whatever the module's present mode says. Never written.
     dropout_seed
@@ -57,27 +59,30 @@ class FrozenModel:
     def __init__(
         self,
         model: nn.Module,
-        state: State = None,
+        batch_norm: BatchNorm = None,
         dropout_seed: int | None = None,
         dtype: torch.dtype | None = None,
         parameters: str | Sequence[str] | None = None,
     ):
-        if state not in ("batch", "running", None):
-            raise ValueError(f'state must be "batch", "running" or None (the module\'s present mode), got {state!r}')
+        if batch_norm not in ("batch", "running", None):
+            raise ValueError(
+                f'batch_norm must be "batch", "running" or None (the module\'s present mode), got {batch_norm!r}'
+            )
         self.model = model = unwrapped(model)
         found = trainable_parameters(model)
         self.names = _chosen(list(found), parameters)
         self.dtype = dtype or _widest(found.values())
         self.device = _only_device(found)
         self.dropout_seed = dropout_seed
-        self._modes = [(m, self._training_flag(m, state, dropout_seed is not None)) for m in model.modules()]
+        self._modes = [(m, self._training_flag(m, batch_norm, dropout_seed is not None)) for m in model.modules()]
         self.uses_batch_statistics = any(_normalises_by_batch(m, mode) for m, mode in self._modes)
         self._writes_inputs: bool | None = None
+        self._twice = False
 
     @staticmethod
-    def _training_flag(module: nn.Module, state: State, dropout: bool) -> bool:
+    def _training_flag(module: nn.Module, batch_norm: BatchNorm, dropout: bool) -> bool:
         if isinstance(module, _NormBase):
-            return module.training if state is None else state == "batch"
+            return module.training if batch_norm is None else batch_norm == "batch"
         return dropout
 
     @property
@@ -104,11 +109,17 @@ class FrozenModel:
 
     @property
     def policy(self) -> dict[str, str]:
-        """The state policy, in words for an output table."""
+        """The policy, in words for an output table."""
         return {
-            "normalisation": "batch" if self.uses_batch_statistics else "running",
+            "batch_norm": "batch" if self.uses_batch_statistics else "running",
             "dropout": "off" if self.dropout_seed is None else f"seed {self.dropout_seed}",
         }
+
+    def restricted(self, parameters: str | Sequence[str]) -> FrozenModel:
+        """The same function of some of its parameters, the others being constants."""
+        other = copy.copy(self)
+        other.names = _chosen(self.names, parameters)
+        return other
 
     def in_dtype(self, dtype: torch.dtype) -> FrozenModel:
         """The same function in another floating type."""
@@ -190,6 +201,8 @@ class FrozenModel:
         ------
         ValueError
             If it depends on none of the parameters, or on the model's own ones, which the function cannot replace.
+        RuntimeError
+            With ``create_graph``, if it has no second derivative because a function is ``once_differentiable``.
         """
         name, originals = type(self.model).__name__, self.originals()
         if not value.requires_grad:
@@ -207,6 +220,9 @@ class FrozenModel:
                 "closure, inputs computed with them), where they cannot be replaced: read them as attributes of their "
                 "modules each time, or detach them"
             )
+        if create_graph and not self._twice:
+            require_second_derivatives(found)
+            self._twice = True
         return list(found[: len(parameters)])
 
     @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.second_order import SecondOrderLayers
-from curvspace.functional import Inputs, pull_back, take, tensors_in
+from curvspace.functional import Inputs, flatten, pull_back, require_second_derivatives, take, tensors_in
 from curvspace.losses import Loss
 from curvspace.outputs import pack
 
@@ -123,6 +123,17 @@ def _described(value: Any) -> str:
     return type(value).__name__
 
 
+def mean_gradient(point: Point, batches: Sequence[Batch]) -> Tensor:
+    """The gradient of the weighted loss over batches, (P,)."""
+    result = torch.zeros(sum(p.numel() for p in point.parameters), dtype=point.function.dtype).to(point.function.device)
+    for b in batches:
+        with torch.enable_grad():
+            found = point.gradient(b.weight * point.finite(point.value(b), b))
+        parts = (torch.zeros_like(p) if g is None else g.detach() for g, p in zip(found, point.parameters, strict=True))
+        result += flatten(parts)
+    return result
+
+
 class Linearisation:
     """Curvature of one batch at one point, ready to multiply."""
 
@@ -199,6 +210,7 @@ class OutputCurvature:
             return
         with torch.enable_grad():
             gradient = torch.autograd.grad(loss, [z, *self.theta], create_graph=True, allow_unused=True)
+        require_second_derivatives(gradient)
         self.read = [i for i, g in enumerate(gradient[1:]) if g is not None]
         self.gradient = [g for g in gradient if g is not None and g.requires_grad]
         self.live = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]

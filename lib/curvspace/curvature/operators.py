@@ -8,7 +8,7 @@ Only products are ever formed: ``H @ v`` for v (P,), ``H @ V`` for V (P, m).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -52,7 +52,7 @@ class CurvatureOperator:
     """
 
     name = "curvature"
-    linearisation: type[Linearisation]
+    linearisation: Callable[[Point, Batch], Linearisation]
     deterministic = True  # the objective has checked the model
 
     def __init__(

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvspace.curvature.frozen import FrozenModel, State
+from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.linearisation import Batch, GaussNewtonLinearisation, JacobianLinearisation, Point
 from curvspace.functional import Inputs, batch_size, flatten, unflatten
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import logits
 
 
-def jacobian_products(model: nn.Module, x: Inputs, Q: Tensor, *, state: State = None) -> tuple[Tensor, Tensor]:
+def jacobian_products(model: nn.Module, x: Inputs, Q: Tensor, *, batch_norm: BatchNorm = None) -> tuple[Tensor, Tensor]:
     """Outputs z (N, ...) and their derivatives J Q along the k columns of Q (P, k), stacked first: (k, N, ...)."""
-    function = FrozenModel(model, state)
+    function = FrozenModel(model, batch_norm)
     theta, constants = function.parameters(), function.constants()
     jacobian = JacobianLinearisation(function, theta, lambda: logits(function(theta, constants, function.cast(x))))
     products = [jacobian.forward(unflatten(q, theta)) for q in _rows(function, Q)]
@@ -31,13 +31,13 @@ def projected_gauss_newton(
     loss: str | Loss | Callable[[Any, Any], Tensor],
     Q: Tensor,
     *,
-    state: State = None,
+    batch_norm: BatchNorm = None,
 ) -> Tensor:
     """The Gauss-Newton matrix of one batch in the span of Q (P, k): a symmetric (k, k) float64 matrix.
 
-    The model is evaluated in its present mode (``state=None``), without dropout, and its running statistics stay.
+    The model is evaluated in its present mode (``batch_norm=None``), without dropout, and its running statistics stay.
     """
-    point = Point.here(FrozenModel(model, state), get_loss(loss))
+    point = Point.here(FrozenModel(model, batch_norm), get_loss(loss))
     batch = Batch(x, y, 1.0, 0, batch_size(y), ())
     linearisation = GaussNewtonLinearisation(point, batch, diverged=True)
     columns = [unflatten(q, point.parameters) for q in _rows(point.function, Q)]

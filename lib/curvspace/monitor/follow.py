@@ -278,7 +278,7 @@ class CurvatureMonitor:
 
     @property
     def _class_options(self) -> dict[str, Any]:
-        return {name: self._options[name] for name in ("state", "dtype") if name in self._options}
+        return {name: self._options[name] for name in ("batch_norm", "dtype") if name in self._options}
 
     @staticmethod
     def _quietly(tracker: SubspaceTracker, hessian: Any) -> EigenPairs:

@@ -176,14 +176,6 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def refuse_old(renamed: Mapping[str, str], **given: object) -> None:
-    """Raise the ``ValueError`` that says what an old option, or an old value of one (``option=value``), is now."""
-    for name, value in given.items():
-        new = renamed.get(f"{name}={value}", renamed.get(name))
-        if new is not None:
-            raise ValueError(f"{name}={value!r} is now {new}")
-
-
 def _require_alike(name: str, parameters: Mapping[str, Tensor]) -> None:
     """One real floating type of at least 32 bits, one device."""
     first_name, first = next(iter(parameters.items()))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from curvspace.curvature.class_gradients import class_curvatures
-from curvspace.curvature.frozen import State
+from curvspace.curvature.frozen import BatchNorm
+from curvspace.errors import refuse_old
 from curvspace.functional import call, preserved_buffers, trainable_parameters
-from curvspace.optim.base import refuse_old, require
+from curvspace.optim.base import require
 from curvspace.optim.mean_directions import joint_span, mean_span
 from curvspace.optim.minibatch import Algorithm, Minibatch
 from curvspace.optim.span import (
@@ -124,7 +125,7 @@ class ClassGradients(Basis):
         gamma: float = 0.9,
         orthonormal: Orthonormal = False,
         num_classes: int | None = None,
-        batch_norm: State = None,
+        batch_norm: BatchNorm = None,
         algorithm: Algorithm = "auto",
         sequential: bool = False,
         reduction: Reduction = "mean",

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from curvspace.optim.base import refuse_old, require
+from curvspace.errors import refuse_old
+from curvspace.optim.base import require
 from curvspace.optim.bases import Observation
 from curvspace.optim.damping import AdaptiveDamping
 from curvspace.optim.minibatch import CURVATURES, Minibatch

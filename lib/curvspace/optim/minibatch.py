@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.curvature.class_gradients import ClassPass, class_gradients, split_pass, splits_exactly, vjp_pass
-from curvspace.curvature.frozen import FrozenModel, State
+from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.operators import CurvatureOperator
 from curvspace.curvature.projected import projected_gauss_newton
 from curvspace.functional import (
@@ -89,7 +89,7 @@ class Minibatch:
         mean_loss, mean_gradient = self.mean(loss.detach(), gradient)
         return mean_loss, mean_gradient
 
-    def classes(self, num_classes: int, batch_norm: State = None, algorithm: Algorithm = "auto") -> ClassPass:
+    def classes(self, num_classes: int, batch_norm: BatchNorm = None, algorithm: Algorithm = "auto") -> ClassPass:
         """Loss, gradient and class gradients; see :class:`~curvspace.optim.bases.ClassGradients` for the options."""
         if not FrozenModel(self.model, batch_norm).keeps_modes:
             return self._classes_apart(num_classes, batch_norm, algorithm)
@@ -109,11 +109,11 @@ class Minibatch:
         self._count(forward=1, backward=2)
         return self._shared(found)
 
-    def _classes_apart(self, num_classes: int, batch_norm: State, algorithm: Algorithm) -> ClassPass:
+    def _classes_apart(self, num_classes: int, batch_norm: BatchNorm, algorithm: Algorithm) -> ClassPass:
         """The gradient through the module's present mode, the class gradients through other statistics."""
         parameters = list(trainable_parameters(self.model).values())
         c, counts = class_gradients(
-            self.model, self.inputs, self.targets, num_classes, method=algorithm, state=batch_norm
+            self.model, self.inputs, self.targets, num_classes, algorithm=algorithm, batch_norm=batch_norm
         )
         shared = algorithm == "vjp" or FrozenModel(self.model, batch_norm).uses_batch_statistics
         with torch.enable_grad(), self.evaluating():

@@ -237,7 +237,7 @@ class SpanFilter(FirstOrder):
                 select(inputs, part),
                 targets[part],
                 self._classes(inputs),
-                state=self.batch_norm,
+                batch_norm=self.batch_norm,
                 dtype=dtype,
             )
         share = len(targets[part]) / n

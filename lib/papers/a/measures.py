@@ -1,7 +1,7 @@
 """Measures of paper A: where the class gradients lie in the spectrum, and what eq. 12 makes of it.
 
 Pure functions from a run's checkpoints to tidy tables. All act on a fixed part of the training set (its first
-``examples``; the size is a column), with BatchNorm as the column ``state`` says.
+``examples``; the size is a column), with BatchNorm as the column ``batch_norm`` says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from curvspace import Objective, class_gradients, eigsh
 from curvspace.curvature import EigenPairs, SubspaceTracker, hutchpp
 from curvspace.curvature.class_gradients import class_curvatures
-from curvspace.curvature.frozen import State
+from curvspace.curvature.frozen import BatchNorm
 from curvspace.datasets import DataSet
 from curvspace.functional import call
 from curvspace.subspace import cosine_assignment, gradient_fraction, orthonormal_basis, principal_angles, union_rank
@@ -50,14 +50,20 @@ def eq12_eigenvalues(model: nn.Module, x: Tensor, y: Tensor, gradients: Tensor) 
 def spectrum(context: Context, k: int, examples: int, tol: float = 1e-3) -> pd.DataFrame:
     """A-F3: the k largest eigenvalues of the Hessian at the end of training.
 
-    Columns: identity, step, examples, state, index (1 is the largest), eigenvalue, residual, converged.
+    Columns: identity, step, examples, batch_norm, index (1 is the largest), eigenvalue, residual, converged.
     """
     (run,) = context.runs
     data = context.dataset(run)
     model = context.model(run, run.steps[-1])
     pairs = top_pairs(model, training_batch(data, examples), k, tol)
     rows = [
-        {"step": run.steps[-1], "examples": examples, "state": "running", "classes": data.num_classes, "index": i + 1}
+        {
+            "step": run.steps[-1],
+            "examples": examples,
+            "batch_norm": "running",
+            "classes": data.num_classes,
+            "index": i + 1,
+        }
         | {"eigenvalue": float(value), "residual": float(residual), "converged": pairs.converged}
         for i, (value, residual) in enumerate(zip(pairs.values, pairs.residuals, strict=True))
     ]
@@ -66,7 +72,7 @@ def spectrum(context: Context, k: int, examples: int, tol: float = 1e-3) -> pd.D
 
 def top_pairs(model: nn.Module, batch: tuple[Tensor, Tensor], k: int, tol: float) -> EigenPairs:
     """Top-k eigenpairs of the Hessian, the search started in the span of the class gradients."""
-    objective = Objective(model, [batch], state="running")
+    objective = Objective(model, [batch], batch_norm="running")
     classes = int(batch[1].max()) + 1
     start, _ = class_gradients(model, *batch, num_classes=classes)
     return eigsh(objective.hessian(), k=k, tol=tol, v0=unit_rows(start))
@@ -134,7 +140,7 @@ def diagnosis(
     examples: int,
     trace_products: int = 30,
     tol: float = 1e-2,
-    state: State = "running",
+    batch_norm: BatchNorm = "running",
     steps: Sequence[int] | None = None,
 ) -> pd.DataFrame:
     r"""A-X1: what eq. 12 claims about the class-gradient span, and what holds, at these of the run's checkpoints (all).
@@ -158,11 +164,11 @@ def diagnosis(
     wanted = [step for step in run.steps if steps is None or step in steps]
     for step in context.progress(wanted, "diagnosis"):
         model = context.model(run, step)
-        if state == "batch":
+        if batch_norm == "batch":
             model.train()
         batch = training_batch(data, examples)
-        found = _diagnose(model, batch, data.num_classes, trackers, trace_products, state)
-        rows += [{"step": step, "examples": examples, "state": state, **row} for row in found]
+        found = _diagnose(model, batch, data.num_classes, trackers, trace_products, batch_norm)
+        rows += [{"step": step, "examples": examples, "batch_norm": batch_norm, **row} for row in found]
     return tidy(run, rows)
 
 
@@ -172,9 +178,9 @@ def _diagnose(
     classes: int,
     trackers: dict[str, SubspaceTracker],
     trace_products: int,
-    state: State,
+    batch_norm: BatchNorm,
 ) -> list[Row]:
-    objective = Objective(model, [batch], state=state)
+    objective = Objective(model, [batch], batch_norm=batch_norm)
     operators = {"H": objective.hessian(), "G": objective.gauss_newton()}
     gradients, _ = class_gradients(model, *batch, num_classes=classes)
     v = unit_rows(gradients)

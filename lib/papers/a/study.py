@@ -125,7 +125,7 @@ def _diagnosis(a: Mapping[str, Any]) -> Artefact:
     measures = []
     for block in a["diagnosis"]:
         run = Run(block["dataset"], block["model"], block["optimizer"], block["batch_size"], block["lr"], block["seed"])
-        spec = {key: block[key] for key in ("examples", "trace_products", "state", "tol", "steps") if key in block}
+        spec = {key: block[key] for key in ("examples", "trace_products", "batch_norm", "tol", "steps") if key in block}
         name = f"a/diagnosis/{run.dataset}-{run.model}-{run.optimizer}"
         measures.append(Measure(name, f"{MEASURES}:diagnosis", (run,), spec=spec))
     return Artefact(

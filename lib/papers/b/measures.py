@@ -2,7 +2,7 @@
 
 Pure functions from a run's checkpoints to tidy tables. Loss, gradient and Hessian are those of the first ``examples``
 training examples (the data set is a seeded draw, so this is a fixed random part of it; null: all of them), in
-microbatches of ``batch``; BatchNorm as the column ``state`` says, dropout off.
+microbatches of ``batch``; BatchNorm as the column ``batch_norm`` says, dropout off.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from curvspace.functional import trainable_parameters
 from curvspace.subspace import gradient_fraction, hessian_gradient_overlap, subspace_overlap
 
 if TYPE_CHECKING:
-    from curvspace.curvature.frozen import State
+    from curvspace.curvature.frozen import BatchNorm
     from curvspace.training.record import RunRecord
     from papers.common.context import Context
 
@@ -44,12 +44,12 @@ def trajectory(
     dimensions: Sequence[int] = (),
     steps: Sequence[int] | None = None,
     tol: float = 1e-3,
-    state: State = "batch",
+    batch_norm: BatchNorm = "batch",
     seed: int = 0,
 ) -> pd.DataFrame:
     """The top ``count`` eigenpairs of one run at some ``steps`` (null: all checkpoints), and what follows from them.
 
-    Columns: identity, ``parameters``, ``examples``, ``state``, ``step``, ``quantity``, ``index``, ``start_step``,
+    Columns: identity, ``parameters``, ``examples``, ``batch_norm``, ``step``, ``quantity``, ``index``, ``start_step``,
     ``value``, ``null`` (expected of a random subspace), ``random`` (measured on one, drawn anew at each step).
     Quantities, with k the number of classes:
 
@@ -73,7 +73,7 @@ def trajectory(
     k = data.num_classes
     for step in context.progress(_reached(run, steps), "top subspace"):
         model = context.model(run, step)
-        objective = Objective(model, batches, run.spec["task"]["loss"], state=state)
+        objective = Objective(model, batches, run.spec["task"]["loss"], batch_norm=batch_norm)
         g, hessian = objective.gradient(), objective.hessian()
         pairs = tracker.update(hessian)
         if step in starts:
@@ -82,11 +82,13 @@ def trajectory(
             *_progress(objective, model, batches, pairs),
             *_eigenpairs(pairs, g),
             *_gradient_shares(g, hessian, pairs, k, generator),
-            *_class_span(model, batches, g, pairs, k, generator, state),
+            *_class_span(model, batches, g, pairs, k, generator, batch_norm),
             *_overlaps(kept, step, pairs.vectors, k, dimensions),
         ]
         rows += [{"step": step, **row} for row in found]
-    return tidy(run, rows, {"parameters": len(g), "examples": sum(len(y) for _, y in batches), "state": state})
+    return tidy(
+        run, rows, {"parameters": len(g), "examples": sum(len(y) for _, y in batches), "batch_norm": batch_norm}
+    )
 
 
 def _reached(run: RunRecord, steps: Sequence[int] | None) -> list[int]:
@@ -142,12 +144,12 @@ def _class_span(
     pairs: EigenPairs,
     k: int,
     generator: torch.Generator,
-    state: State,
+    batch_norm: BatchNorm,
 ) -> Iterator[Row]:
     """The gradient and the top eigenvectors against the span of paper A's class gradients."""
     total = torch.zeros(k, len(g), dtype=g.dtype, device=g.device)
     for x, y in batches:
-        means, counts = class_gradients(model, x, y, num_classes=k, state=state)
+        means, counts = class_gradients(model, x, y, num_classes=k, batch_norm=batch_norm)
         total += means * counts[:, None]
     span = torch.linalg.qr(total[total.norm(dim=1) > 0].T)[0]
     random = random_subspace(len(g), k, generator, g)
@@ -184,12 +186,12 @@ def overlaps(
     last: int,
     batch: int = 1000,
     splits: Sequence[str] = ("train",),
-    state: State = "batch",
+    batch_norm: BatchNorm = "batch",
     seed: int = 0,
 ) -> pd.DataFrame:
     """Eq. 3 at the checkpoints of the last ``last`` steps of one run (table 1), on training and other examples.
 
-    Columns: identity, ``parameters``, ``examples``, ``state``, ``step``, ``split``, ``loss``, ``hg_overlap``,
+    Columns: identity, ``parameters``, ``examples``, ``batch_norm``, ``step``, ``split``, ``loss``, ``hg_overlap``,
     ``random`` (the same for a random vector).
     """
     (run,) = context.runs
@@ -201,7 +203,7 @@ def overlaps(
         model = context.model(run, step)
         for split in splits:
             batches = batches_of(data, getattr(data, split), examples, batch)
-            objective = Objective(model, batches, run.spec["task"]["loss"], state=state)
+            objective = Objective(model, batches, run.spec["task"]["loss"], batch_norm=batch_norm)
             hessian, g = objective.hessian(), objective.gradient()
             w = torch.randn(len(g), generator=generator).to(g)
             found = {
@@ -212,7 +214,7 @@ def overlaps(
                 "examples": sum(len(y) for _, y in batches),
             }
             rows.append({"step": step, "split": split, **found})
-    return tidy(run, rows, {"state": state})
+    return tidy(run, rows, {"batch_norm": batch_norm})
 
 
 def eigenvectors(
@@ -223,11 +225,11 @@ def eigenvectors(
     batch: int = 1000,
     thin: int = 1,
     tol: float = 1e-3,
-    state: State = "batch",
+    batch_norm: BatchNorm = "batch",
 ) -> pd.DataFrame:
     """Entries of the top eigenvector of one run at the given steps, by parameter tensor (figures 6 and 7).
 
-    Columns: identity, ``parameters``, ``examples``, ``state``, ``step``, ``eigenvalue``, ``tensor`` (the
+    Columns: identity, ``parameters``, ``examples``, ``batch_norm``, ``step``, ``eigenvalue``, ``tensor`` (the
     parameter's name), ``tensor_rank`` (its place among them), ``layer`` (from 1), ``part`` ("weight", "bias"),
     ``entry`` (place in the flat parameter vector), ``value``. Of tensors with more than ``1000 * thin`` entries each
     ``thin``-th is listed; ``tensor_norm`` and ``tensor_size`` are those of all entries. The sign is such that the
@@ -240,10 +242,10 @@ def eigenvectors(
     tables: list[pd.DataFrame] = []
     for step in context.progress(_reached(run, steps), "top eigenvector"):
         model = context.model(run, step)
-        pairs = tracker.update(Objective(model, batches, run.spec["task"]["loss"], state=state).hessian())
+        pairs = tracker.update(Objective(model, batches, run.spec["task"]["loss"], batch_norm=batch_norm).hessian())
         v = pairs.vectors[:, 0].cpu()
         v = v * v[v.abs().argmax()].sign()
-        measured = {"parameters": len(v), "examples": sum(len(y) for _, y in batches), "state": state}
+        measured = {"parameters": len(v), "examples": sum(len(y) for _, y in batches), "batch_norm": batch_norm}
         constants = {**run.identity, **measured, "step": step, "eigenvalue": float(pairs.values[0])}
         tables += [table.assign(**constants) for table in _entries(model, v, thin)]
     return pd.concat(tables, ignore_index=True)

@@ -12,7 +12,7 @@ from curvspace.curvature import dense_matrix
 from papers.b.measures import batches_of
 
 if TYPE_CHECKING:
-    from curvspace.curvature.frozen import State
+    from curvspace.curvature.frozen import BatchNorm
     from curvspace.training.record import RunRecord
     from papers.common.context import Context
 
@@ -27,19 +27,19 @@ def spectrum(
     probes: int = 4,
     lanczos_steps: int = 80,
     tol: float = 1e-3,
-    state: State = "batch",
+    batch_norm: BatchNorm = "batch",
 ) -> pd.DataFrame:
     """The Hessian's spectrum at the end of each run (figure 4).
 
     With at most ``dense_up_to`` parameters the matrix is formed and all eigenvalues are listed (float64); otherwise
     the top ``count`` ones and the density of the whole spectrum by stochastic Lanczos quadrature. Columns:
-    identity, ``parameters``, ``examples``, ``state``, ``classes`` (distinct targets), ``step``, ``accuracy`` (on
+    identity, ``parameters``, ``examples``, ``batch_norm``, ``classes`` (distinct targets), ``step``, ``accuracy`` (on
     these examples), ``method`` ("dense" or "Lanczos"), ``quantity``, ``index``, ``eigenvalue``, ``value``.
     Quantities: ``eigenvalue`` (``index`` from 1, largest first; ``value`` is its residual), ``density`` (``value``
     per unit of ``eigenvalue``, integrates to 1).
     """
     tables = [
-        _one_spectrum(context, run, examples, count, batch, dense_up_to, probes, lanczos_steps, tol, state)
+        _one_spectrum(context, run, examples, count, batch, dense_up_to, probes, lanczos_steps, tol, batch_norm)
         for run in context.progress(context.runs, "spectra")
     ]
     return pd.concat(tables, ignore_index=True)
@@ -55,14 +55,14 @@ def _one_spectrum(
     probes: int,
     lanczos_steps: int,
     tol: float,
-    state: State,
+    batch_norm: BatchNorm,
 ) -> pd.DataFrame:
     data, step = context.dataset(run), run.steps[-1]
     model = context.model(run, step)
     batches = batches_of(data, data.train, examples, batch)
     size = sum(p.numel() for p in model.parameters())
     dense = size <= dense_up_to
-    objective = Objective(model, batches, state=state, dtype=torch.float64 if dense else None)
+    objective = Objective(model, batches, batch_norm=batch_norm, dtype=torch.float64 if dense else None)
     hessian = objective.hessian()
     if dense:
         values = torch.linalg.eigvalsh(dense_matrix(hessian, limit=dense_up_to)).flip(0)
@@ -82,7 +82,7 @@ def _one_spectrum(
         **run.identity,
         "parameters": size,
         "examples": len(targets),
-        "state": state,
+        "batch_norm": batch_norm,
         "classes": len(targets.unique()),
         "step": step,
         "accuracy": correct / len(targets),
@@ -99,7 +99,13 @@ def _listed(values: torch.Tensor, residuals: torch.Tensor) -> list[dict[str, Any
 
 
 def edge(
-    context: Context, *, examples: int | None, count: int, batch: int = 1000, tol: float = 1e-3, state: State = "batch"
+    context: Context,
+    *,
+    examples: int | None,
+    count: int,
+    batch: int = 1000,
+    tol: float = 1e-3,
+    batch_norm: BatchNorm = "batch",
 ) -> pd.DataFrame:
     """The top ``count`` eigenvalues at the end of one run (figure 5: one job for each initialisation).
 
@@ -108,7 +114,7 @@ def edge(
     (run,) = context.runs
     data, step = context.dataset(run), run.steps[-1]
     batches = batches_of(data, data.train, examples, batch)
-    hessian = Objective(context.model(run, step), batches, state=state).hessian()
+    hessian = Objective(context.model(run, step), batches, batch_norm=batch_norm).hessian()
     pairs = eigsh(hessian, k=count, tol=tol)
     table = pd.DataFrame(
         {

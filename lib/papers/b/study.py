@@ -67,7 +67,7 @@ def _run(b: Mapping[str, Any], block: Mapping[str, Any], seed: int | None = None
 
 def _measured(b: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
     """On what a run is measured: the keyword arguments that all measures share."""
-    return {"examples": block["examples"], "batch": block["microbatch"], "state": block["state"]}
+    return {"examples": block["examples"], "batch": block["microbatch"], "batch_norm": block["batch_norm"]}
 
 
 def _trajectory(b: Mapping[str, Any], name: str, block: Mapping[str, Any], count: int) -> Measure:

@@ -41,7 +41,7 @@ def mean_overlaps(tables: Tables, paper: Mapping[str, float], order: Sequence[st
                 "last_step": train["step"].max(),
                 "checkpoints": train["step"].nunique(),
                 "seeds": train["seed"].nunique(),
-                **train[["parameters", "examples", "state"]].iloc[0].to_dict(),
+                **train[["parameters", "examples", "batch_norm"]].iloc[0].to_dict(),
             }
         )
     return pd.DataFrame(rows)

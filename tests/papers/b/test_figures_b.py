@@ -15,7 +15,7 @@ from papers.common.style import Style
 
 K, P = 3, 1234
 IDENTITY = {"dataset": "made-up", "model": "net", "optimizer": "sgd", "batch_size": 8, "lr": 0.1, "seed": 0}
-SCALE = {"parameters": P, "examples": 77, "state": "batch"}
+SCALE = {"parameters": P, "examples": 77, "batch_norm": "batch"}
 
 
 @pytest.fixture(scope="module")

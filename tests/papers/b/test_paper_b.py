@@ -174,7 +174,7 @@ def test_batch_statistics_and_regression(digits_dir, tmp_path):
     task = {"epochs": 1, "checkpoints": [0]}
     context = run_context(digits_dir, tmp_path, **options, model=model, task=task)
     tables = {
-        state: paper_b.trajectory(context, examples=30, batch=30, count=10, steps=[3], tol=0.1, state=state)
+        state: paper_b.trajectory(context, examples=30, batch=30, count=10, steps=[3], tol=0.1, batch_norm=state)
         for state in ("batch", "running")
     }
     f_top = {state: table[table["quantity"] == "f_top"]["value"].to_numpy() for state, table in tables.items()}

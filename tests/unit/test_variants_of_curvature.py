@@ -1,0 +1,199 @@
+"""Parts of the parameters, differences of gradients, the empirical Fisher matrix, an optimiser's preconditioner."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvspace import Objective, eigsh
+from curvspace.curvature import dense_matrix, preconditioned
+
+WEIGHT = torch.tensor([0.2, 1.0, 3.0]).double()
+
+
+def _problem(n: int = 40) -> tuple[nn.Sequential, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 5), nn.Tanh()), nn.Linear(5, 3)
+    ).double()
+    return model, torch.randn(n, 4).double(), torch.randint(3, (n,))
+
+
+@pytest.mark.parametrize("parameters", ["2.*", ["0.weight", "3.*"], "*bias"])
+def test_curvature_of_a_part_is_the_block_of_the_whole(parameters):
+    model, x, y = _problem()
+    whole = Objective(model, (x, y))
+    part = Objective(model, (x, y), parameters=parameters)
+    chosen, start = [], 0
+    for name, p in model.named_parameters():
+        if name in part.function.names:
+            chosen += range(start, start + p.numel())
+        start += p.numel()
+    assert part.num_parameters == len(chosen)
+    torch.testing.assert_close(part.gradient(), whole.gradient()[chosen])
+    for kind in ("hessian", "gauss_newton"):
+        block = dense_matrix(getattr(whole, kind)())[chosen][:, chosen]
+        torch.testing.assert_close(dense_matrix(getattr(part, kind)()), block, rtol=0, atol=1e-13)
+        same = whole.part(parameters)
+        torch.testing.assert_close(dense_matrix(getattr(same, kind)()), block, rtol=0, atol=1e-13)
+    with pytest.raises(ValueError, match=r"no trainable parameter is named 'head\.\*'"):
+        Objective(model, (x, y), parameters="head.*")
+
+
+def test_every_layer_and_block_in_one_call():
+    model, x, y = _problem()
+    objective = Objective(model, (x, y))
+    layers, blocks = objective.layers(), objective.layers(depth=1)
+    assert list(layers) == ["0", "2.0", "3"]
+    assert list(blocks) == ["0", "2", "3"]
+    full = dense_matrix(objective.hessian())
+    start = 0
+    for layer in layers.values():
+        stop = start + layer.num_parameters
+        torch.testing.assert_close(dense_matrix(layer.hessian()), full[start:stop, start:stop], rtol=0, atol=1e-13)
+        start = stop
+    assert start == objective.num_parameters
+
+
+@pytest.mark.parametrize("engine", ["auto", "recompute"])
+def test_operators_refresh(engine):
+    model, x, y = _problem()
+    H = Objective(model, (x, y), engine=engine).hessian()
+    v = torch.ones(H.shape[0]).double()
+    old = H @ v
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    assert torch.equal(H @ v, old)
+    H.refresh()
+    torch.testing.assert_close(H @ v, Objective(model, (x, y)).hessian() @ v)
+    assert not torch.allclose(H @ v, old)
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+class OnceDifferentiable(nn.Module):
+    def forward(self, x):
+        return NoSecondDerivative.apply(x)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-8), (torch.float32, 1e-3)])
+def test_differences_of_gradients(dtype, close):
+    model, x, y = _problem()
+    exact = Objective(model, (x, y)).hessian()
+    torch.manual_seed(1)
+    V = torch.randn(exact.shape[0], 3).double()
+    expected = exact @ V
+    model[1] = OnceDifferentiable()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        Objective(model, (x, y)).hessian() @ V
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        Objective(model, (x, y)).gauss_newton() @ V
+    plain, v = nn.Linear(4, 3).double(), torch.ones(15).double()
+    for kind in ("hessian", "gauss_newton"):  # in the loss
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            getattr(Objective(plain, (x, y), lambda z, y: NoSecondDerivative.apply(z).square().mean()), kind)() @ v
+    H = Objective(model, (x, y), dtype=dtype).hessian_by_differences()
+    found = H @ V
+    error = (found.double() - expected).norm(dim=0) / expected.norm(dim=0)
+    assert error.max() < close
+    assert H.products == 3
+    assert all(true < max(10 * estimate, 1e-9) for true, estimate in zip(error.tolist(), H.errors, strict=True))
+    assert H.rounding >= max(H.errors)
+    coarse = Objective(model, (x, y), dtype=dtype).hessian_by_differences(step=0.5)
+    coarse @ V[:, 0]
+    assert coarse.errors[0] > H.errors[0]
+    pairs = eigsh(Objective(model, (x, y)).hessian_by_differences(), 2)
+    torch.testing.assert_close(pairs.values, eigsh(exact, 2).values, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(WEIGHT), lambda z, y: F.cross_entropy(z, y) * 3])
+def test_empirical_fisher(loss):
+    model, x, y = _problem()
+    parameters = list(model.parameters())
+
+    def gradient(i: int) -> Tensor:
+        share = loss(model(x[i : i + 1]), y[i : i + 1]) / len(x)
+        if isinstance(loss, nn.Module):
+            share = share * WEIGHT[y[i]] / WEIGHT[y].sum() * len(x)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(share, parameters)])
+
+    shares = torch.stack([gradient(i) for i in range(len(x))])
+    objective = Objective(model, [(x[:30], y[:30]), (x[30:], y[30:])], loss)
+    torch.testing.assert_close(shares.sum(0), objective.gradient())
+    torch.testing.assert_close(dense_matrix(objective.empirical_fisher()), len(x) * shares.T @ shares)
+    operator = objective.empirical_fisher()
+    operator.vectors_at_once = 5
+    eye = torch.eye(operator.shape[0]).double()
+    torch.testing.assert_close(operator @ eye, len(x) * shares.T @ shares)
+
+
+def test_empirical_fisher_refuses_what_has_no_examples():
+    model, x, y = _problem()
+    for loss in (lambda z, y: F.cross_entropy(z, y) + z.std(), lambda z, y: F.cross_entropy(z, y, WEIGHT)):
+        with pytest.raises(ValueError, match="treat examples one by one"):
+            Objective(model, (x, y), loss).empirical_fisher()
+    penalised = Objective(model, (x, y), lambda z, y: F.cross_entropy(z, y) + model[0].weight.square().sum())
+    with pytest.raises(ValueError, match="does not read the parameters"):
+        penalised.empirical_fisher() @ torch.ones(83).double()
+
+
+OPTIMISERS = {
+    "adam": (torch.optim.Adam, {"betas": (0.8, 0.9), "eps": 1e-3}),
+    "amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+    "adamw": (torch.optim.AdamW, {"weight_decay": 0.0}),
+    "adamax": (torch.optim.Adamax, {}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+    "centred": (torch.optim.RMSprop, {"centered": True}),
+    "adagrad": (torch.optim.Adagrad, {}),
+    "sgd": (torch.optim.SGD, {}),
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMISERS.values(), ids=OPTIMISERS.keys())
+def test_preconditioner_is_what_the_optimiser_divides_by(kind, options):
+    model, x, y = _problem()
+    optimiser = kind(model.parameters(), lr=1e-3, **options)
+    for _ in range(3):
+        optimiser.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimiser.step()
+    objective = Objective(model, (x, y))
+    A = preconditioned(objective.hessian(), optimiser)
+    expected = A.scale[:, None] * dense_matrix(objective.hessian()) * A.scale
+    torch.testing.assert_close(dense_matrix(A), expected)
+    torch.testing.assert_close(eigsh(A, 1).values[0], torch.linalg.eigvalsh(expected)[-1], rtol=1e-3, atol=0)
+    # A step with a gradient of zero moves the parameters by the momentum alone, divided by the next step's P.
+    before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
+    momenta = [optimiser.state[p].get("exp_avg") for p in model.parameters()]
+    if momenta[0] is not None:
+        momentum = torch.cat([m.clone().flatten() for m in momenta])
+        beta = optimiser.param_groups[0]["betas"][0]
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimiser.step()
+        moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+        now = preconditioned(objective.hessian(), optimiser)
+        torch.testing.assert_close(moved, 1e-3 * beta * momentum * now.scale**2, rtol=1e-6, atol=1e-12)
+
+
+def test_preconditioner_errors():
+    model, x, y = _problem()
+    H = Objective(model, (x, y)).hessian()
+    with pytest.raises(ValueError, match=r"Adam has no state for parameter '0\.weight': take a step first"):
+        preconditioned(H, torch.optim.Adam(model.parameters()))
+    with pytest.raises(ValueError, match=r"does not hold parameter '0\.weight'"):
+        preconditioned(H, torch.optim.Adam(model[3].parameters()))
+    with pytest.raises(ValueError, match="no diagonal is known for Rprop"):
+        preconditioned(H, torch.optim.Rprop(model.parameters()))
