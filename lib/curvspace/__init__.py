@@ -13,18 +13,20 @@ if TYPE_CHECKING:
     from curvspace.curvature.density import spectral_density as spectral_density
     from curvspace.curvature.eigensolver import eigsh as eigsh
     from curvspace.curvature.tracker import track as track
+    from curvspace.landscape import LossScanner as LossScanner
     from curvspace.objective import Objective as Objective
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "LossScanner": "curvspace.landscape",
     "Objective": "curvspace.objective",
     "eigsh": "curvspace.curvature.eigensolver",
     "track": "curvspace.curvature.tracker",
     "spectral_density": "curvspace.curvature.density",
     "class_gradients": "curvspace.curvature.class_gradients",
 }
-__all__ = ["Objective", "__version__", "class_gradients", "eigsh", "spectral_density", "track"]
+__all__ = ["LossScanner", "Objective", "__version__", "class_gradients", "eigsh", "spectral_density", "track"]
 
 
 def __getattr__(name: str) -> Any:

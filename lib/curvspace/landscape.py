@@ -1,4 +1,4 @@
-r"""The loss along lines through parameter space: scans, quadratic fits, line searches.
+r"""The loss along lines and planes through parameter space: scans, quadratic fits, line searches.
 
 With u a unit direction, everything here is about :math:`f(t) = L(\theta + t u)`. Paper D's eq. 1 scales its step by
 the slope: :math:`L(\theta - \alpha (g^\top u) u) = f(-\alpha\, g^\top u)`, so a range of :math:`|\alpha|` is a range
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,9 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.func import vmap
 
-from curvspace.functional import flatten, unflatten
+from curvspace.curvature.linearisation import Point
+from curvspace.functional import flatten, map_tensors, unflatten
+from curvspace.losses import Loss
 from curvspace.objective import Objective
 
 Floats = NDArray[np.float64]
@@ -45,52 +47,89 @@ class LossScanner:
         self.objective = objective
         self.method = method
         self.chunk = chunk
-        self._like = objective.function.parameters()
-        self._constants = objective.function.constants()
-        self._batches = [
-            (objective.function.cast(b.inputs), objective.function.cast(b.targets), b.weight, b.index)
-            for b in objective.batches
-        ]
-        self.origin = flatten(p.detach() for p in self._like)
+        self._point = Point.here(objective.function, _InDouble(objective.loss_function))
+        cast = objective.function.cast  # once, so that the data stay on the device
+        self._batches = [replace(b, inputs=cast(b.inputs), targets=cast(b.targets)) for b in objective.batches]
+        self.origin = flatten(p.detach() for p in self._point.parameters)
         self.evaluations = 0
         self.seconds = 0.0
+        try:
+            self.along(torch.zeros_like(self.origin), [0.0])
+            exact = True
+        except ValueError:  # a callable with tensors of its own in the network's type
+            self._point, exact = replace(self._point, loss=objective.loss_function), False
         self.origin_loss = float(self.along(torch.zeros_like(self.origin), [0.0])[0])
         # Measured against float64, a float32 network's mean loss errs by about 0.1 eps; twenty times that is safe.
-        self.resolution = 2 * torch.finfo(self.origin.dtype).eps * max(self.origin_loss, 1e-3)
+        # Where the loss itself is in float32, its mean adds some eps.
+        self.resolution = (2 if exact else 20) * torch.finfo(self.origin.dtype).eps * max(self.origin_loss, 1e-3)
 
     @property
     def evaluations_per_second(self) -> float:
         return self.evaluations / self.seconds if self.seconds else float("nan")
 
-    @torch.no_grad()
     def along(self, direction: Tensor, t: Sequence[float] | Floats) -> Floats:
         r""":math:`L(\theta + t_i d)` for each i: direction (P,), t (m,), result (m,)."""
+        return self._along(self.origin, direction, t)
+
+    @torch.no_grad()
+    def _along(self, origin: Tensor, direction: Tensor, t: Sequence[float] | Floats) -> Floats:
         start = time.perf_counter()
         points = [float(value) for value in t]
         if self.method == "vmap":
-            losses = torch.cat([self._many(direction, part) for part in _chunks(points, self.chunk)])
+            losses = torch.cat([self._many(origin, direction, part) for part in _chunks(points, self.chunk)])
         else:
-            losses = torch.stack([self._one(self.origin + value * direction) for value in points])
+            losses = torch.stack([self._one(origin + value * direction) for value in points])
         result = losses.cpu().numpy()
         self.evaluations += len(points)
         self.seconds += time.perf_counter() - start
         return result
 
+    def plane(self, u: Tensor, v: Tensor, s: Sequence[float] | Floats, t: Sequence[float] | Floats) -> Floats:
+        r""":math:`L(\theta + s_i u + t_j v)`: directions (P,), s (m,), t (n,), result (m, n)."""
+        return np.stack([self._along(self.origin + float(value) * u, v, t) for value in s])
+
     def _one(self, theta: Tensor) -> Tensor:
-        parts = unflatten(theta, self._like)
-        function, loss = self.objective.function, self.objective.loss_function
+        point = replace(self._point, parameters=unflatten(theta, self._point.parameters))
         total = torch.zeros((), dtype=torch.float64, device=theta.device)
-        for inputs, targets, weight, index in self._batches:
-            total = total + weight * loss(_double(function(parts, self._constants, inputs, index)), _double(targets))
+        for b in self._batches:
+            total = total + b.weight * point.value(b).double()
         return total
 
-    def _many(self, direction: Tensor, t: Sequence[float]) -> Tensor:
-        steps = torch.tensor(t, dtype=self.origin.dtype, device=self.origin.device)
-        return vmap(self._one)(self.origin + steps[:, None] * direction)
+    def _many(self, origin: Tensor, direction: Tensor, t: Sequence[float]) -> Tensor:
+        steps = torch.tensor(t, dtype=origin.dtype, device=origin.device)
+        return vmap(self._one)(origin + steps[:, None] * direction)
+
+
+class _InDouble(Loss):
+    """A loss of the outputs in float64."""
+
+    def __init__(self, loss: Loss):
+        self.inner, self.name = loss, loss.name
+
+    def outputs(self, raw: Any) -> Any:
+        return self.inner.outputs(raw)
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        z = _double(outputs) if isinstance(outputs, Tensor) else outputs
+        return self.inner(z, map_tensors(_double, targets))
 
 
 def _double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
+
+
+def plane_through(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal directions u, v (P,) of the plane through three points (3, P), and the points in it, (3, 2).
+
+    The first point is the origin, the second lies on u.
+    """
+    sides = (points[1:] - points[0]).T
+    q, r = torch.linalg.qr(sides)
+    if float(r.diagonal().abs().min()) <= 1e-6 * float(r.diagonal().abs().max()):
+        raise ValueError("the three points lie on one line: there is no plane through them")
+    signs = r.diagonal().sign()
+    coordinates = torch.cat([torch.zeros(1, 2).to(r), (signs[:, None] * r).T])
+    return q[:, 0] * signs[0], q[:, 1] * signs[1], coordinates
 
 
 def _chunks(values: Sequence[float], size: int) -> Iterator[Sequence[float]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace import Objective
-from curvspace.landscape import LossScanner, fit_quadratic, line_search, search_grid
+from curvspace.landscape import LossScanner, fit_quadratic, line_search, plane_through, search_grid
 
 
 class Point(nn.Module):
@@ -121,3 +121,37 @@ def test_grid_is_symmetric_and_bad_ranges_are_refused():
         line_search(scanner_of(bowl, 1.0, 0.0), axis(0), radius=1e-5)
     with pytest.raises(ValueError, match="method"):
         LossScanner(Objective(Point(1.0), [(torch.zeros(1, 1), torch.zeros(1, 1))], lambda z, _: z.sum()), "fast")
+
+
+def test_plane():
+    scanner = scanner_of(bowl, 0.5, -1.0)
+    s, t = [-0.5, 0.0, 0.25], [0.0, 1.0]
+    expected = [[bowl(torch.tensor([0.5 + a, -1.0 + b])) for b in t] for a in s]
+    np.testing.assert_allclose(scanner.plane(axis(0), axis(1), s, t), expected, rtol=1e-6)
+
+
+def test_plane_through_three_points():
+    torch.manual_seed(0)
+    points = torch.randn(3, 7).double()
+    u, v, coordinates = plane_through(points)
+    torch.testing.assert_close(points[0] + coordinates @ torch.stack([u, v]), points)
+    torch.testing.assert_close(torch.stack([u, v]) @ torch.stack([u, v]).T, torch.eye(2).double())
+    assert coordinates[1, 1] == 0
+    with pytest.raises(ValueError, match="lie on one line"):
+        plane_through(torch.stack([points[0], points[1], 2 * points[1] - points[0]]))
+
+
+def test_losses_that_read_parameters_or_hold_tensors_of_the_networks_type():
+    torch.manual_seed(0)
+    model, x, y, weight = nn.Linear(4, 3), torch.randn(9, 4), torch.randint(3, (9,)), torch.tensor([1.0, 2.0, 3.0])
+
+    def loss(z, y):
+        return nn.functional.cross_entropy(z, y, weight) + model.weight.square().sum()
+
+    scanner = LossScanner(Objective(model, (x, y), loss))
+    direction = torch.ones(15)
+    there = scanner.along(direction, [0.1])[0]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    assert there == pytest.approx(loss(model(x), y).item(), rel=1e-6)

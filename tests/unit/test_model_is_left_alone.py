@@ -342,3 +342,24 @@ def test_compiled_models(in_place):
     torch.testing.assert_close(Objective(compiled, (x, y)).hessian() @ v, expected, rtol=0, atol=1e-14)
     whole = torch.compile(inner, backend="aot_eager")
     torch.testing.assert_close(Objective(whole, (x, y)).hessian() @ v, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("bag", [False, True])
+def test_sparse_embeddings(bag):
+    torch.manual_seed(0)
+    kind = nn.EmbeddingBag if bag else nn.Embedding
+    model = nn.Sequential(kind(7, 5, sparse=True), nn.Tanh(), *([] if bag else [nn.Flatten()]))
+    model.append(nn.Linear(5 if bag else 20, 3))
+    model, x, y = model.double(), torch.randint(7, (9, 4)), torch.randint(3, (9,))
+    dense = copy.deepcopy(model)
+    dense[0].sparse = False
+    sparse, dense = Objective(model, (x, y)), Objective(dense, (x, y))
+    assert model[0].sparse
+    torch.testing.assert_close(sparse.gradient(), dense.gradient())
+    if bag:  # torch has no second derivative of it
+        with pytest.raises(RuntimeError, match="not implemented"):
+            sparse.hessian() @ torch.ones(sparse.num_parameters).double()
+        return
+    v = torch.randn(sparse.num_parameters).double()
+    torch.testing.assert_close(sparse.hessian() @ v, dense.hessian() @ v)
+    torch.testing.assert_close(sparse.gauss_newton() @ v, dense.gauss_newton() @ v)

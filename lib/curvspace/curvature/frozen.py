@@ -232,6 +232,7 @@ class FrozenModel:
         Checkpointing and compilation are off: both would come back to the module when it is itself again.
         """
         changed = [(m, mode) for m, mode in self._modes if m.training != mode]
+        sparse = [m for m, _ in self._modes if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
         with ExitStack() as stack:
             if self.dropout_seed is None:  # whatever the model draws, it leaves no trace
                 stack.enter_context(replayed_randomness(self.device))
@@ -240,10 +241,14 @@ class FrozenModel:
             try:
                 for module, mode in changed:
                     module.training = mode
+                for embedding in sparse:  # gradients of theirs have no second derivative
+                    embedding.sparse = False
                 yield
             finally:
                 for module, mode in changed:
                     module.training = not mode
+                for embedding in sparse:
+                    embedding.sparse = True
 
 
 def _chosen(names: list[str], patterns: str | Sequence[str] | None) -> list[str]:
