@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores all --resources gpu=1 --rerun-incomplete --show-failed-logs
 
-.PHONY: run smoke paper test test-quick lint report verify bench docs lock clean
+.PHONY: run smoke paper test test-quick lint report verify bench gpu-check docs lock clean
 
 $(READY): envs/requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -49,6 +49,11 @@ verify: $(READY)  ## which results are stale, whatever Snakemake remembers
 bench: $(READY)  ## speed of ours and of other libraries, side by side
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(CURDIR)[bench]"
 	$(BIN)/python -m benchmarks
+
+DEVICE ?= cuda
+gpu-check: $(READY)  ## all that depends on a device, in ten minutes; DEVICE=cpu runs the same on the CPU
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(CURDIR)[bench]"
+	$(BIN)/python tests/gpu_check.py --device $(DEVICE)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
