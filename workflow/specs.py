@@ -38,6 +38,9 @@ PAPERS = {
 WRAPPER = "curvspace.optim.first_order:FirstOrder"
 REGISTRIES = {"optimizers": "curvspace.optim.registry", "models": "curvspace.models.registry"}
 
+FIRST_ORDER_ONLY = {"precision": "bfloat16", "compile": True}
+"""Options of a task with which curvature cannot be computed."""
+
 
 def canonical(value: Any) -> str:
     """One string for a value, whatever the order of its keys; which key holds which value counts."""
@@ -152,15 +155,27 @@ class Plan:
         if key not in self.config["tasks"]:
             raise StudyError(f"tasks has no {key!r}, which the run {run.path} needs; add it: its epochs at least")
         blocks = {kind: self._named(f"{kind}s", getattr(run, kind)) for kind in ("dataset", "model", "optimizer")}
+        task = self.config["tasks"][key]
+        self._require_first_order(key, task, run.optimizer)
         spec = {
             **blocks,
-            "task": self.config["tasks"][key],
+            "task": task,
             "batch_size": run.batch,
             "lr": float(run.lr),
             "seed": run.seed,
             "device": self.config["device"],
         }
         return Job("train", run.path, spec, self._code(["curvspace.cli.train"], blocks), self._path(run.path, "/run"))
+
+    def _require_first_order(self, key: str, task: Mapping[str, Any], optimizer: str) -> None:
+        """Refuse options of a task that an optimiser of ours cannot have; one from elsewhere says so itself."""
+        asked = [f"{name}: {value}" for name, value in FIRST_ORDER_ONLY.items() if task.get(name) == value]
+        target = self._registered["optimizers"].get(self._block("optimizers", optimizer)["kind"], "")
+        if asked and target and not target.startswith(f"{WRAPPER.partition(':')[0]}:"):
+            raise StudyError(
+                f"tasks.{key} has {asked[0]}, which is for first-order optimisers, but a study trains it with "
+                f"{optimizer} too; leave it out"
+            )
 
     def measure(self, measure: Measure) -> Job:
         """One measure. The networks of its runs, and all kinds that its settings name, are part of its code."""

@@ -46,6 +46,14 @@ def test_a_right_config_makes_a_plan(text):
 
 
 WRONG = {
+    "sixteen bits for curvature": (
+        "epochs: 2",
+        "epochs: 2, precision: bfloat16",
+        ["tasks.digits/small", "precision: bfloat16", "first-order", "curveball"],
+    ),
+    "a precision": ("epochs: 2", "epochs: 2, precision: float16", ["tasks.digits/small.precision", "bfloat16"]),
+    "compile with a word": ("epochs: 2", "epochs: 2, compile: yes please", ["tasks.digits/small.compile", "true"]),
+    "a memory format": ("epochs: 2", "epochs: 2, memory_format: nhwc", ["digits/small.memory_format", "channels-last"]),
     "a number that YAML reads as text": ("lrs: [0.1, 0.01]", "lrs: [1e-1, 0.01]", ["studies.mini.lrs[0]", "0.1"]),
     "a negative number": ("epochs: 2", "epochs: -2", ["tasks.digits/small.epochs", "-2", "greater than 0"]),
     "a misspelt key": ("threads: 1", "thread: 1", ["thread is not a known key", "did you mean threads"]),
