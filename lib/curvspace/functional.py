@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -161,6 +162,17 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
             for store, entries in zip(own, stores, strict=True):
                 store.clear()
                 store.update(entries)
+
+
+def without_autocast(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f``, whose first argument has a ``device``, computes in its tensors' types whatever surrounds the call."""
+
+    @wraps(f)
+    def plain(first: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(torch.device(first.device).type, enabled=False):
+            return f(first, *args, **kwargs)
+
+    return plain
 
 
 def pull_back(

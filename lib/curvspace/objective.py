@@ -27,7 +27,7 @@ from curvspace.curvature.linearisation import Batch, Point, mean_gradient
 from curvspace.curvature.operators import Engine, GaussNewtonOperator, HessianOperator
 from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, independent, within_memory
 from curvspace.errors import refuse_options
-from curvspace.functional import Batched, replayed_randomness
+from curvspace.functional import Batched, replayed_randomness, without_autocast
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import output_tensors
 
@@ -113,6 +113,11 @@ class Objective:
         self._given = [replace(b, weight=b.weight / total) for b in given if b.weight]
 
     @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are, and everything computed."""
+        return self.function.device
+
+    @property
     def num_parameters(self) -> int:
         """P."""
         return self.function.size
@@ -149,6 +154,7 @@ class Objective:
         return cut(point, self._given, cache_friendly_size(point, batch)) or self._given
 
     @torch.inference_mode(False)
+    @without_autocast
     def loss(self) -> float:
         """The mean loss L at the model's present parameters."""
         point = self._point()
@@ -161,6 +167,7 @@ class Objective:
         return float(self._summed(self._within_memory(total)))
 
     @torch.inference_mode(False)
+    @without_autocast
     def gradient(self) -> Tensor:
         """The gradient of L at the model's present parameters, (P,)."""
         point = self._point()

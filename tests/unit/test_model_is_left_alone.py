@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from curvspace import Objective, class_gradients
+from curvspace import Objective, class_gradients, eigsh
 from curvspace.curvature import cross_class_gradients
 from curvspace.functional import tensors_in
 from tests.unit.architectures import CASES
@@ -363,3 +363,14 @@ def test_sparse_embeddings(bag):
     v = torch.randn(sparse.num_parameters).double()
     torch.testing.assert_close(sparse.hessian() @ v, dense.hessian() @ v)
     torch.testing.assert_close(sparse.gauss_newton() @ v, dense.gauss_newton() @ v)
+
+
+def test_curvature_inside_autocast_is_that_of_the_parameters_type():
+    torch.manual_seed(0)
+    model, x, y, v = nn.Linear(5, 3), _reals(9).float(), torch.randint(3, (9,)), torch.randn(18)
+    objective = Objective(model, (x, y))
+    expected = [objective.gradient(), objective.hessian() @ v, objective.gauss_newton() @ v]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [objective.gradient(), objective.hessian() @ v, objective.gauss_newton() @ v]
+        assert eigsh(objective.hessian(), 2).converged
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator
 from curvspace.curvature.memory import free_memory
+from curvspace.functional import without_autocast
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
@@ -62,6 +63,7 @@ class EigenPairs:
     __repr__ = __str__
 
 
+@without_autocast
 def eigsh(
     A: SymmetricOperator,
     k: int,

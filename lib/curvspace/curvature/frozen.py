@@ -229,13 +229,15 @@ class FrozenModel:
     def policy_in_force(self) -> Iterator[None]:
         """Train/eval flags by the policy, attention by kernels that have all derivatives; restored on exit.
 
-        Checkpointing and compilation are off: both would come back to the module when it is itself again.
+        Checkpointing and compilation are off: both would come back to the module when it is itself again. So is
+        autocast: the precision is ``dtype``'s.
         """
         changed = [(m, mode) for m, mode in self._modes if m.training != mode]
         sparse = [m for m, _ in self._modes if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
         with ExitStack() as stack:
             if self.dropout_seed is None:  # whatever the model draws, it leaves no trace
                 stack.enter_context(replayed_randomness(self.device))
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
             stack.enter_context(as_written())
             stack.enter_context(plain_attention())
             try:

@@ -23,7 +23,7 @@ from curvspace.curvature.linearisation import (
 )
 from curvspace.curvature.memory import default_budget, is_out_of_memory, kept_bytes
 from curvspace.curvature.split import within_memory
-from curvspace.functional import unflatten
+from curvspace.functional import unflatten, without_autocast
 
 Engine = Literal["auto", "linearize", "recompute"]
 
@@ -82,6 +82,7 @@ class CurvatureOperator:
         self._versions = [b.versions for b in self.batches]
 
     @torch.inference_mode(False)
+    @without_autocast
     def __matmul__(self, v: Tensor) -> Tensor:
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(f"{self.name} of shape {self.shape} cannot multiply a tensor of shape {tuple(v.shape)}")
