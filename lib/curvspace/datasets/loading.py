@@ -261,7 +261,7 @@ def _tensors(inputs: NDArray[Any], targets: NDArray[Any], index: NDArray[np.int6
 
 
 def _long_tailed(split: Split, classes: int, imbalance: float) -> Split:
-    r"""The first :math:`n\,\rho^{-k/(C-1)}` examples of each class k, in their order; n is the smallest class's count."""
+    r"""The first :math:`n\,\rho^{-k/(C-1)}` examples of each class k, in their order, n the smallest class's."""
     if split.targets.is_floating_point():
         raise ValueError("imbalance: needs classes, but this data set's targets are numbers")
     found = [torch.nonzero(split.targets == k)[:, 0] for k in range(classes)]
