@@ -79,7 +79,7 @@ def steps(device: str) -> list[Step]:
         Step("tests", 0.3, lambda log, limit: command(tests, log, limit)),
         Step("benchmark", 0.15, lambda log, limit: made_images() or command(benchmark, log, limit)),
         Step("smoke", 0.36, lambda log, limit: command(smoke, log, limit)),
-        Step("verify", 0.04, lambda log, limit: command([*snakemake, "verify", *study], log, limit)),
+        Step("verify", 0.04, lambda log, limit: command([*snakemake, *study, "--", "verify"], log, limit)),
     ]
 
 
