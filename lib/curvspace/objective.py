@@ -26,6 +26,7 @@ from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.linearisation import Batch, Point, mean_gradient
 from curvspace.curvature.operators import Engine, GaussNewtonOperator, HessianOperator
 from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, independent, within_memory
+from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
 from curvspace.functional import Batched, replayed_randomness, without_autocast
 from curvspace.losses import Loss, get_loss
@@ -155,6 +156,7 @@ class Objective:
 
     @torch.inference_mode(False)
     @without_autocast
+    @flushed()
     def loss(self) -> float:
         """The mean loss L at the model's present parameters."""
         point = self._point()
@@ -168,6 +170,7 @@ class Objective:
 
     @torch.inference_mode(False)
     @without_autocast
+    @flushed()
     def gradient(self) -> Tensor:
         """The gradient of L at the model's present parameters, (P,)."""
         point = self._point()

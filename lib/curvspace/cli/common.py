@@ -74,11 +74,12 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def set_threads(count: int | None) -> None:
-    """Hold torch to so many CPU threads."""
-    if count:
-        import torch
+    """Hold torch to so many CPU threads, which take denormal numbers for zero (:mod:`curvspace.denormals`)."""
+    import torch
 
+    if count:
         torch.set_num_threads(count)
+    torch.set_flush_denormal(True)  # before the pool starts: its threads inherit it
 
 
 def spare_the_compiler() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.layerwise import LayerRecorder, add_class_gradients
 from curvspace.curvature.split import independent
+from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
 from curvspace.functional import Batched, Inputs, batch_flags, batch_size, call, flatten, take, trainable_parameters
 from curvspace.losses import Loss, get_loss
@@ -160,6 +161,7 @@ def vjp_pass(
     return ClassPass(value.detach(), gradient, c, counts, _own_probabilities(z, y))
 
 
+@flushed()
 def class_gradients(
     model: nn.Module,
     x: Inputs,

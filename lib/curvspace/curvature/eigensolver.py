@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator
 from curvspace.curvature.memory import free_memory
+from curvspace.denormals import flushed
 from curvspace.functional import without_autocast
 
 Which = Literal["LA", "SA", "LM", "BE"]
@@ -64,6 +65,7 @@ class EigenPairs:
 
 
 @without_autocast
+@flushed()
 def eigsh(
     A: SymmetricOperator,
     k: int,

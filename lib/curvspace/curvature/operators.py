@@ -23,6 +23,7 @@ from curvspace.curvature.linearisation import (
 )
 from curvspace.curvature.memory import default_budget, is_out_of_memory, kept_bytes
 from curvspace.curvature.split import within_memory
+from curvspace.denormals import flushed
 from curvspace.functional import unflatten, without_autocast
 
 Engine = Literal["auto", "linearize", "recompute"]
@@ -83,6 +84,7 @@ class CurvatureOperator:
 
     @torch.inference_mode(False)
     @without_autocast
+    @flushed()
     def __matmul__(self, v: Tensor) -> Tensor:
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(f"{self.name} of shape {self.shape} cannot multiply a tensor of shape {tuple(v.shape)}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.curvature.frozen import as_written, without_checkpointing
+from curvspace.denormals import flushed
 from curvspace.functional import Inputs, trainable_parameters
 from curvspace.losses import Loss, get_loss
 from curvspace.optim.ranks import Ranks
@@ -79,6 +80,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         """|g| of the last minibatch, a scalar on the device; None where the gradient is never formed alone."""
 
+    @flushed()
     def step(self, inputs: Inputs, targets: Tensor) -> Tensor:  # type: ignore[override]
         """One step on a minibatch; returns its mean loss before the step (a detached scalar)."""
         start = time.perf_counter()
