@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from papers.a.tables import crossovers
+from papers.common.runs import Tables
 from papers.common.style import Style
 
-Tables = dict[str, pd.DataFrame]
 QUANTITIES = {
     "share of gradient": "|g|²",
     "share of trace G": "Tr G",

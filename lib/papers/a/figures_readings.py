@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 
 from papers.a.figures import describe
 from papers.a.readings import Pairs, judgements, score
+from papers.common.runs import Tables
 from papers.common.style import Colour, Style
-
-Tables = dict[str, pd.DataFrame]
 
 
 def curves_by_reading(

@@ -21,9 +21,9 @@ from curvspace.curvature.frozen import BatchNorm
 from curvspace.datasets import DataSet
 from curvspace.functional import call
 from curvspace.subspace import cosine_assignment, gradient_fraction, orthonormal_basis, principal_angles, union_rank
+from papers.common.runs import tidy
 
 if TYPE_CHECKING:
-    from curvspace.training.record import RunRecord
     from papers.common.context import Context
 
 Row = dict[str, Any]
@@ -220,8 +220,3 @@ def _minibatch(data: DataSet, size: int, step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     index = torch.randperm(len(data.train), generator=generator)[:size].to(data.train.targets.device)
     return data.normalise(data.train.inputs[index]), data.train.targets[index]
-
-
-def tidy(run: RunRecord, rows: list[Row]) -> pd.DataFrame:
-    """A table of one run's measures: identity columns first."""
-    return pd.DataFrame([{**run.identity, **row} for row in rows])

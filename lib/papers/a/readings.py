@@ -17,6 +17,7 @@ import pandas as pd
 
 from papers.a.tables import crossovers
 from papers.common.outcomes import FAILS, HOLDS, UNTESTED, Estimate, estimate, estimate_ratio, judge
+from papers.common.runs import Tables
 
 Pairs = Mapping[str, Sequence[str]]
 """The first-order optimiser of each form of momentum -> the readings that go with it."""
@@ -49,7 +50,7 @@ class Judgement:
     network: str = ""
 
 
-def judgements(tables: dict[str, pd.DataFrame], pairs: Pairs, above: float) -> pd.DataFrame:
+def judgements(tables: Tables, pairs: Pairs, above: float) -> pd.DataFrame:
     """A-R2: one row a reading and statement; ``above`` is the highest rate at which the paper's runs train.
 
     Columns: momentum (its SGD), reading, statement, network (of the MNIST statement, which is judged for each), value,
@@ -83,7 +84,7 @@ def score(judged: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["hold", "met"], ascending=False, kind="stable").reset_index(drop=True)
 
 
-def readings_by_statement(tables: dict[str, pd.DataFrame], pairs: Pairs, above: float) -> pd.DataFrame:
+def readings_by_statement(tables: Tables, pairs: Pairs, above: float) -> pd.DataFrame:
     """A-R1: one row a reading, the one that meets most first; a cell is the verdict, the cases met, the number."""
     judged = judgements(tables, pairs, above)
     rows = []

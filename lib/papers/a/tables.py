@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from papers.common.runs import RUN, Tables, last_rows
+
 PAPER = {  # paper A, its two tables: (accuracy %, loss) by optimiser and learning rate
     ("sgd", 0.1): (88.0, 0.3574),
     ("sgd", 0.05): (87.0, 0.3985),
@@ -12,24 +14,23 @@ PAPER = {  # paper A, its two tables: (accuracy %, loss) by optimiser and learni
     ("class-gradient-newton", 0.05): (92.0, 0.3346),
     ("class-gradient-newton", 0.01): (90.0, 0.3411),
 }
-RUN = ["dataset", "model", "optimizer", "batch_size", "lr", "seed"]
 
 
 def last_evaluation(metrics: pd.DataFrame) -> pd.DataFrame:
     """The last row of each run (always evaluated), with ``diverged``: its validation loss is not finite, or more than
     twice the untrained network's."""
     first = metrics[metrics["step"] == 0].set_index(RUN)["val_loss"]
-    last = metrics.sort_values("step").groupby(RUN, sort=False).tail(1).set_index(RUN)
+    last = last_rows(metrics).set_index(RUN)
     worse = ~(last["val_loss"] < 2 * first.reindex(last.index))
     return last.assign(diverged=worse).reset_index()
 
 
-def accuracy_by_lr(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def accuracy_by_lr(tables: Tables) -> pd.DataFrame:
     """A-T1: final validation accuracy in %, mean and s.d. over seeds, by learning rate, beside the paper's."""
     return _by_lr(tables["runs"], "val_accuracy", 100.0, "accuracy_percent", 0)
 
 
-def loss_by_lr(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def loss_by_lr(tables: Tables) -> pd.DataFrame:
     """A-T2: final validation loss, mean and s.d. over seeds, by learning rate, beside the paper's."""
     return _by_lr(tables["runs"], "val_loss", 1.0, "loss", 1)
 
@@ -53,7 +54,7 @@ def _by_lr(metrics: pd.DataFrame, column: str, scale: float, name: str, place: i
     return table.sort_values(["dataset", "model", "lr", "optimizer"], ascending=[True, True, False, True])
 
 
-def divergence(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def divergence(tables: Tables) -> pd.DataFrame:
     """A-D: which runs above η = 0.1 diverged, at which step they ended, and how far they came."""
     last = last_evaluation(tables["runs"])
     best = tables["runs"].groupby(RUN, sort=False)["val_loss"].min()

@@ -10,7 +10,8 @@ import pandas as pd
 from papers.a.readings import STATEMENTS, score
 from papers.a.tables import crossovers
 from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Case, Outcome, Untested, estimate, judge, number
-from papers.common.verdicts import Tables, Where, cases_of, pick
+from papers.common.runs import Tables
+from papers.common.verdicts import Where, cases_of, pick
 
 
 def crossover(

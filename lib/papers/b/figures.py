@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from papers.b.tables import in_order
+from papers.common.runs import Tables
 from papers.common.style import Style
 
-Tables = dict[str, pd.DataFrame]
 NULL: dict[str, Any] = {"color": "0.55", "linestyle": ":", "linewidth": 1.0}
 """How the level of chance is drawn."""
 

@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from papers.b.tables import in_order, outlier_count
+from papers.common.runs import Tables
 from papers.common.style import Style
-
-Tables = dict[str, pd.DataFrame]
 
 
 def spectra(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:

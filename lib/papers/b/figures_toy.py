@@ -7,9 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from papers.common.runs import Tables
 from papers.common.style import Style
-
-Tables = dict[str, pd.DataFrame]
 
 
 def toy_model(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:

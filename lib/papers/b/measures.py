@@ -19,6 +19,7 @@ from curvspace.curvature import EigenPairs, SubspaceTracker
 from curvspace.datasets import DataSet, Split
 from curvspace.functional import trainable_parameters
 from curvspace.subspace import gradient_fraction, hessian_gradient_overlap, subspace_overlap
+from papers.common.runs import tidy
 
 if TYPE_CHECKING:
     from curvspace.curvature.frozen import BatchNorm
@@ -86,19 +87,12 @@ def trajectory(
             *_overlaps(kept, step, pairs.vectors, k, dimensions),
         ]
         rows += [{"step": step, **row} for row in found]
-    return tidy(
-        run, rows, {"parameters": len(g), "examples": sum(len(y) for _, y in batches), "batch_norm": batch_norm}
-    )
+    return tidy(run, rows, parameters=len(g), examples=sum(len(y) for _, y in batches), batch_norm=batch_norm)
 
 
 def _reached(run: RunRecord, steps: Sequence[int] | None) -> list[int]:
     """The steps asked for, as far as the run went (one that diverged ended early); null: all its checkpoints."""
     return run.steps if steps is None else [step for step in steps if step <= run.steps[-1]]
-
-
-def tidy(run: RunRecord, rows: Sequence[Row], constants: Row) -> pd.DataFrame:
-    """Rows as a table that names the run it comes from."""
-    return pd.DataFrame([{**run.identity, **constants, **row} for row in rows])
 
 
 def _progress(objective: Objective, model: nn.Module, batches: Batches, pairs: EigenPairs) -> Iterator[Row]:
@@ -214,7 +208,7 @@ def overlaps(
                 "examples": sum(len(y) for _, y in batches),
             }
             rows.append({"step": step, "split": split, **found})
-    return tidy(run, rows, {"batch_norm": batch_norm})
+    return tidy(run, rows, batch_norm=batch_norm)
 
 
 def eigenvectors(

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-Tables = Mapping[str, pd.DataFrame]
-
-RUN = ["dataset", "model", "optimizer", "batch_size", "lr"]
+from papers.common.runs import SETTING, Tables
 
 
 def in_order(tables: Mapping[str, pd.DataFrame], order: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
@@ -30,7 +28,7 @@ def mean_overlaps(tables: Tables, paper: Mapping[str, float], order: Sequence[st
         rows.append(
             {
                 "case": label,
-                **train[RUN].iloc[0].to_dict(),
+                **train[SETTING].iloc[0].to_dict(),
                 "paper": paper.get(label, np.nan),
                 "overlap": train["hg_overlap"].mean(),
                 "overlap_sd": train["hg_overlap"].std(),

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from papers.common.outcomes import FAILS, HOLDS, Case, Estimate, Outcome, Untested, estimate, estimate_ratio, judge
-from papers.common.verdicts import Tables, cases_of, pick
+from papers.common.runs import Tables
+from papers.common.verdicts import cases_of, pick
 
 
 def preserved(

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from papers.c.tables import ROWS, best_settings
+from papers.common.runs import Tables
 from papers.common.style import Style
 
-Tables = dict[str, pd.DataFrame]
 LABELS = {
     "curveball": "CurveBall, λ adapted",
     "curveball-fixed-damping": "CurveBall, λ fixed",

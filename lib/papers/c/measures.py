@@ -12,10 +12,11 @@ import pandas as pd
 
 from papers.c.small_problems import Problem, Rosenbrock, build_problem
 from papers.c.small_solvers import bfgs, solve
-from papers.c.tables import ROWS
 
 Grid = Mapping[str, Sequence[float]]
 Setting = dict[str, float]
+ORDER = ("sgd", "adam", "levenberg-marquardt", "bfgs", "curveball", "curveball-searched")
+"""The rows of table 1, and one of ours: CurveBall with its first λ searched like the others' settings."""
 
 
 def small_problem(
@@ -41,7 +42,7 @@ def small_problem(
       parameters.
     """
     rows: list[dict[str, Any]] = []
-    for solver in context.progress(ROWS, problem):
+    for solver in context.progress(ORDER, problem):
         rng = np.random.default_rng([seed, 0])
         best: Setting = {}
         if solver in grids:
@@ -72,7 +73,7 @@ def _search(
     repeated = np.tile(np.arange(runs), len(settings))
     start = problem.starts(runs, rng)[repeated]
     arrays = {key: np.repeat([s[key] for s in settings], runs) for key in grid}
-    counts = solve(ROWS[solver], problem.take(repeated), start, arrays, rng, tolerance, limit)
+    counts = solve(solver, problem.take(repeated), start, arrays, rng, tolerance, limit)
     for setting, part in zip(settings, counts.reshape(len(settings), runs), strict=True):
         reached = np.isfinite(part)
         yield (
@@ -105,12 +106,10 @@ def _solve(
             counts.append(bfgs(problem.take(index), start[index], rng, tolerance, limit, path))
             paths.append(np.concatenate(path))
         return np.array(counts), paths[:traced]
-    counts_array = solve(ROWS[solver], problem, start, _repeat(setting, runs), rng, tolerance, limit)
+    counts_array = solve(solver, problem, start, _repeat(setting, runs), rng, tolerance, limit)
     first = np.arange(traced)
     trace: list[np.ndarray] = []
-    taken = solve(
-        ROWS[solver], problem.take(first), start[first], _repeat(setting, traced), rng, tolerance, limit, trace
-    )
+    taken = solve(solver, problem.take(first), start[first], _repeat(setting, traced), rng, tolerance, limit, trace)
     stacked = np.stack(trace)
     return counts_array, [
         stacked[: int(taken[run]) + 1 if np.isfinite(taken[run]) else None, run] for run in range(traced)

@@ -127,11 +127,13 @@ def _minimise(a11: Array, a12: Array, a22: Array, b1: Array, b2: Array) -> tuple
 
 
 SOLVERS: dict[str, type[Solver]] = {
-    "SGD + momentum": MomentumSGD,
-    "Adam": Adam,
-    "Levenberg-Marquardt": LevenbergMarquardt,
-    "CurveBall": CurveBall,
+    "sgd": MomentumSGD,
+    "adam": Adam,
+    "levenberg-marquardt": LevenbergMarquardt,
+    "curveball": CurveBall,
+    "curveball-searched": CurveBall,
 }
+"""By the name that configs and tables use; the last is ours: its first λ is searched like the others' settings."""
 
 
 def solve(

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-Tables = dict[str, pd.DataFrame]
-RUN = ["dataset", "model", "optimizer", "batch_size", "lr", "seed"]
+from papers.common.runs import Tables, best_rates, last_rows
 
 ROWS = {
     "sgd": "SGD + momentum",
@@ -98,13 +97,12 @@ def best_settings(metrics: pd.DataFrame) -> pd.DataFrame:
 
     Diverged runs (not finite, or cut short of the longest run) lose to any that finished.
     """
-    last = metrics.sort_values("step").groupby(RUN, sort=False).tail(1)
+    last = last_rows(metrics)
     longest = last.groupby(["dataset", "model"])["epoch"].transform("max")
-    score = last["eval_train_loss"].where(last["epoch"] >= 0.99 * longest, np.inf).fillna(np.inf)
+    score = last["eval_train_loss"].where(last["epoch"] >= 0.99 * longest)
     keys = ["dataset", "model", "optimizer"]
-    means = last.assign(score=score).groupby([*keys, "lr"], sort=False)["score"].mean().reset_index()
-    chosen = means.sort_values("score", kind="stable").drop_duplicates(keys)[[*keys, "lr"]]
-    return metrics.merge(chosen, on=[*keys, "lr"])
+    chosen = best_rates(last.assign(score=score), keys, "score")
+    return metrics.merge(chosen[[*keys, "lr"]], on=[*keys, "lr"])
 
 
 def errors(tables: Tables) -> pd.DataFrame:
@@ -174,7 +172,7 @@ def damping_sensitivity(tables: Tables) -> pd.DataFrame:
                 "seeds": len(best),
                 "train_error_percent": best["eval_train_accuracy"].mean(),
                 "val_error_percent": best["val_accuracy"].mean(),
-                "final_train_loss": evaluated.sort_values("step").groupby("seed").tail(1)["eval_train_loss"].mean(),
+                "final_train_loss": last_rows(evaluated, ["seed"])["eval_train_loss"].mean(),
             }
         )
     return pd.DataFrame(rows).sort_values("damping_after_step_1")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
+from papers.c.tables import best_settings
 from papers.common.intervals import half_width
 from papers.common.outcomes import (
     HOLDS,
@@ -20,7 +22,8 @@ from papers.common.outcomes import (
     judge,
     number,
 )
-from papers.common.verdicts import Tables, Where, cases_of, pick
+from papers.common.runs import Tables
+from papers.common.verdicts import Where, cases_of, pick
 
 
 def cell(
@@ -106,7 +109,7 @@ def at_equal_seconds(
             continue
         names = [first, *(other for other in second if other in curves)]
         budget = min(float(curves[n][s].dropna().index.max()) for n in names for s in curves[n])
-        errors = pd.DataFrame({n: {s: _at(curves[n][s].dropna(), budget) for s in curves[n]} for n in names})
+        errors = pd.DataFrame({n: {s: _at(curves[n][s], budget) for s in curves[n]} for n in names})
         best = errors[names[1:]].mean().idxmin()
         measured = estimate_ratio((errors[first] / errors[best]).dropna().tolist(), margin)
         note = f"after {number(budget)} s"
@@ -141,26 +144,21 @@ def insensitive(
 
 
 def _best_curves(runs: pd.DataFrame, column: str, against: str) -> dict[str, pd.DataFrame]:
-    """For each optimiser, at its learning rate of lowest final mean: the error (1 − accuracy) by seed.
+    """For each optimiser, at the learning rate that the figures draw it at: the error (1 − accuracy) by seed.
 
     ``column`` is an accuracy. Rows are values of ``against``, columns seeds.
     """
-    rows = runs[runs[column].notna()].assign(error=1 - runs[column]).sort_values("step")
+    rows = best_settings(runs)
+    rows = rows[rows[column].notna()].assign(error=1 - rows[column]).sort_values("step")
     if rows.empty:
         raise Untested(f"column {column} is empty")
-    found = {}
-    for optimizer, part in rows.groupby("optimizer"):
-        last = part.groupby(["lr", "seed"])["error"].last().groupby("lr").mean()
-        best = part[part["lr"] == last.idxmin()]
-        found[str(optimizer)] = best.pivot_table(index=against, columns="seed", values="error", aggfunc="last")
-    return found
+    return {
+        str(optimizer): part.pivot_table(index=against, columns="seed", values="error", aggfunc="last")
+        for optimizer, part in rows.groupby("optimizer")
+    }
 
 
 def _at(curve: pd.Series, x: float) -> float:
     """The curve at x, linear between its points, constant beyond them."""
-    below, above = curve[curve.index <= x], curve[curve.index >= x]
-    if below.empty or above.empty:
-        return float((above if below.empty else below).iloc[0 if below.empty else -1])
-    x0, x1 = float(below.index[-1]), float(above.index[0])
-    share = 0.0 if x1 == x0 else (x - x0) / (x1 - x0)
-    return float((1 - share) * below.iloc[-1] + share * above.iloc[0])
+    known = curve.dropna()
+    return float(np.interp(x, known.index, known))

@@ -34,11 +34,8 @@ from papers.common.outcomes import (
     judge,
     number,
 )
+from papers.common.runs import RUN, SETTING, Tables, best_rates, last_rows
 
-IDENTITY = ("dataset", "model", "optimizer", "batch_size", "lr")
-"""Columns that tell runs apart, besides the seed: where they vary, each value is a case of its own."""
-
-Tables = Mapping[str, pd.DataFrame]
 Where = Mapping[str, Any]
 
 
@@ -96,7 +93,7 @@ def per_run(
     """
     if column not in rows:
         raise Untested(f"the table has no column {column}")
-    keys = [c for c in dict.fromkeys((*IDENTITY, "seed", *extra)) if c in rows and c not in ignore]
+    keys = [c for c in dict.fromkeys((*RUN, *extra)) if c in rows and c not in ignore]
     rows = rows[rows[column].notna()]
     if rows.empty:
         raise Untested(f"column {column} is empty")
@@ -115,7 +112,7 @@ def cases_of(
 
     ``apart`` columns are what a case compares, so they do not make cases.
     """
-    open_columns = [c for c in IDENTITY if c in runs and c not in (*by, *apart)]
+    open_columns = [c for c in SETTING if c in runs and c not in (*by, *apart)]
     varying = [c for c in open_columns if runs[c].nunique(dropna=False) > 1]
     columns = [c for c in (*by, *varying) if c in runs]
     if not columns:
@@ -202,9 +199,7 @@ def _names(value: str | Sequence[str]) -> list[str]:
 def _side(runs: pd.DataFrame, tuned: str | None, lower_is_better: bool) -> pd.Series:
     """Results by seed, at the best value of ``tuned``."""
     if tuned and not runs.empty:
-        worst = math.inf if lower_is_better else -math.inf
-        means = runs.assign(result=runs["result"].fillna(worst)).groupby(tuned)["result"].mean()
-        runs = runs[runs[tuned] == (means.idxmin() if lower_is_better else means.idxmax())]
+        runs = runs[runs[tuned] == best_rates(runs, [], "result", tuned, lower_is_better)[tuned].iloc[0]]
     seeds = runs["seed"] if "seed" in runs else pd.Series(range(len(runs)), index=runs.index)
     return pd.Series(runs["result"].to_numpy(float), index=seeds.to_numpy())
 
@@ -297,7 +292,7 @@ def per_step(
     rows = pick(tables, table, where)
     found = []
     for name, part in cases_of(rows):
-        last = part.sort_values("step").groupby("seed").tail(1)
+        last = last_rows(part, ["seed"])
         measured = estimate((last[column] / last["step"]).tolist())
         found.append(Case(name, measured, judge(measured, at_least, at_most)))
     return Outcome(tuple(found))
@@ -321,7 +316,7 @@ def against_reference(
     found = []
     for own, other in pairs:
         known = rows[rows[other].notna() & rows[own].notna()]
-        for name, part in cases_of(known, by, apart=IDENTITY):
+        for name, part in cases_of(known, by, apart=SETTING):
             expected = float(part[other].iloc[0])
             measured = estimate(part[own].tolist())
             verdict = judge(measured, expected - tolerance, expected + tolerance)

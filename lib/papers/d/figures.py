@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from papers.common.intervals import interval
+from papers.common.runs import Tables
 from papers.common.style import Style
 from papers.d.tables import (
     RUN,
@@ -20,7 +21,6 @@ from papers.d.tables import (
     rank_correlation,
 )
 
-Tables = dict[str, pd.DataFrame]
 Drawn = tuple[Figure, pd.DataFrame]
 NEGATIVE = "C3"
 """Colour of whatever belongs to the most negative curvature, in all of these figures."""

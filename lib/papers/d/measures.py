@@ -25,6 +25,7 @@ from curvspace.errors import UserError
 from curvspace.landscape import LossScanner, fit_quadratic, line_search
 from curvspace.objective import Objective
 from curvspace.subspace import gradient_fraction, principal_angles
+from papers.common.runs import tidy
 
 if TYPE_CHECKING:
     from curvspace.training.record import RunRecord
@@ -330,8 +331,3 @@ def scan_speed(context: Context, fraction: float, chunks: Sequence[int], points:
             | {"device": str(context.device), "threads": torch.get_num_threads()}
         )
     return tidy(run, rows)
-
-
-def tidy(run: RunRecord, rows: list[Row]) -> pd.DataFrame:
-    """A table of one run's measures: identity columns first."""
-    return pd.DataFrame([{**run.identity, **row} for row in rows])

@@ -6,10 +6,7 @@ import numpy as np
 import pandas as pd
 
 from papers.common.intervals import interval
-
-Tables = dict[str, pd.DataFrame]
-RUN = ["dataset", "model", "optimizer", "batch_size", "lr", "seed"]
-SETTING = ["dataset", "model", "optimizer", "batch_size", "lr"]
+from papers.common.runs import RUN, SETTING, Tables, best_rates
 
 
 def solver_costs(tables: Tables) -> pd.DataFrame:
@@ -42,7 +39,7 @@ def scan_speed(tables: Tables) -> pd.DataFrame:
 def rank_correlation(x: pd.Series, y: pd.Series) -> float:
     """Spearman's: the correlation of the ranks, of the pairs in which both are known; NaN for fewer than three."""
     both = pd.DataFrame({"x": x, "y": y}).dropna()
-    return float(both["x"].rank().corr(both["y"].rank())) if len(both) >= 3 else np.nan
+    return float(both["x"].corr(both["y"], method="spearman")) if len(both) >= 3 else np.nan
 
 
 def by_sign(directions: pd.DataFrame) -> pd.DataFrame:
@@ -117,9 +114,8 @@ def at_budget(metrics: pd.DataFrame) -> pd.DataFrame:
 
 def best_settings(at: pd.DataFrame) -> pd.DataFrame:
     """For each optimiser its learning rate of lowest mean loss at the budget; one that diverges for a seed is out."""
-    means = at.groupby(SETTING)["eval_train_loss"].agg(lambda losses: losses.mean(skipna=False)).reset_index()
-    kept = means.dropna().sort_values("eval_train_loss").groupby("optimizer", sort=False).head(1)
-    return kept.drop(columns="eval_train_loss").merge(at, on=SETTING)
+    best = best_rates(at, ["dataset", "model", "optimizer", "batch_size"], "eval_train_loss")
+    return best.loc[np.isfinite(best["eval_train_loss"]), SETTING].merge(at, on=SETTING)
 
 
 def equal_cost(tables: Tables, base: str) -> pd.DataFrame:

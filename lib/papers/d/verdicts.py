@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from papers.common.outcomes import Case, Outcome, Untested, estimate, estimate_ratio, judge
-from papers.common.verdicts import Tables, cases_of, pick, proportion, spearman
+from papers.common.runs import Tables
+from papers.common.verdicts import cases_of, pick, proportion, spearman
 
 EIGEN = ("LA", "SA")
 

@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from papers.common.intervals import half_width
+from papers.common.runs import Tables
 from papers.common.style import Style, palette_colours
-from papers.race.tables import WORKLOAD, final_losses
+from papers.race.tables import NETWORK, final_losses
 from papers.race.tables import speed_ups as speed_up_table
 
-Tables = dict[str, pd.DataFrame]
 Families = Sequence[tuple[str, str]]
 """(optimiser, family) in the order of the legend."""
 RIVAL = "rival"
@@ -47,12 +47,12 @@ def horizons(tables: Tables, style: Style, families: Families) -> tuple[Figure, 
     Bars are 95 % t-intervals over seeds. Each curve's points stand a little apart so that the bars can be told.
     """
     races = tables["races"]
-    workloads = list(races.groupby(WORKLOAD, sort=False).groups)
+    workloads = list(races.groupby(NETWORK, sort=False).groups)
     look = looks(style, families)
     figure, axes = style.panels(1, max(1, len(workloads)), height=3.1)
     drawn = []
     for axis, workload in zip(axes[0], workloads, strict=False):
-        part = races[(races[WORKLOAD] == list(workload)).all(axis=1)]
+        part = races[(races[NETWORK] == list(workload)).all(axis=1)]
         names = [name for name, _ in families if name in set(part["optimizer"])]
         for place, name in enumerate(names):
             h, losses = final_losses(races, workload, name)
@@ -64,7 +64,7 @@ def horizons(tables: Tables, style: Style, families: Families) -> tuple[Figure, 
             axis.errorbar(
                 h * shift, mean, yerr=np.nan_to_num(half), label=name, capsize=2, elinewidth=0.8, **look[name]
             )
-            keys = dict(zip(WORKLOAD, workload, strict=True))
+            keys = dict(zip(NETWORK, workload, strict=True))
             columns = {"horizon": h, "val_loss": mean, "half_width": half, "seeds": len(losses)}
             drawn.append(pd.DataFrame(columns).assign(optimizer=name, family=dict(families)[name], **keys))
         ticks = sorted(part.loc[part["phase"] == "final", "horizon"].unique())
@@ -74,7 +74,7 @@ def horizons(tables: Tables, style: Style, families: Families) -> tuple[Figure, 
         axis.set(title=_title(workload), xlabel="length of training (1: whole budget)", ylabel="final validation loss")
     handles, labels = _legend(axes[0])
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
-    return figure, pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame(columns=[*WORKLOAD, "horizon"])
+    return figure, pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame(columns=[*NETWORK, "horizon"])
 
 
 def speed_ups(tables: Tables, style: Style, families: Families, against: Sequence[str]) -> tuple[Figure, pd.DataFrame]:
@@ -83,14 +83,14 @@ def speed_ups(tables: Tables, style: Style, families: Families, against: Sequenc
     An arrow marks a bound: the same loss lies beyond the shortest horizon.
     """
     table = speed_up_table(tables, against)
-    workloads = list(table.groupby(WORKLOAD, sort=False).groups)
+    workloads = list(table.groupby(NETWORK, sort=False).groups)
     look = looks(style, families)
     names = [name for name, _ in families if name in set(table["optimizer"])]
     rows = max(1, len(against))
     figure, axes = style.panels(rows, max(1, len(workloads)), height=0.7 + 0.24 * len(names), sharex="col", sharey=True)
     for (row, rival), (column, workload) in itertools.product(enumerate(against), enumerate(workloads)):
         axis = axes[row, column]
-        part = table[(table[WORKLOAD] == list(workload)).all(axis=1) & (table["against"] == rival)]
+        part = table[(table[NETWORK] == list(workload)).all(axis=1) & (table["against"] == rival)]
         _dots(axis, part.set_index("optimizer"), names, look)
         axis.set_title(f"{_title(workload)}\nover {rival}")
         if row == rows - 1:
@@ -124,19 +124,19 @@ def tuning(tables: Tables, style: Style, families: Families) -> tuple[Figure, pd
     races = tables["races"]
     tried = races[races["phase"] == "tuning"]
     ended = tried["val_loss"].where((tried["status"] == "finished") & np.isfinite(tried["val_loss"]))
-    by = [*WORKLOAD, "optimizer", "trial", "lr"]
+    by = [*NETWORK, "optimizer", "trial", "lr"]
     table = tried.assign(val_loss=ended).groupby(by, sort=False)["val_loss"].mean().reset_index()
-    best = races[races["phase"] == "final"].groupby([*WORKLOAD, "optimizer"])["trial"].first()
+    best = races[races["phase"] == "final"].groupby([*NETWORK, "optimizer"])["trial"].first()
     table["chosen"] = [best.get(tuple(row[:4]), -1) == row[4] for row in table[by].itertuples(index=False)]
-    workloads = list(table.groupby(WORKLOAD, sort=False).groups)
+    workloads = list(table.groupby(NETWORK, sort=False).groups)
     names = [name for name, _ in families if name in set(table["optimizer"])]
     look = looks(style, families)
     figure, axes = style.panels(max(1, len(workloads)), max(1, len(names)), height=1.9, sharey="row", sharex="col")
     figure.set_figwidth(1.5 * max(3, len(names)))
     for (row, workload), (column, name) in itertools.product(enumerate(workloads), enumerate(names)):
         axis = axes[row, column]
-        own = table[(table[WORKLOAD] == list(workload)).all(axis=1) & (table["optimizer"] == name)]
-        worst = table.loc[(table[WORKLOAD] == list(workload)).all(axis=1), "val_loss"].max()
+        own = table[(table[NETWORK] == list(workload)).all(axis=1) & (table["optimizer"] == name)]
+        worst = table.loc[(table[NETWORK] == list(workload)).all(axis=1), "val_loss"].max()
         fine, lost = own.dropna(subset=["val_loss"]), own[own["val_loss"].isna()]
         axis.plot(fine["lr"], fine["val_loss"], linestyle="none", marker="o", color=look[name]["color"])
         axis.plot(lost["lr"], np.full(len(lost), worst), linestyle="none", marker="x", color="0.3")

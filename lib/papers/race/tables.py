@@ -17,9 +17,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from papers.common.intervals import interval
+from papers.common.runs import NETWORK, Tables
 
-Tables = dict[str, pd.DataFrame]
-WORKLOAD = ["dataset", "model", "batch_size"]
 DRAWS = 2000
 """Bootstrap samples over seeds."""
 
@@ -28,7 +27,7 @@ Losses = NDArray[np.float64]
 
 def final_losses(races: pd.DataFrame, workload: Sequence[object], optimizer: str) -> tuple[Losses, Losses]:
     """(horizons (m,), losses (seeds, m)) of an optimiser's final runs; one that diverged counts with its first loss."""
-    chosen = (races[WORKLOAD] == list(workload)).all(axis=1) & (races["optimizer"] == optimizer)
+    chosen = (races[NETWORK] == list(workload)).all(axis=1) & (races["optimizer"] == optimizer)
     final = races[chosen & (races["phase"] == "final")]
     ended = final["val_loss"].where((final["status"] == "finished") & np.isfinite(final["val_loss"]))
     wide = final.assign(loss=ended.fillna(final["start_loss"])).pivot(index="seed", columns="horizon", values="loss")
@@ -61,11 +60,11 @@ def speed_ups(tables: Tables, against: Sequence[str]) -> pd.DataFrame:
     """
     races = tables["races"]
     rows = []
-    for workload, part in races.groupby(WORKLOAD, sort=False):
+    for workload, part in races.groupby(NETWORK, sort=False):
         names = part["optimizer"].unique().tolist()
         for rival in [name for name in against if name in names]:
             rows += [_compared(races, workload, name, rival) for name in names if name != rival]
-    columns = [*WORKLOAD, "optimizer", "against", "speed_up", "low", "high", "bound", "beats", "seeds"]
+    columns = [*NETWORK, "optimizer", "against", "speed_up", "low", "high", "bound", "beats", "seeds"]
     return pd.DataFrame([row for row in rows if row], columns=columns)
 
 
@@ -82,7 +81,7 @@ def _compared(races: pd.DataFrame, workload: Sequence[object], name: str, rival:
     several = min(len(ours), len(theirs)) > 1
     low, high = np.quantile(sampled, [0.025, 0.975]) if several else (np.nan, np.nan)
     beats = (ours[:, -1][:, None] < theirs[:, -1]).mean()
-    keys = dict(zip(WORKLOAD, workload, strict=True))
+    keys = dict(zip(NETWORK, workload, strict=True))
     measured = {"speed_up": value, "low": low, "high": high, "bound": bound, "beats": float(beats)}
     return {**keys, "optimizer": name, "against": rival, **measured, "seeds": min(len(ours), len(theirs))}
 
@@ -100,7 +99,7 @@ def results(tables: Tables) -> pd.DataFrame:
     races = tables["races"]
     searched = [name for name in races if _is_searched(races, name)]
     rows = []
-    for key, part in races[races["phase"] == "final"].groupby([*WORKLOAD, "optimizer", "horizon"], sort=False):
+    for key, part in races[races["phase"] == "final"].groupby([*NETWORK, "optimizer", "horizon"], sort=False):
         whole = part["status"] == "finished"
         loss = interval(part["val_loss"].where(whole).dropna())
         accuracy = interval(part["val_accuracy"].where(whole).dropna())
@@ -108,7 +107,7 @@ def results(tables: Tables) -> pd.DataFrame:
         bounds = dict(_bounds(part["bounds"].iloc[0]))
         rows.append(
             {
-                **dict(zip([*WORKLOAD, "optimizer", "horizon"], key, strict=True)),
+                **dict(zip([*NETWORK, "optimizer", "horizon"], key, strict=True)),
                 "seeds": len(part),
                 "diverged": int((~whole).sum()),
                 **dict(zip(("val_loss", "val_loss_low", "val_loss_high"), loss, strict=True)),

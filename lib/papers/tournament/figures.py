@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from papers.common.runs import NETWORK, Tables
 from papers.common.style import Style
-from papers.tournament.tables import NETWORK, ranking, speed_ups, stable_rates, targets
+from papers.tournament.tables import ranking, speed_ups, stable_rates, targets
 
-Tables = dict[str, pd.DataFrame]
 UNIT_LABELS = {"steps": "steps", "gradient_evaluations": "gradient-equivalents", "seconds": "seconds"}
 CLIP = 1.1
 """Losses above this multiple of the untrained network's are not drawn: such runs have diverged."""

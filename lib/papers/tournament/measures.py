@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -21,7 +22,7 @@ from curvspace.training.loop import FitState, fit
 from curvspace.training.record import initial_model
 from curvspace.training.spec import Task
 from papers.common.context import Context
-from papers.tournament.tables import closing_loss
+from papers.common.runs import best_rates
 
 COLUMNS = (
     *("dataset", "model", "optimizer", "batch_size", "lr", "seed", "phase", "status", "step", "epoch"),
@@ -81,23 +82,31 @@ def race(
     """A-X2 for one optimiser on one network: one row per evaluation of each run, ``phase`` tuning or final.
 
     The learning rate of the final runs is the one with the lowest
-    :func:`~papers.tournament.tables.closing_loss`, averaged over the tuning seeds. Where none gets
-    through there are no final runs.
+    :func:`closing_loss`, averaged over the tuning seeds. Where none gets through there are no final runs.
     """
     entrant = _entrant(context, dataset, model, optimizer, task, batch_size)
-    tables, score = [], {}
+    tables, tried = [], []
     for lr in context.progress(lrs, f"tuning {optimizer['name']} on {model['name']}"):
-        losses = []
         for seed in tuning_seeds:
             rows = entrant.train(lr, seed)[1]
             tables.append(rows.assign(phase="tuning"))
-            losses.append(closing_loss(rows))
-        score[lr] = sum(losses) / len(losses)
-    best = min(score, key=lambda lr: score[lr])
-    if math.isfinite(score[best]):
+            tried.append({"lr": lr, "loss": closing_loss(rows)})
+    best, loss = best_rates(pd.DataFrame(tried), [], "loss").iloc[0]
+    if math.isfinite(loss):
         for seed in context.progress(seeds, f"{optimizer['name']} at lr={best:g}"):
-            tables.append(entrant.train(best, seed)[1].assign(phase="final"))
+            tables.append(entrant.train(float(best), seed)[1].assign(phase="final"))
     return pd.concat(tables, ignore_index=True).reindex(columns=list(COLUMNS))
+
+
+def closing_loss(run: pd.DataFrame, column: str = "val_loss") -> float:
+    """What tuning goes by: the mean loss of the last quarter of a run's evaluations; infinite if it diverged.
+
+    The last evaluation alone is a matter of luck at the rates that matter, near the edge of stability.
+    """
+    rows = run.sort_values("step")
+    losses = rows[column].to_numpy(float)[-max(1, len(rows) // 4) :]
+    through = (rows["status"] == "finished").all() and np.isfinite(losses).all()
+    return float(losses.mean()) if through else np.inf
 
 
 def largest_stable_lr(

@@ -11,22 +11,10 @@ import numpy as np
 import pandas as pd
 
 from papers.common.intervals import interval
+from papers.common.runs import NETWORK, Tables, last_rows
 
-Tables = dict[str, pd.DataFrame]
-NETWORK = ["dataset", "model", "batch_size"]
 UNITS = {"steps": "step", "gradient_evaluations": "gradient_evaluations", "seconds": "wall_s"}
 """What a speed-up counts -> the column of the race which counts it."""
-
-
-def closing_loss(run: pd.DataFrame, column: str = "val_loss") -> float:
-    """What tuning goes by: the mean loss of the last quarter of a run's evaluations; infinite if it diverged.
-
-    The last evaluation alone is a matter of luck at the rates that matter, near the edge of stability.
-    """
-    rows = run.sort_values("step")
-    losses = rows[column].to_numpy(float)[-max(1, len(rows) // 4) :]
-    through = (rows["status"] == "finished").all() and np.isfinite(losses).all()
-    return float(losses.mean()) if through else np.inf
 
 
 def targets(races: pd.DataFrame, reference: str, column: str = "val_loss") -> pd.Series:
@@ -64,8 +52,7 @@ def _spent(spent: np.ndarray, losses: np.ndarray, target: float, below: np.ndarr
     i = int(below[0])
     if i == 0 or not np.isfinite(losses[i - 1]):
         return float(spent[i])
-    share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-    return float(spent[i - 1] + share * (spent[i] - spent[i - 1]))
+    return float(np.interp(-target, -losses[i - 1 : i + 1], spent[i - 1 : i + 1]))
 
 
 def ranking(tables: Tables, reference: str, column: str = "val_loss") -> pd.DataFrame:
@@ -80,7 +67,7 @@ def ranking(tables: Tables, reference: str, column: str = "val_loss") -> pd.Data
     for key, race in races.groupby([*NETWORK, "optimizer"], sort=False):
         row = dict(zip([*NETWORK, "optimizer"], key, strict=True)) | _rate(race)
         final = race[race["phase"] == "final"]
-        last = final.sort_values("step").groupby("seed").tail(1)
+        last = last_rows(final, ["seed"])
         row |= {"seeds": final["seed"].nunique(), "diverged": int((last["status"] == "diverged").sum())}
         for name in ("val_loss", "val_accuracy", "eval_train_loss"):
             row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(last[name])
@@ -96,7 +83,7 @@ def ranking(tables: Tables, reference: str, column: str = "val_loss") -> pd.Data
 def _rate(race: pd.DataFrame) -> dict[str, object]:
     """The learning rate of the final runs (NaN where there are none), and how the grid fared."""
     tuning, final = race[race["phase"] == "tuning"], race[race["phase"] == "final"]
-    last = tuning.sort_values("step").groupby(["lr", "seed"]).tail(1)
+    last = last_rows(tuning, ["lr", "seed"])
     best = float(final["lr"].iloc[0]) if len(final) else np.nan
     return {
         "best_lr": best,

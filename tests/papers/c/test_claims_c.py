@@ -41,8 +41,9 @@ def test_cell_of_few_runs_is_no_test() -> None:
 def curves(**errors: list[list[float]]) -> pd.DataFrame:
     """Accuracy by epoch for each optimiser and seed; an epoch takes 1 s, one of curveball's 2 s."""
     rows = [
-        {"dataset": "d", "optimizer": name, "lr": 0.1, "seed": seed, "step": 10 * epoch, "epoch": epoch}
-        | {"wall_s": epoch * (2.0 if name == "curveball" else 1.0), "accuracy": 1 - error}
+        {"dataset": "d", "model": "m", "optimizer": name, "batch_size": 8, "lr": 0.1, "seed": seed, "step": 10 * epoch}
+        | {"epoch": epoch, "wall_s": epoch * (2.0 if name == "curveball" else 1.0)}
+        | {"accuracy": 1 - error, "eval_train_loss": 3 * error}
         for name, seeds in errors.items()
         for seed, curve in enumerate(seeds)
         for epoch, error in enumerate(curve)

@@ -57,14 +57,14 @@ class AsModel(nn.Module):
 @pytest.mark.parametrize(
     ("solver", "settings", "optimizer"),
     [
-        ("CurveBall", {"damping": 1.0}, lambda m, f: CurveBall(m, loss=f, damping=1.0)),
+        ("curveball", {"damping": 1.0}, lambda m, f: CurveBall(m, loss=f, damping=1.0)),
         (
-            "Levenberg-Marquardt",
+            "levenberg-marquardt",
             {"damping": 1.0, "factor": 2.0},
             lambda m, f: LevenbergMarquardt(m, loss=f, damping=1.0, up=2.0, down=0.5),
         ),
-        ("SGD + momentum", {"lr": 1e-3, "momentum": 0.9}, None),
-        ("Adam", {"lr": 0.1, "beta2": 0.99}, None),
+        ("sgd", {"lr": 1e-3, "momentum": 0.9}, None),
+        ("adam", {"lr": 0.1, "beta2": 0.99}, None),
     ],
 )
 def test_batched_solvers_take_the_steps_of_the_optimisers(solver, settings, optimizer):
@@ -76,9 +76,9 @@ def test_batched_solvers_take_the_steps_of_the_optimisers(solver, settings, opti
     def loss(outputs, targets):
         return outputs.square().sum()
 
-    if solver == "SGD + momentum":  # torch multiplies by lr when the step is taken: the same for a constant lr
+    if solver == "sgd":  # torch multiplies by lr when the step is taken: the same for a constant lr
         opt = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    elif solver == "Adam":
+    elif solver == "adam":
         opt = torch.optim.Adam(model.parameters(), lr=0.1, betas=(0.9, 0.99))
     else:
         opt = optimizer(model, loss)
@@ -101,11 +101,11 @@ def test_runs_do_not_depend_on_their_neighbours():
     problem = build_problem("Rahimi-Recht", 4, rng)
     start = problem.starts(4, rng)
     settings = {"damping": np.ones(4)}
-    together = small_solvers.solve("CurveBall", problem, start, settings, rng, 1e-4, 300)
+    together = small_solvers.solve("curveball", problem, start, settings, rng, 1e-4, 300)
     for run in range(4):
         part = np.array([run])
         alone = small_solvers.solve(
-            "CurveBall", problem.take(part), start[part], {"damping": np.ones(1)}, rng, 1e-4, 300
+            "curveball", problem.take(part), start[part], {"damping": np.ones(1)}, rng, 1e-4, 300
         )
         assert alone[0] == together[run]
 
@@ -115,7 +115,7 @@ def test_diverging_and_late_runs_are_not_counted():
     problem = Rosenbrock()
     start = np.array([[1.0, 1.0], [-1.2, 1.0], [-1.2, 1.0]])
     settings = {"lr": np.array([1e-3, 10.0, 1e-9]), "momentum": np.array([0.9, 0.9, 0.0])}
-    counts = small_solvers.solve("SGD + momentum", problem, start, settings, rng, 1e-4, 50)
+    counts = small_solvers.solve("sgd", problem, start, settings, rng, 1e-4, 50)
     assert counts[0] == 0
     assert np.isnan(counts[1:]).all()
 
