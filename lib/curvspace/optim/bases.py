@@ -107,7 +107,8 @@ class ClassGradients(Basis):
         Through which statistics of batch normalisation the class gradients go: ``"batch"``, ``"running"``, or
         ``None``, those of the module's present mode. Loss, gradient and curvature always go through the present mode's,
         so that with ``"running"`` in training mode the span is that of another function: early in a run it held an
-        eighth of the gradient or less, where that of the batch's statistics held about half or more (docs, class gradients).
+        eighth of the gradient or less, where that of the batch's statistics held about half or more (see the docs'
+        page on class gradients).
     algorithm
         ``"split"`` by class, about one backward pass in all, which batch statistics forbid; ``"vjp"``, one backward
         pass per class; ``"auto"``, the split where it is exact.
