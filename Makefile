@@ -62,5 +62,5 @@ lock: $(READY)  ## pin the tested set again after a change of pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/python envs/lock.py
 
-clean:
-	rm -rf .snakemake results/.state logs site
+clean:  ## logs, unfinished runs, caches; never results, nor what Snakemake remembers of them
+	rm -rf results/logs results/*/logs results/.state results/*/.state .snakemake/log .snakemake/scripts logs site

@@ -1,5 +1,6 @@
 # From data to figures, tables and claims: `snakemake --cores all --resources gpu=1`.
 # What is computed is declared by the studies in lib/papers; the config says at which scale.
+import os
 import sys
 from pathlib import Path
 
@@ -10,22 +11,34 @@ min_version("9.6")
 ROOT = Path(workflow.basedir)
 sys.path[:0] = [str(ROOT), str(ROOT / "lib")]  # this checkout's code, whatever else is installed
 
+from papers.common.study import NAME  # noqa: E402
 from workflow.settings import whole  # noqa: E402
-from workflow.specs import canonical, load, wants_gpu  # noqa: E402
+from workflow.specs import load, wants_gpu  # noqa: E402
 
 
 configfile: "config.yaml"
 
 
 config.update(whole(config))
-PLAN = load(config, ROOT)
+PLAN = load(config, ROOT, check=workflow.is_main_process)
 RESULTS = config["results"]
 GPUS = int(wants_gpu(config["device"]))
-ENVIRONMENT = str(ROOT / "envs" / "pipeline.yaml")
+ENVIRONMENT = "../../envs/pipeline.yaml"  # from the rules' folder
 
-shell.prefix(
-    f"set -euo pipefail; export PYTHONPATH='{ROOT}/lib:{ROOT}':\"${{{{PYTHONPATH:-}}}}\"; "
-)
+
+os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
+
+
+wildcard_constraints:
+    folder=NAME,
+    dataset=NAME,
+    model=NAME,
+    optimizer=NAME,
+    batch="[0-9]+|full",
+    lr="[0-9.e+-]+?",
+    seed="[0-9]+",
+    measure=f"{NAME}(/{NAME})*",
+    id=NAME,
 
 
 report: "workflow/report/workflow.rst"
@@ -34,8 +47,8 @@ report: "workflow/report/workflow.rst"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/measure.smk"
-include: "workflow/rules/figures.smk"
-include: "workflow/rules/tables.smk"
+include: "workflow/rules/figure.smk"
+include: "workflow/rules/table.smk"
 include: "workflow/rules/claims.smk"
 include: "workflow/rules/verify.smk"
 

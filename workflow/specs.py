@@ -1,14 +1,13 @@
-"""What each job needs, as one canonical JSON string, and the hash of the code it runs.
+"""What each job needs and the hash of the code it runs; together they are a file which is an input of the job.
 
-Snakemake compares a rule's params as an unnamed set of values, and drops types it does not know. So each rule has
-two params, both strings: ``spec``, which holds just what this job needs (its optimiser's block, its batch size, …,
-never the whole config), and ``code``. A job is rerun when either changes.
+A job's spec holds just what this job needs (its optimiser's block, its batch size, …, never the whole config). A job
+is rerun when its spec or its code changes: :mod:`workflow.spec_files` says how Snakemake sees it.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-import json
 import os
 import shlex
 import sys
@@ -24,9 +23,10 @@ from curvspace.datasets.catalogue import KNOWN, folder_name, prepare_options
 from papers import registry
 from papers.common import claims
 from papers.common.study import Artefact, Measure, Run, Study, StudyError
-from workflow import options
+from workflow import options, spec_files
 from workflow.checks import problems
 from workflow.invalidation import Code, CodeError
+from workflow.spec_files import canonical
 
 PAPERS = {
     "A": "A: class-gradient Newton",
@@ -42,13 +42,13 @@ FIRST_ORDER_ONLY = {"precision": "bfloat16", "compile": True}
 """Options of a task with which curvature cannot be computed."""
 
 
-def canonical(value: Any) -> str:
-    """One string for a value, whatever the order of its keys; which key holds which value counts."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+def load(config: Mapping[str, Any], root: Path, check: bool = True) -> Plan:
+    """The plan of a config; what is wrong with it ends the program with one line for each wrong value.
 
-
-def load(config: Mapping[str, Any], root: Path) -> Plan:
-    """The plan of a config; what is wrong with it ends the program with one line for each wrong value."""
+    ``check`` is false in the Snakemake of a single job, which a checked one has started: it plans its job alone.
+    """
+    if not check:
+        return Plan(config, root)
     lines = problems(config)
     if not lines:
         try:
@@ -121,8 +121,8 @@ class Plan:
         """Every job of the graph."""
         yield from (self.data(name) for name in self.datasets)
         yield from (self.train(run) for run in self.study.runs)
-        yield from (self.measure(measure) for measure in self.study.measures)
-        yield from (self.artefact(artefact) for artefact in self.study.artefacts)
+        yield from (self.measure(measure.name) for measure in self.study.measures)
+        yield from (self.artefact(artefact.id) for artefact in self.study.artefacts)
         yield self.claims
 
     @cached_property
@@ -136,10 +136,17 @@ class Plan:
         """Folder of the prepared arrays of a ``datasets`` entry."""
         return f"data/{folder_name(name, self._block('datasets', name))}"
 
-    def cards(self, measure: Measure) -> list[str]:
-        """Cards of all data sets that a measure reads: a few lines with the arrays' checksum, compared by content."""
+    def measured(self, name: str) -> list[str]:
+        """What a measure reads: all of its runs, and the cards of its data sets, which hold the arrays' checksum."""
+        measure = self._listed(self._measures, name, "measure")
         names = [*measure.datasets, *(run.dataset for run in measure.runs)]
-        return list(dict.fromkeys(f"{self.data_folder(name)}/card.json" for name in names))
+        cards = dict.fromkeys(f"{self.data_folder(name)}/card.json" for name in names)
+        parts = ("run.json", "metrics.csv", "checkpoints")
+        return [*cards, *(f"{self.results}/{run.path}/{part}" for run in measure.runs for part in parts)]
+
+    def drawn_from(self, id: str) -> list[str]:
+        """The tables that a figure or table reads."""
+        return [f"{self.results}/{table}" for table in self._artefact(id).files]
 
     def data(self, folder: str) -> Job:
         """Obtaining a data set. A public one is pinned by its checksum, so its code does not count."""
@@ -177,8 +184,9 @@ class Plan:
                 f"{optimizer} too; leave it out"
             )
 
-    def measure(self, measure: Measure) -> Job:
+    def measure(self, name: str) -> Job:
         """One measure. The networks of its runs, and all kinds that its settings name, are part of its code."""
+        measure = self._listed(self._measures, name, "measure")
         models = {run.model: self._block("models", run.model) for run in measure.runs}
         spec = {
             "function": measure.function,
@@ -186,13 +194,13 @@ class Plan:
             "runs": [run.path for run in measure.runs],
             "datasets": {name: self._block("datasets", name) for name in measure.datasets},
             "device": self.config["device"],
-            "arrays": measure.arrays,
         }
         code = self._code(["papers.cli.measure", measure.function], [models, spec["options"]])
         return Job("measure", measure.name, spec, code, self._path(measure.path))
 
-    def artefact(self, artefact: Artefact) -> Job:
+    def artefact(self, id: str) -> Job:
         """One figure or table."""
+        artefact = self._artefact(id)
         spec: dict[str, Any] = {
             "function": artefact.function,
             "inputs": {label: [source.table for source in sources] for label, sources in artefact.inputs.items()},
@@ -245,20 +253,46 @@ class Plan:
         words += ["--folder", block["folder"]] if block.get("folder") else []
         return shlex.join(words)
 
-    def report(self, artefact: Artefact) -> dict[str, Any]:
-        """Where and how an artefact stands in Snakemake's report."""
-        template = self.root / "workflow" / "report" / "artefact.rst"
-        return {
-            "caption": str(template) if artefact.caption else None,
-            "category": PAPERS.get(artefact.paper, artefact.paper or "Results"),
-            "subcategory": f"{artefact.kind.capitalize()}s",
-            "labels": {"id": artefact.id, "title": artefact.title, **artefact.labels},
-        }
+    def category(self, id: str) -> str:
+        """Where an artefact stands in the report."""
+        paper = self._artefact(id).paper
+        return PAPERS.get(paper, paper or "Results")
+
+    def labels(self, id: str) -> dict[str, str]:
+        """What the report's list says of an artefact."""
+        artefact = self._artefact(id)
+        return {"id": artefact.id, "title": artefact.title, **artefact.labels}
 
     @property
     def captions(self) -> dict[str, str]:
-        """The captions by the name of the rule that makes the artefact, for the report's template."""
-        return {artefact.rule: artefact.caption for artefact in self.study.artefacts}
+        """The captions by artefact, for the report's template."""
+        return {artefact.id: artefact.caption for artefact in self.study.artefacts}
+
+    def spec(self, job: Job) -> str:
+        """The file that tells a job what to do, written if it is not there."""
+        return spec_files.of_job(job, "data" if job.stage == "data" else self.results)
+
+    def config_file(self) -> str:
+        """The whole config in a file."""
+        return spec_files.write(f"{self.results}/.specs/config", canonical(self.config))
+
+    @cached_property
+    def _measures(self) -> dict[str, Measure]:
+        return {measure.name: measure for measure in self.study.measures}
+
+    @cached_property
+    def _artefacts(self) -> dict[str, Artefact]:
+        return {artefact.id: artefact for artefact in self.study.artefacts}
+
+    def _artefact(self, id: str) -> Artefact:
+        return self._listed(self._artefacts, id, "figure or table")
+
+    def _listed(self, table: Mapping[str, Any], name: str, kind: str) -> Any:
+        if name not in table:
+            near = difflib.get_close_matches(name, table, 3, 0.4)
+            hint = f"; there is: {', '.join(near)}" if near else ""
+            raise StudyError(f"no study of this config has the {kind} {name!r}{hint}")
+        return table[name]
 
     def _path(self, path: str, separator: str = ".run") -> str:
         return f"{self.results}/{path}{separator}.json"

@@ -26,28 +26,25 @@ class Project:
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, env=environment, check=False)
 
-    def planned(self, *arguments: str) -> dict[str, list[str]]:
-        """Jobs that Snakemake would run: name -> outputs. A run's name is optimiser, model and learning rate."""
+    def planned(self, *arguments: str) -> set[str]:
+        """Jobs that Snakemake would run, by their message; a run's says all that its path does."""
         done = self.snakemake("-n", *arguments)
         assert done.returncode == 0, done.stderr
-        jobs = {}
-        for rule, body in re.findall(r"^(?:local)?rule (\w+):\n((?:    .*\n)+)", done.stdout + done.stderr, re.M):
-            outputs = re.search(r"output: (.*)", body)
-            paths = outputs[1].split(", ") if outputs else []
-            jobs[_name(rule, paths)] = paths
-        jobs.pop("all", None)
-        return jobs
+        return set(re.findall(r"^Job \d+: (.+)$", done.stdout + done.stderr, re.M))
+
+    def python(self, code: str, *arguments: str) -> str:
+        """What a program prints that imports this checkout's code."""
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(self.folder), str(self.folder / "lib")])}
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def edit(self, path: str, old: str, new: str) -> None:
         file = self.folder / path
         text = file.read_text()
         assert text.count(old) >= 1, f"{old!r} is not in {path}"
         file.write_text(text.replace(old, new, 1))
-
-
-def _name(rule: str, outputs: list[str]) -> str:
-    run = re.search(r"runs/\w+/([^/]+)/([^/]+)/bs\w+-lr([^/]+)-seed", outputs[0]) if outputs else None
-    return "train {1} {0} {2}".format(*run.groups()) if run and rule == "train" else rule
 
 
 def copy(to: Path) -> Project:
@@ -61,15 +58,29 @@ def copy(to: Path) -> Project:
     return Project(to)
 
 
+RECORDS = """
+import sys
+from pathlib import Path
+from curvspace.cli.common import provenance
+from curvspace.files import write_record
+from workflow import settings, specs
+for job in specs.load(settings.whole(settings.files([Path("config.yaml")])), Path().resolve()).jobs():
+    if job.stage in sys.argv[1:]:
+        write_record(Path(job.record), provenance(job.spec, job.code))
+"""
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project all of whose jobs Snakemake believes to be done: empty outputs, recorded by ``--touch``."""
+    """A project all of whose jobs are done, as their records and Snakemake believe; all other outputs are empty."""
     project = copy(tmp_path_factory.mktemp("finished") / "project")
-    for paths in project.planned().values():
-        for path in paths:
-            target = project.folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.mkdir() if target.name == "checkpoints" else target.touch()
+    summary = project.snakemake("--summary")
+    assert summary.returncode == 0, summary.stderr
+    for path in re.findall(r"^(\S+)\t", summary.stdout, re.M)[1:]:
+        target = project.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.mkdir() if target.name == "checkpoints" else target.touch()
+    project.python(RECORDS, "data", "train", "measure", "figure", "table", "claims")
     touched = project.snakemake("--touch", "--forceall")
     assert touched.returncode == 0, touched.stderr
     return project

@@ -53,7 +53,7 @@ def test_claims_have_verdicts(done):
 
 
 def test_nothing_is_left_to_do_and_nothing_is_stale(done):
-    assert done.planned(*PRESET) == {}
+    assert done.planned(*PRESET) == set()
     verified = done.snakemake("verify", "--quiet", "all", *PRESET)
     assert verified.returncode == 0, verified.stdout[-3000:]
     assert re.search(r"\d+ current, 0 stale, 0 missing", verified.stdout)

@@ -1,7 +1,8 @@
 # The claims ledger: what each checkable statement of the papers came to, from the tables of all studies.
 rule claims:
     input:
-        tables=PLAN.claim_tables,
+        spec=lambda wildcards: PLAN.spec(PLAN.claims),
+        tables=lambda wildcards: PLAN.claim_tables,
         claims=PLAN.claim_files,
     output:
         csv=f"{RESULTS}/claims.csv",
@@ -23,8 +24,8 @@ rule claims:
     resources:
         mem_mb=1500,
         runtime=20,
-    params:
-        **PLAN.claims.params,
+    message:
+        "claims"
     shell:
-        "python -m papers.cli.claims --spec {params.spec:q} --code {params.code:q}"
-        f" --claims {{input.claims:q}} --results {RESULTS} --out {{output.csv}} > {{log}} 2>&1"
+        "python -m papers.cli.claims --spec @{input.spec:q} --claims {input.claims:q}"
+        " --results {RESULTS:q} --out {output.csv:q} > {log:q} 2>&1"

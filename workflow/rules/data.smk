@@ -7,6 +7,8 @@ localrules:
 
 
 rule data:
+    input:
+        spec=lambda wildcards: PLAN.spec(PLAN.data(f"data/{wildcards.folder}")),
     output:
         arrays="data/{folder}/arrays.npz",
         card="data/{folder}/card.json",
@@ -21,9 +23,8 @@ rule data:
     resources:
         mem_mb=2000,
         runtime=60,
-    params:
-        spec=lambda wildcards: PLAN.data(f"data/{wildcards.folder}").params["spec"],
-        code=lambda wildcards: PLAN.data(f"data/{wildcards.folder}").params["code"],
+    message:
+        "data {wildcards.folder}"
     shell:
-        f"python -m curvspace.cli.data {SOURCES} --spec {{params.spec:q}} --code {{params.code:q}}"
-        " --out data/{wildcards.folder} > {log} 2>&1"
+        "python -m curvspace.cli.data {SOURCES} --spec @{input.spec:q}"
+        " --out data/{wildcards.folder:q} > {log:q} 2>&1"

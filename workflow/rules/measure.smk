@@ -1,34 +1,24 @@
-# Measures: finished runs in, one tidy table out. One rule and one job for each that the studies declare.
-for measure in PLAN.study.measures:
-    job = PLAN.measure(measure)
-    base = f"{RESULTS}/{measure.path}"
-    folders = [f"{RESULTS}/{run.path}" for run in measure.runs]
-
-    rule:
-        name:
-            measure.rule
-        input:
-            cards=PLAN.cards(measure),
-            records=[f"{folder}/run.json" for folder in folders],
-            metrics=[f"{folder}/metrics.csv" for folder in folders],
-            checkpoints=[f"{folder}/checkpoints" for folder in folders],
-        output:
-            **({"arrays": f"{base}.npz"} if measure.arrays else {}),
-            csv=f"{base}.csv",
-            record=f"{base}.run.json",
-        log:
-            f"{RESULTS}/logs/{measure.path}.log",
-        benchmark:
-            f"{RESULTS}/benchmarks/{measure.path}.tsv"
-        conda:
-            ENVIRONMENT
-        threads: measure.threads
-        resources:
-            mem_mb=PLAN.resource("measure", "mem_mb", 4000),
-            runtime=PLAN.resource("measure", "runtime", 120),
-            gpu=GPUS,
-        params:
-            **job.params,
-        shell:
-            "python -m papers.cli.measure --spec {params.spec:q} --code {params.code:q} --threads {threads}"
-            f" --results {RESULTS} --data data --out {{output.csv}} > {{log}} 2>&1"
+# Measures: finished runs and data sets in, one tidy table out.
+rule measure:
+    input:
+        spec=lambda wildcards: PLAN.spec(PLAN.measure(wildcards.measure)),
+        made=lambda wildcards: PLAN.measured(wildcards.measure),
+    output:
+        csv=f"{RESULTS}/measures/{{measure}}.csv",
+        record=f"{RESULTS}/measures/{{measure}}.run.json",
+    log:
+        f"{RESULTS}/logs/measures/{{measure}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/measures/{{measure}}.tsv"
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=PLAN.resource("measure", "mem_mb", 4000),
+        runtime=PLAN.resource("measure", "runtime", 120),
+        gpu=GPUS,
+    message:
+        "measure {wildcards.measure}"
+    shell:
+        "python -m papers.cli.measure --spec @{input.spec:q} --threads {threads}"
+        " --results {RESULTS:q} --data data --out {output.csv:q} > {log:q} 2>&1"

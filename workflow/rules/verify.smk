@@ -4,12 +4,14 @@ localrules:
 
 
 rule verify:
+    input:
+        config=lambda wildcards: PLAN.config_file(),
     log:
         f"{RESULTS}/logs/verify.log",
     conda:
         ENVIRONMENT
     threads: 1
-    params:
-        config=canonical(config),
+    message:
+        "verify"
     shell:
-        f"python -m workflow.verify --config {{params.config:q}} 2>&1 | tee {{log}}"
+        "python -m workflow.verify --config @{input.config:q} 2>&1 | tee {log:q}"

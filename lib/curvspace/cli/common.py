@@ -27,10 +27,26 @@ LIBRARIES = ("torch", "numpy", "scipy", "pandas", "matplotlib", "seaborn")
 def parser(stage: str, description: str, package: str = "curvspace") -> argparse.ArgumentParser:
     """The command's options that all stages have: ``--spec``, ``--code`` and ``--threads``."""
     result = argparse.ArgumentParser(f"python -m {package}.cli.{stage}", description=description)
-    result.add_argument("--spec", required=True, type=json_object, help="what to do, as JSON, or @FILE with JSON in it")
+    result.add_argument(
+        "--spec",
+        required=True,
+        type=json_object,
+        action=_Spec,
+        help="what to do, as JSON, or @FILE with JSON in it: this, a run.json, or a file of the pipeline's .specs",
+    )
     result.add_argument("--code", default="", help="hash of the code that runs; kept in the record beside the outputs")
     result.add_argument("--threads", type=int, help="CPU threads (default: the library's own choice)")
     return result
+
+
+class _Spec(argparse.Action):
+    """Takes the job out of a record, and the job and its code hash out of a spec file of the pipeline."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        job = values.get("job")
+        namespace.spec = job if isinstance(job, dict) else values
+        if set(values) == {"job", "code"}:
+            namespace.code = values["code"]
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -146,11 +146,11 @@ def redo(
     """Make one result of the pipeline again, elsewhere, from the record beside it and the code as it is now."""
     with common.one_line_errors("redo"):
         stage, results = place(result)
-        job = spec_of(result)
+        spec = f"@{record_of(result)}"
         if stage == "train":
-            train(out=out, spec=json.dumps(job), data_folder=data_folder, threads=threads)
+            train(out=out, spec=spec, data_folder=data_folder, threads=threads)
             return
-        command = ["-m", f"papers.cli.{stage}", "--spec", json.dumps(job), "--results", str(results), "--out", str(out)]
+        command = ["-m", f"papers.cli.{stage}", "--spec", spec, "--results", str(results), "--out", str(out)]
         command += ["--data", str(data_folder)] if stage == "measure" else []
         in_repository("papers/cli", [*command, *(["--threads", str(threads)] if threads else [])], "lib")
 
@@ -171,11 +171,17 @@ def place(result: Path) -> tuple[str, Path]:
 
 def spec_of(result: Path) -> dict[str, Any]:
     """What a result was made of, by the record beside it."""
+    file = record_of(result)
+    return _job(_read(file), file)
+
+
+def record_of(result: Path) -> Path:
+    """The record beside a result."""
     files = [result / "run.json", result.with_name(f"{result.name}.run.json"), result.with_suffix(".run.json")]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise UserError(f"there is no record of {result}: neither {files[0]} nor {files[2]}")
-    return _job(_read(file), file)
+    return file
 
 
 def given_spec(text: str) -> dict[str, Any]:

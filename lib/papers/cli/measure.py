@@ -1,7 +1,7 @@
 """One measure: finished runs and data sets in, one tidy table out.
 
 The spec has ``function`` (``module:function``), ``options`` (its keyword arguments), ``runs`` (their folders below
-``--results``), ``datasets`` (their config blocks by name), ``device`` and ``arrays`` (whether it returns arrays too).
+``--results``), ``datasets`` (their config blocks by name) and ``device``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from curvspace.cli import common
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Run the function and write its table, its arrays if it has any, and the record."""
+    """Run the function and write its table and the record."""
     spec: dict[str, Any] = options.spec
     function = common.load_function(spec["function"])
     common.set_threads(options.threads)
@@ -49,15 +48,14 @@ def measure(options: argparse.Namespace) -> None:
             scratch=scratch,
             code=options.code,
         )
-        table, arrays = _split(function(context, **spec.get("options", {})), spec)
+        table = function(context, **spec.get("options", {}))
         record = {**common.provenance(spec, options.code, device), "arithmetic": arithmetic()}
-    outputs = [options.out, *([options.out.with_suffix(".npz")] if arrays is not None else [])]
+    if not isinstance(table, pd.DataFrame):
+        raise UserError(f"{spec['function']} must return a DataFrame, and returned {type(table).__name__}")
     with writing(options.out):
         options.out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(options.out, index=False)
-        if arrays is not None:
-            np.savez_compressed(outputs[1], **arrays)  # type: ignore[arg-type]
-    write_record(options.out.with_suffix(".run.json"), record, outputs)
+    write_record(options.out.with_suffix(".run.json"), record, [options.out])
     if scratch is not None:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -66,17 +64,6 @@ def _scratch(options: argparse.Namespace) -> Path | None:
     """Where finished parts of a long measure wait for the rest: beside the states of training runs."""
     out, results = options.out.resolve(), options.results.resolve()
     return results / ".state" / out.relative_to(results).with_suffix("") if out.is_relative_to(results) else None
-
-
-def _split(result: Any, spec: dict[str, Any]) -> tuple[pd.DataFrame, dict[str, np.ndarray] | None]:
-    """(table, arrays) of what a measure returned; arrays is None unless the measure declares them."""
-    table, arrays = result if isinstance(result, tuple) else (result, None)
-    if not isinstance(table, pd.DataFrame):
-        raise UserError(f"{spec['function']} returned {type(table).__name__}; a DataFrame is wanted")
-    if (arrays is not None) != bool(spec.get("arrays")):
-        wanted = "(DataFrame, arrays)" if spec.get("arrays") else "a DataFrame alone"
-        raise UserError(f"{spec['function']} is declared to return {wanted}, and did not")
-    return table, arrays
 
 
 if __name__ == "__main__":

@@ -11,9 +11,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
+"""What data sets, models, optimisers, measures, figures and tables may be called: names of files on every system."""
+
 
 class StudyError(ValueError):
     """A study or the config names something that does not exist; the message is one line for the user."""
+
+
+def _check_name(kind: str, name: str) -> None:
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
+        raise StudyError(f"{kind} {name!r} is no name; allowed: letters, digits and . _ + -, a letter or digit first")
 
 
 def number_text(value: float) -> str:
@@ -37,6 +45,10 @@ class Run:
     lr: float
     seed: int
 
+    def __post_init__(self) -> None:
+        for kind in ("dataset", "model", "optimizer"):
+            _check_name(kind, getattr(self, kind))
+
     @property
     def path(self) -> str:
         """Folder of the run below the results folder."""
@@ -53,8 +65,7 @@ class Run:
 class Measure:
     """One job which turns finished runs (or data sets alone) into one tidy table.
 
-    ``function`` is ``module:function`` with the signature ``f(context, **spec) -> DataFrame``, or
-    ``-> (DataFrame, {name: array})`` where ``arrays`` is true.
+    ``function`` is ``module:function`` with the signature ``f(context, **spec) -> DataFrame``.
     """
 
     name: str
@@ -62,10 +73,10 @@ class Measure:
     runs: tuple[Run, ...] = ()
     datasets: tuple[str, ...] = ()
     spec: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    arrays: bool = False
-    threads: int = 1
 
     def __post_init__(self) -> None:
+        for part in self.name.split("/"):
+            _check_name("measure", part)
         object.__setattr__(self, "runs", tuple(self.runs))
         object.__setattr__(self, "datasets", tuple(self.datasets))
 
@@ -78,11 +89,6 @@ class Measure:
     def table(self) -> str:
         """The measure's table, below the results folder."""
         return f"{self.path}.csv"
-
-    @property
-    def rule(self) -> str:
-        """Name of the rule which makes it: ``measure_b_overlap_mnist_fc100``."""
-        return re.sub(r"\W", "_", f"measure_{self.name}")
 
 
 Source = Run | Measure
@@ -111,6 +117,7 @@ class Artefact:
     def __post_init__(self) -> None:
         if self.kind not in ("figure", "table"):
             raise StudyError(f"artefact {self.id}: kind is {self.kind!r}; allowed: figure, table")
+        _check_name(self.kind, self.id)
         inputs = {label: _sources(value) for label, value in self.inputs.items()}
         object.__setattr__(self, "inputs", inputs)
 
@@ -120,16 +127,9 @@ class Artefact:
         return f"{self.kind}s/{self.id}"
 
     @property
-    def rule(self) -> str:
-        """Name of the rule which makes it: ``figure_A_F1``."""
-        return re.sub(r"\W", "_", f"{self.kind}_{self.id}")
-
-    @property
     def files(self) -> list[str]:
-        """All tables, and arrays where there are some, that it is drawn from, below the results folder."""
-        tables = [source.table for source in self.sources]
-        arrays = [f"{s.path}.npz" for s in self.sources if isinstance(s, Measure) and s.arrays]
-        return list(dict.fromkeys(tables + arrays))
+        """All tables that it is drawn from, each once, below the results folder."""
+        return list(dict.fromkeys(source.table for source in self.sources))
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 
 from curvspace.cli.common import json_object, load_function
-from curvspace.errors import UserError
 from papers.cli import figure, measure, table
 from papers.common import tables
 from papers.common.style import Style
@@ -42,8 +41,8 @@ def count(context, scale):
     return pd.DataFrame({"runs": [len(context.runs) * scale]})
 
 
-def with_arrays(context):
-    return pd.DataFrame({"x": [1]}), {"v": np.arange(3)}
+def no_table(context):
+    return [1]
 
 
 @pytest.fixture
@@ -91,26 +90,18 @@ def test_a_table_in_four_forms(results):
     assert '<td class="n">1.235</td>' in page
 
 
-def test_tables_of_one_label_are_concatenated_and_arrays_come_along(results):
-    np.savez(results / "measures" / "one.npz", v=np.arange(3))
+def test_tables_of_one_label_are_concatenated(results):
     read = tables.read(results, {"a": ["measures/one.csv", "measures/two.csv"], "b": ["measures/two.csv"]})
     assert len(read["a"]) == 8
-    assert read["a"].copy().attrs["arrays"]["v"].tolist() == [0, 1, 2]
-    assert "arrays" not in read["b"].attrs
-    np.savez(results / "measures" / "two.npz", v=np.arange(2))
-    with pytest.raises(UserError, match="two measures have the array 'v'"):
-        tables.read(results, {"a": ["measures/one.csv", "measures/two.csv"]})
+    assert len(read["b"]) == 4
 
 
-def test_a_measure_writes_its_table_and_the_arrays_that_it_declares(tmp_path):
+def test_a_measure_writes_its_table_and_its_record(tmp_path):
     out = tmp_path / "m" / "fc0.1-x.csv"
     text = json.dumps({"function": f"{HERE}:count", "options": {"scale": 2}, "runs": []})
     measure.main(["--spec", text, "--results", str(tmp_path), "--out", str(out), "--threads", "1"])
     assert pd.read_csv(out)["runs"].tolist() == [0]
     assert json.loads((tmp_path / "m" / "fc0.1-x.run.json").read_text())["device"].startswith("cpu")
-    text = json.dumps({"function": f"{HERE}:with_arrays", "arrays": True})
-    measure.main(["--spec", text, "--results", str(tmp_path), "--out", str(out)])
-    assert np.load(out.with_suffix(".npz"))["v"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["one.csv", "one.npz", "one.run.json"])
@@ -143,7 +134,7 @@ def test_a_table_that_was_altered_is_not_drawn(tmp_path, capsys, name, how):
         (figure, {"function": "draw"}, "write module:function"),
         (figure, {"function": f"{HERE}:not_a_figure"}, "must return (Figure, DataFrame drawn)"),
         (table, {"function": f"{HERE}:best", "inputs": {"a": ["measures/none.csv"]}}, "measures/none.csv"),
-        (measure, {"function": f"{HERE}:with_arrays"}, "declared to return a DataFrame alone"),
+        (measure, {"function": f"{HERE}:no_table"}, "must return a DataFrame, and returned list"),
         (measure, {"function": f"{HERE}:count", "runs": ["runs/x"]}, "holds no finished run"),
         (measure, {"function": f"{HERE}:count", "device": "tpu"}, "device = 'tpu' is not allowed"),
     ],
@@ -164,6 +155,19 @@ def test_a_spec_is_a_json_object_or_a_file_of_one(tmp_path):
     for text in ("[1]", "{", "@/nowhere"):
         with pytest.raises(Exception, match="JSON"):
             json_object(text)
+
+
+def test_a_spec_may_be_longer_than_a_command_line_and_bring_its_code(results):
+    paths = ["measures/one.csv"] * 20_000
+    content = {"job": json.loads(spec(function=f"{HERE}:best", inputs={"a": paths})), "code": "c0de"}
+    (results / "a spec.json").write_text(json.dumps(content))
+    table.main(["--spec", f"@{results}/a spec.json", "--results", str(results), "--out", str(results / "T.csv")])
+    record = json.loads((results / "T.run.json").read_text())
+    assert record["job"] == content["job"]
+    assert record["code"] == "c0de"
+    table.main(["--spec", f"@{results}/T.run.json", "--results", str(results), "--out", str(results / "U.csv")])
+    assert json.loads((results / "U.run.json").read_text())["code"] == ""
+    assert (results / "T.csv").read_bytes() == (results / "U.csv").read_bytes()
 
 
 def test_a_module_that_fails_to_import_is_not_taken_for_an_absent_one(tmp_path, monkeypatch):

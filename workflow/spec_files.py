@@ -1,0 +1,65 @@
+"""Each job's spec and code hash as a file, which is an input of the job.
+
+A file has no limit of length, and nothing in it reaches a shell. Its name holds a digest of its content, so that a
+plan of another config leaves the files of running jobs alone; a change of the spec or code changes the set of the
+job's inputs, and Snakemake runs the job again. Where Snakemake has lost its memory it compares dates alone. So a file
+is dated long ago where the record beside the job's outputs says the same, and later than the record where it does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curvspace.files import writing
+
+if TYPE_CHECKING:
+    from workflow.specs import Job
+
+LONG_AGO = 1e9
+"""A date (2001) before that of any output."""
+
+
+def canonical(value: Any) -> str:
+    """One string for a value, whatever the order of its keys; which key holds which value counts."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def of_job(job: Job, folder: str) -> str:
+    """The file of a job, below ``folder/.specs``; older than the job's outputs only if they fit it."""
+    path = write(f"{folder}/.specs/{job.stage}/{job.name}", canonical({"job": job.spec, "code": job.code}))
+    record = Path(job.record)
+    if record.exists():
+        date = os.stat(path).st_mtime
+        if fits(job, record):
+            if date != LONG_AGO:
+                os.utime(path, (LONG_AGO, LONG_AGO))
+        elif date <= record.stat().st_mtime:
+            os.utime(path)
+    return path
+
+
+def write(stem: str, text: str) -> str:
+    """The path ``{stem}-{digest}.json`` of a file with this text."""
+    path = Path(f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json")
+    with writing(path):
+        if not path.exists() or path.stat().st_size != len(text.encode()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.{os.getpid()}")
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+    return str(path)
+
+
+def fits(job: Job, record: Path) -> bool:
+    """Whether a record says that its outputs are of this spec and code."""
+    try:
+        told: Any = json.loads(record.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(told, dict) or told.get("code") != job.code:
+        return False
+    return canonical(told.get("job")) == canonical(job.spec)
