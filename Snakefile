@@ -1,6 +1,6 @@
 # From data to figures, tables and claims: `snakemake --cores all --resources gpu=1`.
 # What is computed is declared by the studies in lib/papers; the config says at which scale.
-import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,20 +13,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "lib")]  # this checkout's code, whatever 
 
 from papers.common.study import NAME  # noqa: E402
 from workflow.settings import whole  # noqa: E402
-from workflow.specs import load, wants_gpu  # noqa: E402
+from workflow.specs import load, run_from, wants_gpu  # noqa: E402
 
 
 configfile: "config.yaml"
 
 
 config.update(whole(config))
+run_from(ROOT)
 PLAN = load(config, ROOT, check=workflow.is_main_process)
 RESULTS = config["results"]
+QUOTED = shlex.quote(RESULTS)
 GPUS = int(wants_gpu(config["device"]))
-ENVIRONMENT = "../../envs/pipeline.yaml"  # from the rules' folder
-
-
-os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = str(ROOT / "envs" / "pipeline.yaml").replace("{", "{{").replace("}", "}}")
 
 
 wildcard_constraints:

@@ -84,7 +84,7 @@ def _lines(error: ValidationError, root: str) -> Iterator[str]:
             hint = f"did you mean {guess[0]}? " if guess else ""
             yield f"{_join(key, unknown)} is not a known key; {hint}allowed: {', '.join(known) or 'none'}"
     elif rule == "pattern" and key and part.get("title") == "key":
-        yield f"{_join(key, value)} is not a name of the right form; allowed: {_allowed(part)}"
+        yield f"{key} has {value!r}, which is not a name of the right form; allowed: {_allowed(part)}"
     elif rule == "required":
         missing = [name for name in part["required"] if name not in value]
         yield from (f"{_join(key, name)} is missing; {_wanted(part, name)}" for name in missing)

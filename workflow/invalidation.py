@@ -163,12 +163,18 @@ def _trim(node: ast.Import | ast.ImportFrom, used: set[str]) -> ast.Import | ast
 
 
 class Code:
-    """The repository's modules. ``roots``: folders that imports are looked up in, first match wins."""
+    """The repository's modules. ``roots``: folders that imports are looked up in, first match wins.
+
+    What was found is kept: the source is that of the moment when it was first read.
+    """
 
     def __init__(self, *roots: str | Path):
         self.roots = [Path(root) for root in roots]
         self._modules: dict[str, Module | None] = {}
         self._needs: dict[str, frozenset[str]] = {}
+        self._reached: dict[tuple[str, str], tuple[str, set[str]]] = {}
+        self._texts: dict[str, str] = {}
+        self._hashes: dict[tuple[str, ...], str] = {}
 
     def module(self, name: str) -> Module | None:
         """The repository's module of that name, None for one from elsewhere."""
@@ -184,10 +190,17 @@ class Code:
         Raises ``CodeError`` for a root which the repository has not, unless its first part is no package of ours:
         then it is an installed library's, whose code is not ours to watch, and only its name counts.
         """
-        digest = hashlib.sha256()
-        for part in self._parts(roots):
-            digest.update(part.encode() + b"\0")
-        return digest.hexdigest()[:16]
+        key = tuple(sorted(set(roots)))
+        if key not in self._hashes:
+            digest = hashlib.sha256()
+            for part in self._parts(key):
+                digest.update(part.encode() + b"\0")
+            self._hashes[key] = digest.hexdigest()[:16]
+        return self._hashes[key]
+
+    def modules(self, *roots: str) -> set[str]:
+        """The modules of the repository of which something counts in the hash of these roots."""
+        return {part.partition("\n")[0].partition(":")[0] for part in self._parts(roots)}
 
     def _parts(self, roots: Iterable[str]) -> list[str]:
         whole: set[str] = set()
@@ -208,8 +221,10 @@ class Code:
         return sorted(parts) + [f"{name}\n{self._text(name)}" for name in sorted(self.closure(whole))]
 
     def _text(self, name: str) -> str:
-        module = self.module(name)
-        return "" if module is None or module.is_index else module.text()
+        if name not in self._texts:
+            module = self.module(name)
+            self._texts[name] = "" if module is None or module.is_index else module.text()
+        return self._texts[name]
 
     def table(self, name: str, variable: str) -> dict[str, str]:
         """A module's table of strings, read without importing the module."""
@@ -335,6 +350,12 @@ class Code:
 
         Statements that bind no name (calls, conditions) run on import whatever is used, so they always count.
         """
+        key = (module.name, function)
+        if key not in self._reached:
+            self._reached[key] = self._follow(module, function)
+        return self._reached[key]
+
+    def _follow(self, module: Module, function: str) -> tuple[str, set[str]]:
         if function not in module.definitions:
             raise CodeError(f"{module.file} has no {function}")
         todo, seen, reached = [function, ""], set(), set()

@@ -29,8 +29,9 @@ def canonical(value: Any) -> str:
 
 
 def of_job(job: Job, folder: str) -> str:
-    """The file of a job, below ``folder/.specs``; older than the job's outputs only if they fit it."""
-    path = write(f"{folder}/.specs/{job.stage}/{job.name}", canonical({"job": job.spec, "code": job.code}))
+    """The file of a job, below ``folder/.specs`` as its record is below ``folder``; old only if the record fits it."""
+    place = os.path.relpath(job.record, folder).removesuffix("run.json").rstrip("./")
+    path = write(f"{folder}/.specs/{place}", canonical({"job": job.spec, "code": job.code}))
     record = Path(job.record)
     if record.exists():
         date = os.stat(path).st_mtime

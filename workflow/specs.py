@@ -62,6 +62,14 @@ def load(config: Mapping[str, Any], root: Path, check: bool = True) -> Plan:
     sys.exit("\n".join(f"config: {line}" for line in lines))
 
 
+def run_from(root: Path) -> None:
+    """Have all jobs run the code of this checkout, whatever else is installed."""
+    if os.pathsep in str(root):
+        sys.exit(f"Python's path cannot hold a folder with {os.pathsep!r} in its name; move the checkout {root}")
+    paths = [str(root), str(root / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+
+
 def wants_gpu(device: str) -> bool:
     """Whether jobs are to ask for a GPU, found out without importing torch."""
     if device == "auto":

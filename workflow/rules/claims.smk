@@ -19,7 +19,7 @@ rule claims:
     benchmark:
         f"{RESULTS}/benchmarks/claims.tsv"
     conda:
-        ENVIRONMENT
+        lambda wildcards: ENVIRONMENT
     threads: 1
     resources:
         mem_mb=1500,
@@ -28,4 +28,4 @@ rule claims:
         "claims"
     shell:
         "python -m papers.cli.claims --spec @{input.spec:q} --claims {input.claims:q}"
-        " --results {RESULTS:q} --out {output.csv:q} > {log:q} 2>&1"
+        f" --results {QUOTED} --out {{output.csv:q}} > {{log:q}} 2>&1"

@@ -1,5 +1,5 @@
 # Data sets: obtained once, checked against a known checksum, written as plain arrays.
-SOURCES = PLAN.source_options()
+SOURCES = PLAN.source_options().replace("{", "{{").replace("}", "}}")
 
 
 localrules:
@@ -18,7 +18,7 @@ rule data:
     benchmark:
         "data/.benchmarks/{folder}.tsv"
     conda:
-        ENVIRONMENT
+        lambda wildcards: ENVIRONMENT
     threads: 1
     resources:
         mem_mb=2000,
@@ -26,5 +26,5 @@ rule data:
     message:
         "data {wildcards.folder}"
     shell:
-        "python -m curvspace.cli.data {SOURCES} --spec @{input.spec:q}"
+        f"python -m curvspace.cli.data {SOURCES} --spec @{{input.spec:q}}"
         " --out data/{wildcards.folder:q} > {log:q} 2>&1"

@@ -19,7 +19,7 @@ rule figure:
     benchmark:
         f"{RESULTS}/benchmarks/figures/{{id}}.tsv"
     conda:
-        ENVIRONMENT
+        lambda wildcards: ENVIRONMENT
     threads: 1
     resources:
         mem_mb=1500,
@@ -28,4 +28,4 @@ rule figure:
         "figure {wildcards.id}"
     shell:
         "python -m papers.cli.figure --spec @{input.spec:q}"
-        " --results {RESULTS:q} --out {output.csv:q} > {log:q} 2>&1"
+        f" --results {QUOTED} --out {{output.csv:q}} > {{log:q}} 2>&1"

@@ -11,7 +11,7 @@ rule measure:
     benchmark:
         f"{RESULTS}/benchmarks/measures/{{measure}}.tsv"
     conda:
-        ENVIRONMENT
+        lambda wildcards: ENVIRONMENT
     threads: 1
     resources:
         mem_mb=PLAN.resource("measure", "mem_mb", 4000),
@@ -21,4 +21,4 @@ rule measure:
         "measure {wildcards.measure}"
     shell:
         "python -m papers.cli.measure --spec @{input.spec:q} --threads {threads}"
-        " --results {RESULTS:q} --data data --out {output.csv:q} > {log:q} 2>&1"
+        f" --results {QUOTED} --data data --out {{output.csv:q}} > {{log:q}} 2>&1"

@@ -20,7 +20,7 @@ rule table:
     benchmark:
         f"{RESULTS}/benchmarks/tables/{{id}}.tsv"
     conda:
-        ENVIRONMENT
+        lambda wildcards: ENVIRONMENT
     threads: 1
     resources:
         mem_mb=1500,
@@ -29,4 +29,4 @@ rule table:
         "table {wildcards.id}"
     shell:
         "python -m papers.cli.table --spec @{input.spec:q}"
-        " --results {RESULTS:q} --out {output.csv:q} > {log:q} 2>&1"
+        f" --results {QUOTED} --out {{output.csv:q}} > {{log:q}} 2>&1"

@@ -17,7 +17,7 @@ rule train:
     benchmark:
         f"{RESULTS}/benchmarks/train/{RUN}.tsv"
     conda:
-        ENVIRONMENT
+        lambda wildcards: ENVIRONMENT
     threads: config["threads"]
     resources:
         mem_mb=PLAN.resource("train", "mem_mb", 3000),
@@ -29,4 +29,4 @@ rule train:
     shell:
         "python -m curvspace.cli.train --spec @{input.spec:q} --threads {threads}"
         ' --data "$(dirname {input.card:q})" --out "$(dirname {output.record:q})"'
-        f" --state {{RESULTS:q}}/.state/{STATE} > {{log:q}} 2>&1"
+        f" --state {QUOTED}/.state/{STATE} > {{log:q}} 2>&1"

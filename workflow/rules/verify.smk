@@ -9,7 +9,7 @@ rule verify:
     log:
         f"{RESULTS}/logs/verify.log",
     conda:
-        ENVIRONMENT
+        lambda wildcards: ENVIRONMENT
     threads: 1
     message:
         "verify"

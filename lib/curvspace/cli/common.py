@@ -27,16 +27,21 @@ LIBRARIES = ("torch", "numpy", "scipy", "pandas", "matplotlib", "seaborn")
 def parser(stage: str, description: str, package: str = "curvspace") -> argparse.ArgumentParser:
     """The command's options that all stages have: ``--spec``, ``--code`` and ``--threads``."""
     result = argparse.ArgumentParser(f"python -m {package}.cli.{stage}", description=description)
-    result.add_argument(
+    take_spec(result, required=True)
+    result.add_argument("--threads", type=int, help="CPU threads (default: the library's own choice)")
+    return result
+
+
+def take_spec(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The options ``--spec`` and ``--code``."""
+    parser.add_argument(
         "--spec",
-        required=True,
+        required=required,
         type=json_object,
         action=_Spec,
         help="what to do, as JSON, or @FILE with JSON in it: this, a run.json, or a file of the pipeline's .specs",
     )
-    result.add_argument("--code", default="", help="hash of the code that runs; kept in the record beside the outputs")
-    result.add_argument("--threads", type=int, help="CPU threads (default: the library's own choice)")
-    return result
+    parser.add_argument("--code", default="", help="hash of the code that runs; kept in the record beside the outputs")
 
 
 class _Spec(argparse.Action):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from curvspace.cli.common import UserError, json_object, one_line_errors, provenance
+from curvspace.cli.common import UserError, one_line_errors, provenance, take_spec
 from curvspace.datasets.catalogue import source_names
 from curvspace.datasets.obtain import DEFAULT_ORDER, DataUnavailable, prepare
 from curvspace.datasets.store import ARRAYS, CARD, WrongData
@@ -53,13 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", nargs="?", help="the data set; may stand in --spec as source instead")
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
-    parser.add_argument("--spec", type=json_object, help="JSON: source, and options of a generated or own data set")
+    take_spec(parser, required=False)  # source, and options of a generated or own data set
     parser.add_argument(
         "--sources", default=",".join(DEFAULT_ORDER), help="kinds of source in the order to try (default: %(default)s)"
     )
     parser.add_argument("--offline", action="store_true", help="use only what needs no network")
     parser.add_argument("--folder", help="local folder with original files, for the source 'folder'")
-    parser.add_argument("--code", default="", help="hash of the code that runs; kept in the record beside the outputs")
     return parser
 
 
