@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -38,12 +39,19 @@ def test_a_disabled_study_is_not_part_of_the_graph(project):
     assert project.planned("--forceall") == {"claims"}
 
 
+def show_resources(project) -> None:
+    """Take the messages out of the rules: Snakemake then lists what each job asks for."""
+    for file in (project.folder / "workflow" / "rules").glob("*.smk"):
+        file.write_text(re.sub(r"    message:\n(        .*\n)+", "", file.read_text()))
+
+
 def test_the_cluster_profile_plans_the_graph_with_a_gpu_a_job(project):
     pytest.importorskip("snakemake_executor_plugin_slurm")
     profile = project.folder / "workflow" / "profiles" / "slurm"
     settings = yaml.safe_load((profile / "config.yaml").read_text())
     assert settings["set-resource-scopes"] == {"gpu": "local"}
     project.edit("config.yaml", "device: cpu", "device: cuda")
+    show_resources(project)
     done = project.snakemake("-n", "--profile", str(profile), "--resources", "gpu=1")
     assert done.returncode == 0, done.stderr
     plan = done.stdout + done.stderr
@@ -52,8 +60,9 @@ def test_the_cluster_profile_plans_the_graph_with_a_gpu_a_job(project):
     assert all("gpu=1" in block and "slurm_partition=main" in block for block in trained)
 
 
-def test_on_the_cpu_no_job_asks_for_a_gpu(finished):
-    done = finished.snakemake("-n", "--forceall", "--resources", "gpu=1")
+def test_on_the_cpu_no_job_asks_for_a_gpu(project):
+    show_resources(project)
+    done = project.snakemake("-n", "--forceall", "--resources", "gpu=1")
     resources = [line for line in done.stdout.splitlines() if line.startswith("    resources: ")]
     assert any("gpu=0" in line for line in resources)
     assert not any("gpu=1" in line for line in resources)
