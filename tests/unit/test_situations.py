@@ -1,0 +1,221 @@
+"""The page ``docs/situations.md``: each of its rows is tried here, right or with the error that it names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from curvspace import Objective, class_gradients
+from tests.unit.test_variants_of_curvature import NoSecondDerivative
+
+PAGE = Path(__file__).parents[2] / "docs" / "situations.md"
+N = 40
+WEIGHT = torch.tensor([0.2, 1.0, 3.0]).double()
+
+
+class Fn(nn.Module):
+    def __init__(self, f: Callable[..., Any], **parts: Any):
+        super().__init__()
+        self.f = f
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *x: Any, **named: Any) -> Any:
+        return self.f(self, *x, **named)
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def _data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(N, 4, generator=generator).double(), torch.randint(3, (N,), generator=generator)
+
+
+def _head(f: Callable[..., Any], **parts: Any) -> nn.Module:
+    return Fn(f, h=nn.Linear(4, 3), **parts).double()
+
+
+def _check(model: nn.Module, batch: Any, loss: Any, value: Callable[[], Tensor], **options: Any) -> None:
+    """Gradient against autograd, H v against central differences of it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient() -> Tensor:
+        found = torch.autograd.grad(value(), parameters, allow_unused=True)
+        return torch.cat(
+            [
+                (torch.zeros_like(p) if g is None else g.to_dense()).flatten()
+                for g, p in zip(found, parameters, strict=True)
+            ]
+        )
+
+    objective = Objective(model, batch, loss, **options)
+    assert objective.loss() == pytest.approx(value().item(), abs=1e-12)
+    torch.testing.assert_close(objective.gradient(), gradient(), rtol=1e-10, atol=1e-12)
+    v = torch.randn(objective.num_parameters, generator=torch.Generator().manual_seed(2)).double()
+    product, h, sides = objective.hessian() @ v, 1e-5, []
+    objective.gauss_newton() @ v
+    for sign in (1, -1):
+        start = 0
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(v[start : start + p.numel()].view_as(p), alpha=sign * h)
+                start += p.numel()
+        sides.append(gradient())
+        start = 0
+        with torch.no_grad():
+            for p in parameters:
+                p.sub_(v[start : start + p.numel()].view_as(p), alpha=sign * h)
+                start += p.numel()
+    torch.testing.assert_close(product, (sides[0] - sides[1]) / (2 * h), rtol=1e-5, atol=1e-7)
+
+
+def _loss(loss: Any, targets: Tensor | None = None, **options: Any) -> Callable[[], None]:
+    def run() -> None:
+        (x, y), model = _data(), _mlp()
+        y = y if targets is None else targets
+        own = loss if callable(loss) else F.cross_entropy
+        known = y if y.is_floating_point() else y.long()
+        _check(model, (x, y), loss, lambda: own(model(x), known), **options)
+
+    return run
+
+
+def _model(f: Callable[..., Any], *more: Any, loss: Any = F.cross_entropy, **parts: Any) -> Callable[[], None]:
+    def run() -> None:
+        (x, y), model = _data(), _head(f, **parts)
+        _check(model, ((x, *more), y), loss, lambda: loss(model(x, *more), y))
+
+    return run
+
+
+def _penalised(held: bool) -> None:
+    (x, y), model = _data(), _mlp()
+    parameters = list(model.parameters())
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y) + 0.1 * sum(p.square().sum() for p in (parameters if held else model.parameters()))
+
+    _check(model, (x, y), loss, lambda: loss(model(x), y))
+
+
+def _overwritten() -> None:
+    (x, y), model = _data(), _mlp()
+    H = Objective(model, (x, y)).hessian()
+    H @ torch.ones(43).double()
+    x.mul_(2)
+    H @ torch.ones(43).double()
+
+
+def _complex() -> None:
+    Objective(_head(lambda s, x: s.h(x), w=nn.Parameter(torch.zeros(2, dtype=torch.complex128))), _data())
+
+
+def _compiled() -> None:
+    (x, y), model = _data(), _mlp()
+    _check(torch.compile(model, backend="aot_eager"), (x, y), "cross_entropy", lambda: F.cross_entropy(model(x), y))
+
+
+def _mapping() -> None:
+    (x, y), model = _data(), _head(lambda s, x: {"logits": s.h(x), "hidden": x})
+    _check(model, [{"x": x, "labels": y}], "cross_entropy", lambda: F.cross_entropy(model(x)["logits"], y))
+
+
+def _list() -> None:
+    model = _head(lambda s, x: F.linear(x, *s.ws))
+    model.ws = list(model.parameters())
+    Objective(model, _data()).gradient()
+
+
+def _shared() -> None:
+    (x, y), model = _data(), _head(lambda s, x: s.h(torch.tanh(s.b(x))), a=nn.Linear(4, 4))
+    model.b = model.a
+    _check(model, (x, y), "cross_entropy", lambda: F.cross_entropy(model(x), y))
+    assert isinstance(model.b.weight, nn.Parameter)
+
+
+SOFT = torch.randn(N, 3, generator=torch.Generator().manual_seed(3)).double().softmax(1)
+IGNORED = torch.where(torch.arange(N) % 3 == 0, -100, _data()[1])
+SITUATIONS: dict[str, Callable[[], Any]] = {
+    "class weights": _loss(nn.CrossEntropyLoss(WEIGHT), microbatch=7),
+    "class weights inside a callable": _loss(lambda z, y: F.cross_entropy(z, y, WEIGHT)),
+    "class weights inside a callable, `microbatch=` asked for": _loss(
+        lambda z, y: F.cross_entropy(z, y, WEIGHT), microbatch=7
+    ),
+    "ignored labels": _loss(nn.CrossEntropyLoss(), IGNORED, microbatch=7),
+    "class probabilities as targets": _loss(nn.CrossEntropyLoss(), SOFT, microbatch=7),
+    "uint8 or int32 labels": _loss("cross_entropy", _data()[1].to(torch.uint8)),
+    "a loss over pairs of examples": _loss(lambda z, y: F.cross_entropy(z, y) + torch.pdist(z).mean()),
+    '`reduction="none"`': _loss(nn.CrossEntropyLoss(reduction="none")),
+    "a penalty on `model.parameters()` in the loss": lambda: _penalised(False),
+    "a penalty on a list of parameters made before": lambda: _penalised(True),
+    "statistics that the model computes itself": _model(lambda s, x: s.h(x - x.mean(0))),
+    "an edge list beside node features": _model(
+        lambda s, x, e: s.h(x.index_add(0, e[1], x[e[0]])), torch.randint(N, (2, 90))
+    ),
+    "a memory bank as long as the batch": _model(
+        lambda s, x, b: s.h((x @ b.T).softmax(1) @ b), torch.randn(N, 4).double()
+    ),
+    "one module under two names": _shared,
+    "parameters read from a plain list": _list,
+    "weight normalisation": _model(lambda s, x: s.h(s.w(x)), w=parametrizations.weight_norm(nn.Linear(4, 4))),
+    "activation checkpoints": _model(
+        lambda s, x: s.h(checkpoint(torch.tanh, s.w(x), use_reentrant=False)), w=nn.Linear(4, 4)
+    ),
+    "embeddings with sparse gradients": _model(
+        lambda s, x: s.h(s.e((x[:, 0] > 0).long())), e=nn.Embedding(2, 4, sparse=True)
+    ),
+    "an activation changed in place that its derivative needs": _model(
+        lambda s, x: s.h(x).sigmoid().mul_(2).sigmoid_().mul_(2)
+    ),
+    "a batch overwritten between two products": _overwritten,
+    "complex parameters": _complex,
+    "a model under `torch.compile`": _compiled,
+    "outputs in a mapping, batches in a mapping": _mapping,
+    "outputs in a tuple, loss by name": lambda: Objective(_head(lambda s, x: (s.h(x), x)), _data()).loss(),
+    "outputs in a tuple, loss a callable": _model(lambda s, x: (s.h(x), x), loss=lambda o, y: F.cross_entropy(o[0], y)),
+    "a batch of three tensors": lambda: Objective(_mlp(), [(*_data(), _data()[1])]),
+    "one example without a batch dimension": lambda: Objective(_mlp(), (_data()[0][0], _data()[1][0])),
+    "a function that can be differentiated once": lambda: (
+        Objective(_head(lambda s, x: NoSecondDerivative.apply(s.h(x))), _data()).hessian() @ torch.ones(15).double()
+    ),
+    "a model that draws random numbers": lambda: Objective(
+        _head(lambda s, x: s.h(x + torch.rand(4))), _data()
+    ).hessian(),
+    "class gradients split where examples interact": lambda: class_gradients(
+        _head(lambda s, x: s.h(x - x.mean(0))), *_data(), 3, algorithm="split"
+    ),
+}
+
+
+def _rows() -> dict[str, str]:
+    table = [line.split("|")[1:3] for line in PAGE.read_text().splitlines() if re.match(r"\| (?!situation|---)", line)]
+    return {situation.strip(): outcome.strip() for situation, outcome in table}
+
+
+def test_page_and_trials_name_the_same_situations():
+    assert list(_rows()) == list(SITUATIONS)
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_situation(situation):
+    outcome = _rows()[situation]
+    torch.manual_seed(0)
+    if outcome.startswith("right"):
+        SITUATIONS[situation]()
+        return
+    kind, message = re.fullmatch(r"`(\w+)`: (.*)", outcome).groups()
+    with pytest.raises({"ValueError": ValueError, "RuntimeError": RuntimeError}[kind]) as caught:
+        SITUATIONS[situation]()
+    assert message.strip("“”") in str(caught.value)
+    assert "\n" not in str(caught.value)
