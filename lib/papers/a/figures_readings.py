@@ -21,7 +21,7 @@ def curves_by_reading(
     """A-R: validation loss by step, a row for each form of momentum and a column for each learning rate.
 
     SGD is black. The ``shown`` readings that meet most have a colour, the others are grey. Lines are medians over
-    seeds; what leaves the top of a panel has diverged.
+    seeds; what leaves the top of a panel for good has diverged.
     """
     rates = tables["rates"]
     best = score(judgements(tables, pairs, above))["reading"].tolist()[:shown]
@@ -43,7 +43,7 @@ def curves_by_reading(
         axis.set_ylabel("validation loss")
     handles = {line.get_label(): line for axis in axes.flat for line in axis.get_lines() if line.get_label()[0] != "_"}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
-    figure.suptitle(f"{describe(rates)} (curves that leave the top have diverged)", fontsize=style.font_size)
+    figure.suptitle(f"{describe(rates)} (curves that leave the top for good have diverged)", fontsize=style.font_size)
     return figure, pd.concat(drawn, ignore_index=True)
 
 

@@ -24,6 +24,8 @@ Pairs = Mapping[str, Sequence[str]]
 LEARNS = 0.01
 MARGINS = {"accuracy": 2.0, "ratio": 0.2}
 """Points, and part of a ratio, that a single pair of runs is not trusted to show."""
+FEW = 3
+"""With fewer pairs there is no interval over them: their range stands for it, wider by the margin at both ends."""
 STATEMENTS = {
     "trains": "trains at each rate",
     "near": "final accuracy within 3 points of SGD's",
@@ -54,7 +56,8 @@ def judgements(tables: Tables, pairs: Pairs, above: float) -> pd.DataFrame:
     """A-R2: one row a reading and statement; ``above`` is the highest rate at which the paper's runs train.
 
     Columns: momentum (its SGD), reading, statement, network (of the MNIST statement, which is judged for each), value,
-    low, high (a 95 % interval over rates and seeds), met, cases, verdict.
+    low, high (a 95 % interval over rates and seeds; of fewer than three pairs their range, with a margin), met, cases,
+    verdict.
 
     Units of value: shares of runs; accuracies in points, reading minus SGD; ratios reading / SGD of the standard
     deviation of the loss's change between evaluations, and of the steps to the loss that SGD has half way.
@@ -140,7 +143,9 @@ def _all(
 ) -> Iterator[Judgement]:
     ours, theirs = rates.loc[reading], rates.loc[sgd].reindex(rates.loc[reading].index)
     low = ours.index.get_level_values("lr") <= above
-    missing = set(rates.loc[sgd].index.get_level_values("lr")) - set(ours.index.get_level_values("lr"))
+    missing = {lr for lr in rates.loc[sgd].index.get_level_values("lr") if lr <= above} - set(
+        ours[low].index.unique("lr")
+    )
     trains = _every("trains", ours["learns"][low])
     yield replace(trains, verdict=UNTESTED) if trains.verdict == HOLDS and missing else trains
     both = low & ours["learns"] & theirs["learns"].eq(True)
@@ -169,14 +174,26 @@ def _mean(
     statement: str, values: pd.Series, met: pd.Series, at_least: float | None = None, at_most: float | None = None
 ) -> Judgement:
     """A statement about the mean over pairs of runs that both learn; with no such pair it fails."""
-    measured = estimate(values.tolist(), MARGINS["accuracy"])
+    measured = _estimate(values.to_numpy(float))
     verdict = judge(measured, at_least, at_most) if len(values) else FAILS
     return Judgement(statement, measured, int(met.sum()), len(values), verdict)
 
 
+def _estimate(values: np.ndarray, margin: float = MARGINS["accuracy"]) -> Estimate:
+    """Mean and interval; of few values mean and range, with the margin."""
+    if 0 < len(values) < FEW:
+        return Estimate(float(values.mean()), float(values.min()) - margin, float(values.max()) + margin, len(values))
+    return estimate(values.tolist())
+
+
 def _ratio(statement: str, ratios: pd.Series) -> Judgement:
     """A ratio to SGD that the paper says is above 1."""
-    measured = estimate_ratio(ratios.to_numpy(float), MARGINS["ratio"])
+    found = ratios.to_numpy(float)
+    if 0 < len(found) < FEW and np.isfinite(found).all():
+        logs = _estimate(np.log(found), math.log1p(MARGINS["ratio"]))
+        measured = Estimate(*np.exp([logs.value, logs.low, logs.high]).tolist(), logs.seeds)
+    else:
+        measured = estimate_ratio(found, MARGINS["ratio"])
     verdict = judge(measured, at_least=1.0) if len(ratios) else FAILS
     return Judgement(statement, measured, int((ratios > 1).sum()), len(ratios), verdict)
 
@@ -215,5 +232,5 @@ def _falls(ours: pd.Series, theirs: pd.Series) -> Judgement:
         return Judgement("tables", estimate([]), 0, 0, UNTESTED)
     top, bottom = max(a.columns), min(a.columns)
     more = ((b[top] - b[bottom]) - (a[top] - a[bottom])).dropna()
-    measured = estimate(more.tolist(), MARGINS["accuracy"])
+    measured = _estimate(more.to_numpy(float))
     return Judgement("tables", measured, int((more > 0).sum()), len(more), judge(measured, at_least=0.0))
