@@ -20,6 +20,8 @@ def orthonormal_basis(V: Tensor, tol: float | None = None) -> Tensor:
     """
     if V.ndim != 2:
         raise ValueError(f"a basis has shape (P, k), got {tuple(V.shape)}")
+    if V.shape[1] == 0:  # the empty span, in which nothing lies
+        return V
     eps = torch.finfo(V.dtype).eps
     gram = V.T @ V
     if (gram - torch.eye(V.shape[1], dtype=V.dtype, device=V.device)).abs().max() < 100 * eps:

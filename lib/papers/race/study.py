@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from papers.common.study import Artefact, Measure, Study, StudyError
+from papers.common.study import Artefact, Measure, Run, Study, StudyError
 
 FIGURES = "papers.race.figures"
 TABLES = "papers.race.tables"
 MEASURES = "papers.race.measures"
+WHY = "papers.race.measures_why"
+WHY_FIGURES = "papers.race.figures_why"
 
 
 def declare(config: Mapping[str, Any]) -> Study:
@@ -23,14 +25,42 @@ def declare(config: Mapping[str, Any]) -> Study:
         place = FIGURES if kind == "figure" else TABLES
         return Artefact(id, kind, f"{place}:{function}", {"races": races}, spec=spec, paper="X", title=title)
 
-    return Study(
-        artefacts=[
-            artefact("X-R1", "figure", "horizons", "Final loss by length of training", {"families": families}),
-            artefact("X-R2", "figure", "speed_ups", "Speed-up against each rival", rivals),
-            artefact("X-R3", "figure", "tuning", "What each optimiser was tried with", {"families": families}),
-            artefact("X-R4", "table", "results", "Final loss, accuracy and cost of all optimisers", {}),
-        ]
-    )
+    compared = [
+        artefact("X-R1", "figure", "horizons", "Final loss by length of training", {"families": families}),
+        artefact("X-R2", "figure", "speed_ups", "Speed-up against each rival", rivals),
+        artefact("X-R3", "figure", "tuning", "What each optimiser was tried with", {"families": families}),
+        artefact("X-R4", "table", "results", "Final loss, accuracy and cost of all optimisers", {}),
+    ]
+    return Study(artefacts=[*compared, *_explained(r)])
+
+
+def _explained(r: Mapping[str, Any]) -> list[Artefact]:
+    """What decides between the explanations, from runs at constant rates."""
+    found = []
+    if "mean_directions" in r:
+        block = r["mean_directions"]
+        spec = {key: block[key] for key in ("examples", "k", "tol")}
+        measures = tuple(
+            Measure(f"race/means/{run.dataset}-{run.model}", f"{WHY}:mean_shares", (run,), spec=spec)
+            for run in (Run(**one) for one in block["runs"])
+        )
+        title = "How much of the sharp directions lies in the units' mean directions"
+        found.append(
+            Artefact("X-R5", "figure", f"{WHY_FIGURES}:mean_shares", {"shares": measures}, paper="X", title=title)
+        )
+    if "annealing" in r:
+        block = r["annealing"]
+        runs = tuple(
+            Run(block["dataset"], block["model"], name, block["batch"], lr, seed)
+            for name, lr in block["optimizers"].items()
+            for seed in block["seeds"]
+        )
+        measure = Measure("race/annealed", f"{WHY}:annealed", runs, spec={"steps": block["steps"]})
+        title = "What is left of the lead when the rate goes to zero"
+        spec = {"reference": block["reference"]}
+        function = f"{WHY_FIGURES}:annealed"
+        found.append(Artefact("X-R6", "figure", function, {"branches": (measure,)}, spec=spec, paper="X", title=title))
+    return found
 
 
 def _entrants(r: Mapping[str, Any], workload: Mapping[str, Any]) -> list[str]:
