@@ -120,6 +120,10 @@ def test_options_of_the_subject(weights, tmp_path):
     assert found(*common, "--examples", "19")["examples"] == 19
     once, twice = found(*common), found(*common, "--loss", f"{HERE}:scaled_loss")
     assert twice["values"] == pytest.approx([2 * v for v in once["values"]], rel=1e-3)
+    part = found(*common, "--parameters", "2.*")
+    assert part["parameters"] == 18
+    assert part["values"][0] <= once["values"][0]
+    assert "no trainable parameter is named 'head.*'" in run(*common, "--parameters", "head.*", ok=False)
     lowest = found(*common, "--which", "SA")["values"]
     assert lowest[0] <= lowest[1] < once["values"][1]
     assert min(found(*common, "--matrix", "gauss-newton", "--which", "SA")["values"]) > -1e-6
@@ -192,6 +196,9 @@ def test_sharpness_along_a_run(finished):
     assert [row["step"] for row in got["rows"]] == [0, 3, 6]
     assert got["rows"][0]["stable_lr"] == pytest.approx(2 / got["rows"][0]["sharpness"])
     assert len(csv.read_text().splitlines()) == 4
+    whole = got["rows"][-1]["sharpness"]
+    (row,) = found("sharpness", run_folder, *where, "--parameters", "*.bias")["rows"]
+    assert row["sharpness"] < whole
     last = found("eigs", run_folder, *where, "-k", "5")
     assert last["step"] == 6
     assert got["rows"][-1]["sharpness"] == pytest.approx(last["values"][0], rel=1e-3)

@@ -116,6 +116,20 @@ def test_a_monitored_training_is_the_same_bit_for_bit(tmp_path):
     assert table["loss"].notna().all()
 
 
+def test_a_part_of_the_parameters_and_a_bare_pair():
+    model = network()
+    x, y = batches()[0]
+    monitor = CurvatureMonitor(model, (x, y), k=2, num_classes=3, parameters="3.*", tol=1e-9)
+    row = monitor.measure(0)
+    model[2].p = 0.0
+    block = oracles.dense_hessian(model, [(x, y)], "cross_entropy")[-21:, -21:]
+    assert row["sharpness"] == pytest.approx(float(torch.linalg.eigvalsh(block)[-1]), rel=1e-8)
+    c = torch.stack([oracles.flat_gradient(model(x)[y == k, k].mean(), list(model[3].parameters())) for k in range(3)])
+    g = oracles.flat_gradient(nn.functional.cross_entropy(model(x), y), list(model[3].parameters()))
+    span = torch.linalg.qr(c.T)[0]
+    assert row["f_class"] == pytest.approx(float((span.T @ g).square().sum() / g.square().sum()), rel=1e-8)
+
+
 class Clock:
     """Seconds that pass only when told."""
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from curvspace import Objective, datasets, models
+from curvspace.batches import as_pairs
 from curvspace.cli.common import load_function, set_threads
 from curvspace.cli.options import Subject, parsed
+from curvspace.curvature.frozen import FrozenModel
 from curvspace.datasets.catalogue import EMBEDDED, KNOWN, MADE_HERE, source_names
 from curvspace.datasets.store import Arrays
 from curvspace.device import use
@@ -51,7 +53,11 @@ class Loaded:
     @property
     def options(self) -> dict[str, Any]:
         """Of the objective."""
-        return {"batch_norm": self.subject.batch_norm, "dtype": DTYPES[self.subject.dtype]}
+        return {
+            "batch_norm": self.subject.batch_norm,
+            "dtype": DTYPES[self.subject.dtype],
+            "parameters": self.subject.parameters or None,
+        }
 
     def objective(self) -> Objective:
         with user_errors():
@@ -69,7 +75,7 @@ class Loaded:
             "of": str(self.subject.run or self.subject.model),
             "data": self.subject.data or "the run's training data",
             "examples": sum(batch_size(x) for x, _ in self.batches),
-            "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "parameters": FrozenModel(self.model, parameters=self.subject.parameters or None).size,
             "step": self.steps[-1] if self.record else None,
             "matrix": self.subject.matrix,
             "batch_norm": self.subject.batch_norm,
@@ -201,9 +207,7 @@ def limited(batches: Iterable[Any], count: int | None, examples: int | None) -> 
     kept: list[tuple[Any, Tensor]] = []
     room = examples
     for batch in islice(batches, count):
-        if not (isinstance(batch, list | tuple) and len(batch) == 2):
-            raise UserError(f"a batch must be (inputs, targets), got {type(batch).__name__}")
-        x, y = batch
+        ((x, y),) = as_pairs([batch])
         n = batch_size(x)
         if room is not None and n > room:
             x, y, n = select(x, slice(0, room)), y[:room], room

@@ -30,6 +30,7 @@ class Subject:
     examples: Annotated[int | None, typer.Option(help="At most so many examples (named data: 2000).")] = None
     batches: Annotated[int | None, typer.Option(help="At most so many batches.")] = None
     batch_size: Annotated[int, typer.Option(help="Of named data, and of data sets without batches.")] = 500
+    parameters: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Only these, e.g. 'head.*'.")] = None
     matrix: Annotated[str, typer.Option(help="hessian or gauss-newton (eigs, density).")] = "hessian"
     batch_norm: Annotated[str, typer.Option(help="running or batch statistics.")] = "running"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto"

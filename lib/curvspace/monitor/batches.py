@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from curvspace.batches import as_pairs
 from curvspace.functional import Inputs, batch_size
 
 Pair = tuple[Inputs, Tensor]
@@ -32,15 +33,12 @@ def unpacked(batch: Any) -> Pair:
     ValueError
         For any other form.
     """
-    if isinstance(batch, list | tuple) and len(batch) == 2:
-        return batch[0], batch[1]
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
-    form = f"the keys {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
-    raise ValueError(
-        f"a batch is (inputs, targets) or a mapping with 'labels', got {form}; "
-        "pass unpack=function(batch) -> (inputs, targets), or batches=[(inputs, targets), ...]"
-    )
+    try:
+        return as_pairs([batch])[0]
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; pass unpack=function(batch) -> (inputs, targets), or batches=[(inputs, targets), ...]"
+        ) from None
 
 
 class FirstBatches:
@@ -62,45 +60,20 @@ class FirstBatches:
             self.pairs.append(self.unpack(copied(batch)))
 
 
-class OwnLoss(nn.Module):
-    """A model that returns its own loss, as a function whose output is that loss.
+def own_loss(outputs: Any, targets: Tensor) -> Tensor:
+    """The loss that a model itself returns; the targets are among its inputs.
 
     Raises
     ------
     ValueError
-        From a call, if the model's output has no ``loss``.
+        If the model's output has no ``loss``.
     """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: Any) -> Tensor:
-        loss = getattr(self.model(**inputs), "loss", None)
-        if loss is None:
-            raise ValueError(
-                f"{type(self.model).__name__} returned no loss: give it labels, or pass loss= and batches="
-            )
-        return loss
-
-    @staticmethod
-    def of(output: Tensor, targets: Tensor) -> Tensor:
-        """The loss function of an objective on this module."""
-        return output
-
-    @staticmethod
-    def pair(inputs: Mapping[str, Any]) -> Pair:
-        """All the model's inputs, its labels among them, and what counts as targets: one number an example."""
-        return inputs, torch.zeros(batch_size(inputs))
+    loss = getattr(outputs, "loss", None)
+    if loss is None:
+        raise ValueError("the model returned no loss: give it labels, or pass loss= of logits and labels")
+    return loss
 
 
-class Logits(nn.Module):
-    """A model whose outputs have ``.logits``, as a function whose output they are."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        outputs = self.model(*args, **kwargs)
-        return getattr(outputs, "logits", outputs)
+def with_labels(inputs: Mapping[str, Any]) -> Pair:
+    """All that a model is called with as its inputs, its labels among them; the targets only count the examples."""
+    return inputs, torch.zeros(batch_size(inputs))

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from curvspace.batches import as_pairs
 from curvspace.curvature.class_gradients import class_gradients
 from curvspace.curvature.eigensolver import EigenPairs
 from curvspace.curvature.tracker import SubspaceTracker
-from curvspace.functional import Inputs, trainable_parameters
+from curvspace.functional import trainable_parameters
 from curvspace.losses import Loss
 from curvspace.monitor.budget import Budget
 from curvspace.monitor.sinks import Row, Sink, as_sinks
@@ -58,7 +59,8 @@ class CurvatureMonitor:
     model
         The module that is trained.
     batches
-        Pairs (inputs, targets), the same for the whole training: see :class:`~curvspace.objective.Objective`.
+        Pairs (inputs, targets) or one such pair, the same for the whole training, as for an
+        :class:`~curvspace.objective.Objective`.
     loss
         As for the objective.
     k
@@ -79,7 +81,7 @@ class CurvatureMonitor:
     most_negative
         Measure the most negative eigenvalue each time. Without it: ``monitor.measure(step, most_negative=True)``.
     options
-        Further options of the objective, such as its policy for batch normalisation, or ``microbatch``.
+        Further options of the objective: ``parameters="head.*"``, its policy for batch normalisation, ``microbatch``.
 
     Raises
     ------
@@ -95,7 +97,7 @@ class CurvatureMonitor:
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[tuple[Inputs, Tensor]],
+        batches: Iterable[Any],
         loss: str | Loss | Callable[..., Tensor] = "cross_entropy",
         *,
         k: int = 5,
@@ -113,7 +115,7 @@ class CurvatureMonitor:
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         self.model = model
-        self.batches = list(batches)
+        self.batches = as_pairs(batches)
         self.k = k
         self.num_classes = num_classes
         self.every = every
@@ -262,10 +264,11 @@ class CurvatureMonitor:
     def _class_columns(self, gradient: Tensor, top: Tensor) -> dict[str, float]:
         """The class gradients over all batches: each class's mean over its examples."""
         assert self.num_classes is not None
+        followed = self._followed()
         total = gradient.new_zeros(self.num_classes, gradient.numel())  # sums over examples: the same directions
         for inputs, targets in self.batches:
             c, counts = class_gradients(self.model, inputs, targets, self.num_classes, **self._class_options)
-            total += c * counts[:, None].to(c)
+            total += c[:, followed] * counts[:, None].to(c)
         present = total.abs().amax(1) > 0
         span = orthonormal_basis(total[present].T)
         angles = torch.rad2deg(principal_angles(span, top))
@@ -275,6 +278,13 @@ class CurvatureMonitor:
             "class_angle_first_deg": float(angles[0]),
             "class_angle_last_deg": float(angles[-1]),
         }
+
+    def _followed(self) -> Tensor:
+        """Which of all trainable parameters' entries are coordinates, (P of all)."""
+        names = set(self._objective.function.names)
+        all_of_them = trainable_parameters(self._objective.function.model)
+        parts = [torch.full((p.numel(),), name in names, device=self._device) for name, p in all_of_them.items()]
+        return torch.cat(parts)
 
     @property
     def _class_options(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from curvspace.functional import Inputs
 from curvspace.losses import Loss
-from curvspace.monitor.batches import FirstBatches, Logits, OwnLoss, unpacked
+from curvspace.monitor.batches import FirstBatches, own_loss, unpacked, with_labels
 from curvspace.monitor.follow import CurvatureMonitor
 from curvspace.monitor.sinks import Sink, as_sinks
 
@@ -52,10 +52,9 @@ class TrainerMonitor(TrainerCallback):
         own = loss is None and options.get("num_classes") is None
         if own and batches is not None:
             raise ValueError("batches= needs loss=, a function of the model's logits and the labels")
-        self._own_loss = own
-        self._loss = loss or "cross_entropy"
+        self._loss: Any = own_loss if own else loss or "cross_entropy"
         self._batches = None if batches is None else list(batches)
-        self._first = FirstBatches(num_batches, OwnLoss.pair if own else unpacked)
+        self._first = FirstBatches(num_batches, with_labels if own else unpacked)
         self._sinks: list[Sink] = as_sinks(to)
         self._options = options
         self._hook: Any = None
@@ -80,11 +79,8 @@ class TrainerMonitor(TrainerCallback):
             self.monitor.close()
 
     def _begin(self, model: nn.Module) -> CurvatureMonitor:
-        options = {"to": self._sinks, **self._options}
-        if self._own_loss:  # a mean over tokens, not examples: never cut
-            return CurvatureMonitor(OwnLoss(model), self._first.pairs, OwnLoss.of, **{"microbatch": None, **options})
         batches = self._first.pairs if self._batches is None else self._batches
-        return CurvatureMonitor(Logits(model), batches, self._loss, **options)
+        return CurvatureMonitor(model, batches, self._loss, to=self._sinks, **self._options)
 
     def _catch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model.training:
