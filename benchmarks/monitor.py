@@ -1,4 +1,4 @@
-"""What following curvature costs a training, on three frameworks: ``python -m benchmarks.monitor [SECONDS]``.
+"""What following curvature costs a training, on three frameworks: ``python -m benchmarks.monitor [SECONDS [NAME...]]``.
 
 Each training runs for the same number of steps with and without the monitor, in turn, in one process. Two numbers
 come out: the overhead as the monitor itself measures it (its seconds per second of training), and from outside the
@@ -132,5 +132,8 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
-    table = pd.DataFrame([row(train, seconds, 0.05) for train in (plain, lightning, trainer)])
+    wanted = sys.argv[2:] or ["plain", "lightning", "trainer"]
+    table = pd.DataFrame(
+        [row(train, seconds, 0.05) for train in (plain, lightning, trainer) if train.__name__ in wanted]
+    )
     print(table.to_markdown(index=False, floatfmt=".3g"))
