@@ -1,6 +1,6 @@
 """What following curvature costs a training, on three frameworks: ``python -m benchmarks.monitor [SECONDS [NAME...]]``.
 
-Each training runs for the same number of steps with and without the monitor, in turn, in one process. Two numbers
+Each training runs for the same number of steps without and with the monitor in one process. Two numbers
 come out: the overhead as the monitor itself measures it (its seconds per second of training), and from outside the
 processor time of the whole training with it over that without it, less one.
 """
@@ -22,24 +22,29 @@ from torch import nn
 from curvspace.models.registry import build
 from curvspace.monitor import CurvatureMonitor, LightningMonitor, TrainerMonitor
 
-OPTIONS: dict[str, Any] = {"k": 5, "num_classes": 10}
+OPTIONS: dict[str, Any] = {"k": 3, "num_classes": 10}
+"""Measured on one minibatch of the training in each framework."""
 
 
-def images(n: int = 2048) -> torch.utils.data.TensorDataset:
+def examples(n: int = 2048) -> torch.utils.data.TensorDataset:
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(10, (n,), generator=generator)
-    patterns = torch.randn(10, 3, 32, 32, generator=generator)
-    return torch.utils.data.TensorDataset(patterns[targets] + torch.randn(n, 3, 32, 32, generator=generator), targets)
+    patterns = torch.randn(10, 64, generator=generator)
+    return torch.utils.data.TensorDataset(patterns[targets] + torch.randn(n, 64, generator=generator), targets)
+
+
+def network() -> nn.Module:
+    return build("fc", {"widths": [100, 100]}, (64,), 10)
 
 
 def plain(steps: int, share: float | None) -> Any:
-    """CNN-60k by SGD, minibatches of 128."""
+    """Two hidden layers of 100 by SGD, minibatches of 64."""
     torch.manual_seed(0)
-    model = build("cnn-60k", {}, (3, 32, 32), 10)
-    data = images()
-    loader = torch.utils.data.DataLoader(data, batch_size=128, shuffle=True)
+    model = network()
+    data = examples()
+    loader = torch.utils.data.DataLoader(data, batch_size=64, shuffle=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    monitor = CurvatureMonitor(model, [data[:512]], share=share, **OPTIONS) if share else None
+    monitor = CurvatureMonitor(model, [data[:64]], share=share, **OPTIONS) if share else None
     step = 0
     while step < steps:
         for x, y in loader:
@@ -59,7 +64,7 @@ def lightning(steps: int, share: float | None) -> Any:
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net = build("cnn-60k", {}, (3, 32, 32), 10)
+            self.net = network()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.net(x)
@@ -71,9 +76,9 @@ def lightning(steps: int, share: float | None) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.05)
 
     torch.manual_seed(0)
-    callback = LightningMonitor(share=share, **OPTIONS) if share else None
+    callback = LightningMonitor(num_batches=1, share=share, **OPTIONS) if share else None
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    loader = torch.utils.data.DataLoader(images(), batch_size=128, shuffle=True)
+    loader = torch.utils.data.DataLoader(examples(), batch_size=64, shuffle=True)
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, callbacks=[callback] if callback else [], **quiet
     )
@@ -82,19 +87,19 @@ def lightning(steps: int, share: float | None) -> Any:
 
 
 def trainer(steps: int, share: float | None) -> Any:
-    """A BERT of two layers (0.5 million parameters) by the Hugging Face Trainer, minibatches of 32 × 32 tokens."""
+    """A BERT of one layer by the Hugging Face Trainer, minibatches of 16 × 16 tokens."""
     import transformers
 
     torch.manual_seed(0)
-    size = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     config = transformers.BertConfig(vocab_size=1000, num_labels=10, max_position_embeddings=64, **size)
     model = transformers.BertForSequenceClassification(config)
-    tokens, labels = torch.randint(1, 1000, (1024, 32)), torch.randint(10, (1024,))
+    tokens, labels = torch.randint(1, 1000, (1024, 16)), torch.randint(10, (1024,))
     data = [{"input_ids": t, "attention_mask": torch.ones_like(t), "labels": y} for t, y in zip(tokens, labels)]  # noqa: B905
-    callback = TrainerMonitor(share=share, **OPTIONS) if share else None
+    callback = TrainerMonitor(num_batches=1, share=share, **OPTIONS) if share else None
     quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "use_cpu": True}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = transformers.TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=32, **quiet)
+        arguments = transformers.TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=16, **quiet)
         callbacks = [callback] if callback else []
         transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks).train()
     return callback and callback.monitor
@@ -107,22 +112,20 @@ def timed(train: Callable[[int, float | None], Any], steps: int, share: float | 
 
 
 def row(train: Callable[[int, float | None], Any], seconds: float, share: float) -> dict[str, Any]:
-    """A training of about so many seconds without and with the monitor, twice each."""
+    """A training of about so many seconds of processor time, without and with the monitor."""
     timed(train, 10, None)
-    steps = max(50, round(50 * seconds / timed(train, 50, None)[1]))
-    without, with_it = [], []
-    for _ in range(2):
-        without.append(timed(train, steps, None)[1])
-        wall, cpu, monitor = timed(train, steps, share)
-        with_it.append(cpu)
+    few, some = timed(train, 50, None)[1], timed(train, 150, None)[1]
+    steps = max(50, round(100 * seconds / max(some - few, 1e-3)))
+    _, without, _ = timed(train, steps, None)
+    wall, with_it, monitor = timed(train, steps, share)
     return {
         "framework": train.__name__,
         "steps": steps,
         "share": share,
         "measurements": len(monitor.rows),
         "own_overhead": monitor.overhead,
-        "cpu_overhead": sum(with_it) / sum(without) - 1,
-        "training_cpu_s": sum(without) / 2,
+        "cpu_overhead": with_it / without - 1,
+        "training_cpu_s": without,
         "wall_s": wall,
         "last_measure_s": monitor.rows[-1]["measure_s"] if monitor.rows else float("nan"),
     }
