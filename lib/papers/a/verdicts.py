@@ -9,7 +9,7 @@ import pandas as pd
 
 from papers.a.readings import STATEMENTS, score
 from papers.a.tables import crossovers
-from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Case, Outcome, Untested, estimate, judge, number
+from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Case, Outcome, Untested, estimate, exact, judge, number
 from papers.common.runs import Tables
 from papers.common.verdicts import Where, cases_of, pick
 
@@ -59,7 +59,7 @@ def gap_elsewhere(
         for reading, gaps in (("difference", values[:-1] - values[1:]), ("ratio", values[:-1] / values[1:])):
             place = int(np.argmax(gaps)) + 1
             verdict = FAILS if place == at else HOLDS
-            found.append(Case(f"{name} largest {reading} after".strip(), estimate([place]), verdict))
+            found.append(Case(f"{name} largest {reading} after".strip(), exact(place), verdict))
     return Outcome(tuple(found))
 
 
@@ -89,7 +89,7 @@ def rank_falls(
             lines.append(f"{tolerance:g}: {start:.0f} to {end:.0f}, random {null:.0f}")
         verdict = HOLDS if support else FAILS
         note = f"C = {classes}; rank by tolerance {'; '.join(lines)}"
-        found.append(Case(f"{name} lowest final rank".strip(), estimate([min(ends)]), verdict, note))
+        found.append(Case(f"{name} lowest final rank".strip(), exact(min(ends)), verdict, note))
     return Outcome(tuple(found))
 
 
@@ -102,4 +102,4 @@ def best_reading(tables: Tables, *, table: str | None = None, where: Where | Non
     open_ = {row["statement"]: row["verdict"] for _, row in own.iterrows() if row["statement"] not in holding}
     note = "; ".join(f"{STATEMENTS[key]}: {verdict}" for key, verdict in open_.items()) or "all hold"
     verdict = HOLDS if not open_ else FAILS if FAILS in open_.values() else INCONCLUSIVE
-    return Outcome((Case(f"{best['reading']}", estimate([float(best["hold"])]), verdict, note),))
+    return Outcome((Case(f"{best['reading']}", exact(best["hold"]), verdict, note),))

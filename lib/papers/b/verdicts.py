@@ -8,7 +8,18 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from papers.common.outcomes import FAILS, HOLDS, Case, Estimate, Outcome, Untested, estimate, estimate_ratio, judge
+from papers.common.outcomes import (
+    FAILS,
+    HOLDS,
+    Case,
+    Estimate,
+    Outcome,
+    Untested,
+    estimate,
+    estimate_ratio,
+    exact,
+    judge,
+)
 from papers.common.runs import Tables
 from papers.common.verdicts import cases_of, pick
 
@@ -42,7 +53,14 @@ def preserved(
 
 
 def kink(
-    tables: Tables, *, at: int, within: int = 1, x: str = "dimension", y: str = "value", table: str | None = None
+    tables: Tables,
+    *,
+    at: int,
+    within: int = 1,
+    x: str = "dimension",
+    y: str = "value",
+    margin: float = 0.0,
+    table: str | None = None,
 ) -> Outcome:
     """B12: the mean overlap against the dimension bends at ``at`` ± ``within``: where its slope falls most.
 
@@ -56,7 +74,7 @@ def kink(
             if len(curve) < 5:
                 raise Untested(f"a bend needs at least 5 dimensions, got {len(curve)}")
             breaks.append(float(break_point(curve.index.to_numpy(float), curve.to_numpy(float))))
-        measured = estimate(breaks)
+        measured = estimate(breaks, margin)
         found.append(Case(name, measured, judge(measured, at - within - 0.5, at + within + 0.5)))
     return Outcome(tuple(found))
 
@@ -137,7 +155,7 @@ def toy_exact(tables: Tables, *, tolerance: float = 0.01, table: str | None = No
             raise Untested(f"no row for: {name}")
         worst = float(errors.max())
         verdict = HOLDS if worst <= limit and not math.isnan(worst) else FAILS
-        found.append(Case(name, estimate([worst]), verdict))
+        found.append(Case(name, exact(worst), verdict))
     return Outcome(tuple(found))
 
 

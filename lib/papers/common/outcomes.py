@@ -15,6 +15,8 @@ from papers.common.intervals import half_width
 
 HOLDS, FAILS, INCONCLUSIVE = "holds", "fails", "inconclusive"
 UNTESTED = "not tested at this scale"
+DIVERGED = 1e6
+"""A ratio of two losses, or of two other results of runs, beyond this is one with a run that diverged."""
 VERDICTS = (HOLDS, FAILS, INCONCLUSIVE, UNTESTED)
 
 
@@ -24,7 +26,7 @@ class Untested(Exception):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval; ``seeds`` is how many independent values stand behind it."""
+    """A mean with its interval, NaN where it has none; ``seeds``: how many independent values stand behind it."""
 
     value: float
     low: float
@@ -34,9 +36,23 @@ class Estimate:
     def __str__(self) -> str:
         if math.isnan(self.value):
             return "no number"
-        if self.low == self.high:
+        if math.isnan(self.low) or math.isnan(self.high):
+            return f"{number(self.value)} (no interval)"
+        if number(self.low) == number(self.high):
             return number(self.value)
         return f"{number(self.value)} [{number(self.low)}, {number(self.high)}]"
+
+
+class Ratio(Estimate):
+    """A ratio of two sides: infinite where the first diverged, 0 where the second did."""
+
+    def __str__(self) -> str:
+        ends = {0.0: "second diverged", math.inf: "first diverged"}
+        if self.low == self.high and self.value in ends:
+            return ends[self.value]
+        if self.value in ends or self.low in ends or self.high in ends:
+            return "no ratio: on some seeds a side diverged"
+        return super().__str__()
 
 
 @dataclass(frozen=True)
@@ -87,20 +103,25 @@ class Outcome:
 
 
 def number(value: float) -> str:
-    """Three significant digits."""
-    return format(value, ".3g")
+    """Three significant digits for a reader: 0.123, 12,300, 1.2e+07; an infinite value is that of a diverged run."""
+    if math.isinf(value):
+        return "diverged"
+    text = format(value, ".3g")
+    return f"{float(text):,.0f}" if "e" in text and 1 <= abs(value) < 1e7 else text
 
 
 def estimate(values: Sequence[float], margin: float = 0.0, level: float = 0.95) -> Estimate:
     """Mean and Student-t interval over independent values, one a seed.
 
     One value has no spread: then the interval is value ± ``margin``, the difference that the claim's author would
-    not trust a single run to show. Infinite values (diverged runs) have no mean: the median stands in for it and
-    the interval is the range. Missing values are left out.
+    not trust a single run to show; without a margin there is no interval, and so no verdict. Infinite values (diverged
+    runs) have no mean: the median stands in for it and the interval is the range. Missing values are left out.
     """
     x = np.asarray([v for v in values if not math.isnan(v)], dtype=float)
     if not len(x):
         return Estimate(math.nan, math.nan, math.nan, 0)
+    if len(x) == 1 and not margin > 0:
+        return Estimate(float(x[0]), math.nan, math.nan, 1)
     if not np.isfinite(x).all():
         return Estimate(float(np.median(np.sort(x))), float(x.min()), float(x.max()), len(x))
     mean = float(x.mean())
@@ -108,24 +129,37 @@ def estimate(values: Sequence[float], margin: float = 0.0, level: float = 0.95) 
     return Estimate(mean, mean - half, mean + half, len(x))
 
 
+def exact(value: float) -> Estimate:
+    """A count or an identity, which a rule judges as it is: no interval to estimate."""
+    return Estimate(float(value), float(value), float(value), 1)
+
+
 def estimate_ratio(ratios: Sequence[float] | np.ndarray, margin: float = 0.0) -> Estimate:
-    """The geometric mean of positive ratios with the interval of their logarithms; ``margin`` 0.1 is 10 %."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = estimate(np.log(np.asarray(ratios, dtype=float)).tolist(), math.log1p(margin))
+    """The geometric mean of positive ratios with the interval of their logarithms; ``margin`` 0.1 is 10 %.
+
+    A ratio above :data:`DIVERGED`, or below its inverse, compares a run with one that diverged: it counts as infinite,
+    or as 0. An interval as wide as that says nothing: then there is no interval.
+    """
+    x = np.asarray(ratios, dtype=float)
+    x = np.where(x > DIVERGED, math.inf, np.where(x < 1 / DIVERGED, 0.0, x))
+    with np.errstate(divide="ignore"):
+        logs = estimate(np.log(x).tolist(), math.log1p(margin))
     value, low, high = np.exp([logs.value, logs.low, logs.high]).tolist()
-    return Estimate(value, low, high, logs.seeds)
+    if np.isfinite(x).all() and (x > 0).all() and high > DIVERGED * low:
+        low = high = math.nan
+    return Ratio(value, low, high, logs.seeds)
 
 
 def judge(measured: Estimate, at_least: float | None = None, at_most: float | None = None) -> str:
     """Where the interval lies against the allowed range [at_least, at_most]; an end that is None is open.
 
-    A measure without a number is inconclusive.
+    A measure without a number or without an interval is inconclusive.
     """
     if at_least is None and at_most is None:
         raise ValueError("a rule needs at_least, at_most or both")
     lower = -math.inf if at_least is None else at_least
     upper = math.inf if at_most is None else at_most
-    if math.isnan(measured.value):
+    if any(map(math.isnan, (measured.value, measured.low, measured.high))):
         return INCONCLUSIVE
     if measured.low >= lower and measured.high <= upper:
         return HOLDS

@@ -287,13 +287,14 @@ def per_step(
     where: Where | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
+    margin: float = 0.0,
 ) -> Outcome:
     """A cost that a run adds up (passes, products), for one step: its last value over the number of steps."""
     rows = pick(tables, table, where)
     found = []
     for name, part in cases_of(rows):
         last = last_rows(part, ["seed"])
-        measured = estimate((last[column] / last["step"]).tolist())
+        measured = estimate((last[column] / last["step"]).tolist(), margin)
         found.append(Case(name, measured, judge(measured, at_least, at_most)))
     return Outcome(tuple(found))
 
@@ -305,6 +306,7 @@ def against_reference(
     reference: str | Sequence[str],
     tolerance: float,
     by: Sequence[str],
+    margin: float = 0.0,
     table: str | None = None,
 ) -> Outcome:
     """B13, B15, C22: each row's value within ``tolerance`` of the paper's, which stands in the column ``reference``.
@@ -318,7 +320,7 @@ def against_reference(
         known = rows[rows[other].notna() & rows[own].notna()]
         for name, part in cases_of(known, by, apart=SETTING):
             expected = float(part[other].iloc[0])
-            measured = estimate(part[own].tolist())
+            measured = estimate(part[own].tolist(), margin)
             verdict = judge(measured, expected - tolerance, expected + tolerance)
             label = name if len(pairs) == 1 else f"{name} {own}"
             found.append(Case(label, measured, verdict, f"paper {expected:g}"))

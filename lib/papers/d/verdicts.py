@@ -102,7 +102,9 @@ def signs(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return parts
 
 
-def large_scale(tables: Tables, *, column: str, above_at_least: float, table: str | None = None) -> Outcome:
+def large_scale(
+    tables: Tables, *, column: str, above_at_least: float, margin: float = 0.0, table: str | None = None
+) -> Outcome:
     """D4: a quadratic fit over a range curves more than the eigenvalue says, by more where that is negative.
 
     Measured: the share of fits above the eigenvalue, for each sign; and the median excess (fit − λ)/|λ| on the
@@ -116,7 +118,7 @@ def large_scale(tables: Tables, *, column: str, above_at_least: float, table: st
         above = proportion(int((part[column] > part["curvature"]).sum()), len(part), 1)
         found.append(Case(f"above y = x, {sign} λ", above, judge(above, at_least=above_at_least), f"{len(part)} fits"))
         excess[sign] = float(((part[column] - part["curvature"]) / part["curvature"].abs()).median())
-    more = estimate([excess["negative"] - excess["positive"]])
+    more = estimate([excess["negative"] - excess["positive"]], margin)
     found.append(Case("excess, negative less positive", more, judge(more, at_least=0.0)))
     return Outcome(tuple(found))
 
@@ -127,6 +129,7 @@ def best_step(
     positive_at_least: float,
     product: tuple[float, float],
     unrelated: float,
+    margin: float = 0.0,
     table: str | None = None,
 ) -> Outcome:
     """D5: 1/α* follows λ where λ > 0, and neither λ nor |λ| where λ < 0.
@@ -137,7 +140,7 @@ def best_step(
     parts = signs(pick(tables, table))
     positive = spearman(parts["positive"], "inverse_alpha", "curvature")
     products = (parts["positive"]["curvature"] / parts["positive"]["inverse_alpha"]).replace([np.inf, -np.inf], np.nan)
-    median = estimate([float(products.median())])
+    median = estimate([float(products.median())], margin)
     negative = parts["negative"].assign(size=parts["negative"]["curvature"].abs())
     rank = spearman(negative, "inverse_alpha", "size")
     return Outcome(

@@ -48,8 +48,8 @@ def bent(at: int, seed: int = 0) -> pd.DataFrame:
 
 
 def test_kink() -> None:
-    assert claims_b.kink({"t": bent(9)}, at=9).verdict == HOLDS
-    assert claims_b.kink({"t": bent(15)}, at=9).verdict == FAILS
+    assert claims_b.kink({"t": bent(9)}, at=9, margin=0.4).verdict == HOLDS
+    assert claims_b.kink({"t": bent(15)}, at=9, margin=0.4).verdict == FAILS
     mixed = pd.concat([bent(5, 0), bent(9, 1), bent(14, 2)])
     assert claims_b.kink({"t": mixed}, at=9).verdict == INCONCLUSIVE
     with pytest.raises(Untested):
@@ -63,7 +63,7 @@ def test_break_point_of_an_exact_bend() -> None:
 
 def test_against_reference() -> None:
     table = pd.DataFrame({"labels": ["true", "even/odd", "other"], "outliers": [10, 2, 7], "paper": [10, 2, np.nan]})
-    options = {"column": "outliers", "reference": "paper", "tolerance": 0.5, "by": ["labels"]}
+    options = {"column": "outliers", "reference": "paper", "tolerance": 0.5, "by": ["labels"], "margin": 0.4}
     assert verdicts.against_reference({"t": table}, **options).verdict == HOLDS
     assert len(verdicts.against_reference({"t": table}, **options).cases) == 2
     assert verdicts.against_reference({"t": table.assign(outliers=[9, 2, 7])}, **options).verdict == FAILS
@@ -74,7 +74,7 @@ def test_against_reference() -> None:
 def test_against_several_references() -> None:
     table = pd.DataFrame({"network": ["a", "b"], "train": [14.0, 7.0], "val": [20.0, 16.0]})
     table = table.assign(paper_train=[14.1, 7.6], paper_val=[19.9, np.nan])
-    options = {"column": ["train", "val"], "reference": ["paper_train", "paper_val"], "by": ["network"]}
+    options = {"column": ["train", "val"], "reference": ["paper_train", "paper_val"], "by": ["network"], "margin": 0.05}
     outcome = verdicts.against_reference({"t": table}, tolerance=1.5, **options)
     assert [case.name for case in outcome.cases] == ["a train", "b train", "a val"]
     assert outcome.verdict == HOLDS

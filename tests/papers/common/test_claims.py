@@ -94,7 +94,7 @@ def test_threshold(values: list[float], verdict: str) -> None:
 
 def test_threshold_never_mixes_runs_of_different_settings() -> None:
     mixed = pd.concat([runs({"sgd": [1.0]}, "value", lr=0.1), runs({"sgd": [3.0]}, "value", lr=0.2)])
-    outcome = claims.threshold({"t": mixed}, at_least=2.0)
+    outcome = claims.threshold({"t": mixed}, at_least=2.0, margin=0.1)
     assert [(c.name, c.estimate.value) for c in outcome.cases] == [("lr 0.1", 1.0), ("lr 0.2", 3.0)]
     assert outcome.verdict == FAILS
 
@@ -199,7 +199,7 @@ def test_pick_conditions() -> None:
         claims.pick({"t": table, "u": table})
 
 
-def metrics(fast: list[float], slow: list[float], per_epoch: int = 10) -> pd.DataFrame:
+def one_seed(fast: list[float], slow: list[float], per_epoch: int = 10) -> pd.DataFrame:
     """Two loss curves, evaluated at every step."""
     rows = [
         {"optimizer": name, "seed": 0, "batch_size": 64, "step": i, "epoch": i / per_epoch, "eval_train_loss": value}
@@ -210,6 +210,9 @@ def metrics(fast: list[float], slow: list[float], per_epoch: int = 10) -> pd.Dat
 
 
 def test_crossover() -> None:
+    def metrics(*curves: list[float]) -> pd.DataFrame:
+        return pd.concat([one_seed(*curves).assign(seed=seed) for seed in (0, 1)])
+
     slow = np.linspace(2, 0.5, 21).tolist()
     overtaken = [2.0, 1.7, 1.6, *[1.55] * 18]
     found = claims_a.crossover({"t": metrics(overtaken, slow)}, fast="qn", slow="sgd")
@@ -220,6 +223,7 @@ def test_crossover() -> None:
     assert claims_a.crossover({"t": metrics(slow, overtaken)}, fast="qn", slow="sgd").verdict == FAILS
     always_ahead = [0.9 * value for value in slow]
     assert claims_a.crossover({"t": metrics(always_ahead, slow)}, fast="qn", slow="sgd").verdict == FAILS
+    assert claims_a.crossover({"t": one_seed(overtaken, slow)}, fast="qn", slow="sgd").verdict == INCONCLUSIVE
 
 
 def test_gap_elsewhere() -> None:
@@ -254,3 +258,45 @@ def test_per_step() -> None:
 def test_rules_do_not_import_torch() -> None:
     code = "import sys, papers.cli.claims; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("margin", "verdict"), [(0.0, INCONCLUSIVE), (0.05, HOLDS)])
+def test_one_seed_has_a_verdict_by_a_declared_margin_only(margin: float, verdict: str) -> None:
+    """For each general rule: the same single run, far inside the allowed range."""
+    table = pd.DataFrame({"optimizer": ["a", "b"], "seed": 0, "step": 10, "value": [10.0, 1.0], "paper": [10.1, 1.1]})
+    first = {"t": table[table["optimizer"] == "a"]}
+    rules = [
+        claims.threshold(first, at_least=5, margin=margin),
+        claims.per_step(first, column="value", at_most=5, margin=margin),
+        claims.ordering({"t": table}, first="a", second="b", column="value", at_least=5, margin=margin),
+        claims.ordering(
+            {"t": table}, first="a", second="b", column="value", relation="ratio", at_least=5, margin=margin
+        ),
+        claims.against_reference(
+            {"t": table}, column="value", reference="paper", tolerance=0.5, by=["optimizer"], margin=margin
+        ),
+    ]
+    assert [outcome.verdict for outcome in rules] == [verdict] * len(rules)
+    assert ("(no interval)" in rules[0].measured) == (not margin)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "text"),
+    [
+        ([2.0, 2.0], "2"),
+        ([math.inf, math.inf], "first diverged"),
+        ([1e19, 1e9], "first diverged"),
+        ([0.0, 1e-30], "second diverged"),
+        ([2.0, math.inf], "no ratio: on some seeds a side diverged"),
+        ([1e5, 1e-5], "1 (no interval)"),
+    ],
+)
+def test_a_ratio_with_a_diverged_side_is_said_in_words(ratios: list[float], text: str) -> None:
+    assert str(claims.estimate_ratio(ratios)) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.12345, "0.123"), (12345.0, "12,300"), (1234567.0, "1,230,000"), (math.inf, "diverged")]
+)
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert claims.number(value) == text

@@ -97,7 +97,7 @@ def fits(positive: float, negative: float) -> pd.DataFrame:
 
 
 def test_large_scale() -> None:
-    options = {"column": "fit", "above_at_least": 0.5}
+    options = {"column": "fit", "above_at_least": 0.5, "margin": 0.1}
     assert claims_d.large_scale({"t": fits(0.1, 3.0)}, **options).verdict == HOLDS
     assert claims_d.large_scale({"t": fits(-0.1, 3.0)}, **options).verdict == FAILS
     assert claims_d.large_scale({"t": fits(3.0, 0.1)}, **options).verdict == FAILS
@@ -131,7 +131,7 @@ def searches(noise: float, follows: bool, factor: float = 1.0) -> pd.DataFrame:
     ],
 )
 def test_best_step(table: pd.DataFrame, verdict: str) -> None:
-    outcome = claims_d.best_step({"t": table}, positive_at_least=0.7, product=(0.5, 2.0), unrelated=0.4)
+    outcome = claims_d.best_step({"t": table}, positive_at_least=0.7, product=(0.5, 2.0), unrelated=0.4, margin=0.05)
     assert outcome.verdict == verdict
 
 
