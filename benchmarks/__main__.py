@@ -17,10 +17,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks import draw, exactness, rows, scaling
+from benchmarks import draw, exactness, networks, rows, scaling
 from benchmarks.problem import CLOCKS, trained_problem, use_clock
 
-SECTIONS = ("exactness", "products", "class_gradients", "eigenpairs", "tracking", "steps", "scaling")
+SECTIONS = ("exactness", "products", "class_gradients", "eigenpairs", "networks", "tracking", "steps", "scaling")
 PEERS = ("curvlinops-for-pytorch", "hessian-eigenthings", "PyHessian", "scipy")
 
 
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--networks", default=";".join(networks.NETWORKS), help="names for the section of that name")
     parser.add_argument("--largest", type=int, default=50_000, help="images of the largest scaling run")
     arguments = parser.parse_args()
     unknown = set(arguments.only.split(",")) - set(SECTIONS)
@@ -51,6 +52,7 @@ def main() -> None:
         "products": lambda: rows.products(problem, count, device),
         "class_gradients": lambda: rows.class_gradient_pass(problem, count, device),
         "eigenpairs": lambda: rows.eigenpairs(problem, count, device),
+        "networks": lambda: networks.eigenpairs(problem, arguments.networks.split(";")),
         "tracking": lambda: rows.tracking(problem, count // 4, device),
         "steps": lambda: rows.steps(problem, device),
     }
