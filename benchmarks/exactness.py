@@ -66,7 +66,7 @@ def _situations() -> dict[str, tuple[nn.Module, tuple[int, ...], Loss]]:
     mean = F.cross_entropy
     weights = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
     stored = nn.BatchNorm2d(4)
-    stored.running_mean += 0.1
+    stored.load_state_dict({**stored.state_dict(), "running_mean": torch.full((4,), 0.1)})
     embedding = nn.Sequential(nn.Embedding(3, 6), nn.Flatten(), nn.Linear(30, 8), nn.Tanh(), nn.Linear(8, 3))
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 4, 3)), nn.Tanh(), nn.Flatten())
     return {
