@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores all --resources gpu=1 --rerun-incomplete --show-failed-logs
 
-.PHONY: run smoke paper test test-quick lint report verify bench gpu-check docs lock clean
+.PHONY: run smoke paper test test-quick lint report verify reference-claims bench gpu-check docs lock clean
 
 $(READY): envs/requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -42,6 +42,9 @@ lint: $(READY)  ## formatters, linters, types
 
 report: $(READY)  ## one offline page with all results of the last run
 	$(SNAKEMAKE) --report report.html
+
+reference-claims: $(READY)  ## one ledger of all reference results: results/reference/claims.md
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=lib:. $(BIN)/python -m workflow.reference
 
 verify: $(READY)  ## which results are stale, whatever Snakemake remembers
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m workflow.verify

@@ -238,8 +238,9 @@ class Plan:
         spec: dict[str, Any] = {key: {} for key in ("sources", "scale", "short", "link")}
         for name, part in written.items():
             scale = self.config["studies"].get(name, {}).get("scale", self.config["scale"])
-            for key, found in claims.bind(part, self.study, {**self.config, "scale": scale}).items():
-                spec[key] |= found
+            bound = claims.bind(part, self.study, {**self.config, "scale": scale})
+            for key, found in spec.items():
+                found |= bound[key]
         spec["claims"] = hashlib.sha256(canonical(entries).encode()).hexdigest()[:16]
         own = [entry["rule"] for entry in entries if ":" in entry.get("rule", "")]
         code = self.code.hash("papers.cli.claims", *registry.verdict_modules(), *own)

@@ -191,7 +191,8 @@ def _ratio(statement: str, ratios: pd.Series) -> Judgement:
     found = ratios.to_numpy(float)
     if 0 < len(found) < FEW and np.isfinite(found).all():
         logs = _estimate(np.log(found), math.log1p(MARGINS["ratio"]))
-        measured = Estimate(*np.exp([logs.value, logs.low, logs.high]).tolist(), logs.seeds)
+        value, low, high = np.exp([logs.value, logs.low, logs.high]).tolist()
+        measured = Estimate(value, low, high, logs.seeds)
     else:
         measured = estimate_ratio(found, MARGINS["ratio"])
     verdict = judge(measured, at_least=1.0) if len(ratios) else FAILS

@@ -8,17 +8,27 @@ from typing import Any
 
 from papers.common.study import Artefact, Measure, Run, Source, Study
 
+WORDS = {
+    **{"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"},
+    **{"digits": "the embedded digits", "sine": "a noisy sine", "lenet": "LeNet", "fc": "fully connected network"},
+    **{"resnet9": "ResNet9", "resnet18": "ResNet-18", "convnet": "ConvNet", "softmax": "softmax regression"},
+    **{"cnn-400": "CNN-400", "cnn-60k": "CNN-60k", "cnn-222": "CNN-222", "vgg-f": "VGG-f", "mlp-tanh": "MLP"},
+    **{"cifar-basic": "basic CNN"},
+}
+"""Sources of data and kinds of networks as a reader knows them; others keep their name."""
+WHOLE = 50_000
+"""Training examples of a data set that is not cut down, for comparing sizes of runs."""
 PAGES = {"figure": ".png", "table": ".html"}
 
 
 def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec of the ledger's job: ``sources`` (tables below the results folder), and by claim ``scale``, ``short``
-    and ``link``.
+    """The spec of the ledger's job: ``sources`` (tables below the results folder), and by claim ``scale``, ``size``
+    (training examples times epochs, of the largest run), ``models`` (names of the networks), ``short`` and ``link``.
 
     A source that the graph does not have is left out. ``short`` says which part of a claim's ``requires`` this config
     does not reach.
     """
-    spec: dict[str, dict[str, Any]] = {"sources": {}, "scale": {}, "short": {}, "link": {}}
+    spec: dict[str, dict[str, Any]] = {"sources": {}, "scale": {}, "size": {}, "models": {}, "short": {}, "link": {}}
     artefacts = {artefact.id: artefact for artefact in study.artefacts}
     for entry in entries:
         behind: list[Source] = []
@@ -31,6 +41,8 @@ def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str
         runs, datasets = _behind(behind)
         parts = [*_scale(runs, config), *_own_training(behind, config), *_examples(behind)]
         spec["scale"][entry["id"]] = f"{config['scale']}: {'; '.join(parts) or 'generated data'}"
+        spec["size"][entry["id"]] = max((_size(run, config) for run in runs), default=0.0)
+        spec["models"][entry["id"]] = sorted({run.model for run in runs})
         if short := _short(entry.get("requires", {}), runs, datasets, config):
             spec["short"][entry["id"]] = short
         if artefact := artefacts.get(entry.get("figure", "")):
@@ -80,7 +92,7 @@ def _scale(runs: list[Run], config: Mapping[str, Any]) -> list[str]:
     for run in runs:
         pairs.setdefault((run.dataset, run.model), set()).add(run.lr)
     parts = [
-        f"{model} on {_data(dataset, config)}, {_length(dataset, model, config)}{_rates(lrs)}"
+        f"{_model(model, config)} on {_data(dataset, config)}, {_length(dataset, model, config)}{_rates(lrs)}"
         for (dataset, model), lrs in pairs.items()
     ]
     return parts
@@ -96,21 +108,33 @@ def _own_training(sources: Iterable[Source], config: Mapping[str, Any]) -> list[
     for source in sources:
         if isinstance(source, Measure) and {"model", "task"} <= set(source.spec):
             model, epochs = source.spec["model"]["name"], source.spec["task"]["epochs"]
-            found |= {f"{model} on {_data(name, config)}, {epochs:g} epochs": None for name in source.datasets}
+            words = _model(model, config)
+            found |= {f"{words} on {_data(name, config)}, {epochs:g} epochs": None for name in source.datasets}
     return list(found)
 
 
 def _examples(sources: Iterable[Source]) -> list[str]:
     """How many examples the curvature was measured on."""
     counts = sorted({s.spec["examples"] for s in sources if isinstance(s, Measure) and s.spec.get("examples")})
-    return [f"measured on {' or '.join(f'{n:,}' for n in counts)} examples"] if counts else []
+    return [f"curvature on {' or '.join(f'{n:,}' for n in counts)} examples"] if counts else []
 
 
 def _data(name: str, config: Mapping[str, Any]) -> str:
     block = config["datasets"][name]
-    size = f"{block['train']:,} of " if isinstance(block.get("train"), int) else ""
+    size = f"{block['train']:,} examples of " if isinstance(block.get("train"), int) else ""
     labels = "" if block.get("labels", "true") in ("true", True) else f" ({block['labels']} labels)"
-    return f"{size}{block['source']}{labels}"
+    return f"{size}{WORDS.get(block['source'], block['source'])}{labels}"
+
+
+def _model(name: str, config: Mapping[str, Any]) -> str:
+    kind = config["models"][name]["kind"]
+    return WORDS.get(kind, name)
+
+
+def _size(run: Run, config: Mapping[str, Any]) -> float:
+    train = config["datasets"][run.dataset].get("train")
+    epochs = config["tasks"][f"{run.dataset}/{run.model}"]["epochs"]
+    return float(train if isinstance(train, int) else WHOLE) * float(epochs)
 
 
 def _length(dataset: str, model: str, config: Mapping[str, Any]) -> str:

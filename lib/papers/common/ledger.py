@@ -20,7 +20,7 @@ import yaml
 
 from curvspace.errors import UserError
 from papers.common import verdicts
-from papers.common.outcomes import UNTESTED, VERDICTS, Outcome, Untested
+from papers.common.outcomes import UNTESTED, VERDICTS, Outcome, Untested, number
 
 COLUMNS = (
     *("id", "paper", "where", "statement", "reference", "measured", "value", "low", "high"),
@@ -87,8 +87,8 @@ def parse(entries: Any, own: str = "") -> list[Claim]:
         raise UserError("the claims file must be a list of claims")
     allowed = {f.name for f in fields(Claim)}
     found: dict[str, Claim] = {}
-    for number, entry in enumerate(entries, start=1):
-        name = entry.get("id", f"entry {number}") if isinstance(entry, Mapping) else f"entry {number}"
+    for place, entry in enumerate(entries, start=1):
+        name = entry.get("id", f"entry {place}") if isinstance(entry, Mapping) else f"entry {place}"
         if not isinstance(entry, Mapping):
             raise UserError(f"claim {name} must be a mapping")
         if unknown := sorted(set(entry) - allowed):
@@ -144,11 +144,20 @@ def row(claim: Claim, tables: Mapping[str, pd.DataFrame], scale: str = "", short
         outcome = rule_of(claim.rule)(tables, **claim.options)
     except Untested as reason:
         return {**common, "measured": str(reason)}
+    if counts := _parameters(tables.values()):
+        common["scale"] = f"{scale}; {counts}"
     decided = outcome.deciding.estimate
     measured = {"measured": outcome.measured, "value": decided.value, "low": decided.low, "high": decided.high}
     verdict = UNTESTED if short else outcome.verdict
     needs = f"{claim.needs} (here: {short})" if short else ""
     return {**common, **measured, "seeds": outcome.seeds, "verdict": verdict, "needs": needs}
+
+
+def _parameters(tables: Iterable[pd.DataFrame]) -> str:
+    """How many parameters the networks have, where the tables say so."""
+    known = {int(n) for table in tables if "parameters" in table for n in table["parameters"].dropna().unique()}
+    words = [f"{n / 1e6:.1f} M" if n >= 1e6 else number(float(n)) for n in sorted(known)]
+    return f"{' or '.join(words)} parameters" if 0 < len(words) <= 3 else ""
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -169,20 +178,21 @@ def counts(ledger: pd.DataFrame) -> dict[str, int]:
 
 def markdown(ledger: pd.DataFrame) -> str:
     """The ledger for reading, one section a paper."""
-    lines = ["# Claims ledger", "", _summary(ledger), ""]
+    lines = ["# Claims ledger", "", summary(ledger), ""]
     for paper, part in ledger.groupby("paper", sort=False):
         lines += [f"## Paper {paper}" if len(str(paper)) == 1 else f"## {paper}", ""]
         lines += ["| id | statement | where | reference | measured | seeds | scale | verdict |", "|" + " --- |" * 8]
         for claim in records(part):
             identity = f"[{claim['id']}]({claim['figure']})" if claim["figure"] else claim["id"]
             keys = ("statement", "where", "reference", "measured", "seeds", "scale")
-            cells = [identity, *(_plain(claim[key]) for key in keys), _plain(_verdict(claim))]
+            cells = [identity, *(plain(claim[key]) for key in keys), plain(_verdict(claim))]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _summary(ledger: pd.DataFrame) -> str:
+def summary(ledger: pd.DataFrame) -> str:
+    """How many claims there are, and how many of each verdict."""
     parts = [f"{n} {verdict}" for verdict, n in counts(ledger).items()]
     return f"{len(ledger)} claims: {', '.join(parts)}."
 
@@ -191,7 +201,7 @@ def _verdict(claim: Mapping[str, Any]) -> str:
     return f"{claim['verdict']}; needs {claim['needs']}" if claim["verdict"] == UNTESTED else str(claim["verdict"])
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """One line without a bar that would end the cell."""
     return " ".join(str(value).split()).replace("|", "\\|")
 
@@ -208,7 +218,7 @@ def page(ledger: pd.DataFrame) -> str:
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Claims ledger</title>'
-        f"<style>{style}</style></head><body><h1>Claims ledger</h1><p>{_summary(ledger)}</p>\n"
+        f"<style>{style}</style></head><body><h1>Claims ledger</h1><p>{summary(ledger)}</p>\n"
         f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></body></html>\n"
     )
 

@@ -96,7 +96,7 @@ def test_incomplete_and_double_entries_are_named() -> None:
 def test_binding_finds_tables_scale_and_figure() -> None:
     spec = binding.bind([ENTRY], study(), CONFIG)
     assert spec["sources"] == {"measure:z/*": ["measures/z/value.csv"]}
-    assert spec["scale"]["Z1"] == "smoke: fc on 1,000 of mnist, 2 epochs, η = 0.1"
+    assert spec["scale"]["Z1"] == "smoke: fully connected network on 1,000 examples of MNIST, 2 epochs, η = 0.1"
     assert spec["short"] == {}
     assert spec["link"]["Z1"] == "figures/Z-F1.png"
 

@@ -1,0 +1,79 @@
+"""The ledger of reference results: a piece is a folder, and of several the one of the largest scale decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from workflow import reference
+
+CONFIG = """
+scale: {scale}
+device: cpu
+studies: {{a: {{enabled: false}}, c: {{enabled: false}}, d: {{enabled: false}}, race: {{enabled: false}}, \
+tournament: {{enabled: false}}, b: {{}}}}
+"""
+
+
+def piece(folder: Path, name: str, scale: str, value: float) -> None:
+    """A run whose sums of squared shares (claim B15) all are 0.01 at step 50 but for the first ten, ``value``."""
+    (folder / name / "tables").mkdir(parents=True)
+    (folder / name / "config.yaml").write_text(CONFIG.format(scale=scale))
+    table = pd.DataFrame(
+        {
+            "step": [50],
+            "sum": ["1..k"],
+            "paper": [0.93],
+            "value": [value],
+            "model": ["fc-100x100"],
+            "parameters": [89_610],
+        }
+    )
+    table.to_csv(folder / name / "tables" / "B-T3.csv", index=False)
+
+
+def verdict(folder: Path, claim: str = "B15") -> pd.Series:
+    reference.main(["--folder", str(folder)])
+    return pd.read_csv(folder / "claims.csv", keep_default_na=False).set_index("id").loc[claim]
+
+
+def test_a_piece_is_a_folder_and_the_largest_scale_decides(tmp_path: Path) -> None:
+    piece(tmp_path, "small", "default", 0.5)
+    small = verdict(tmp_path)
+    assert (small["verdict"], small["piece"]) == ("fails", "small")
+    assert "10,000 examples of MNIST" in small["scale"]
+    assert "89,600 parameters" in small["scale"]
+    piece(tmp_path, "a-large-one", "paper", 0.93)
+    large = verdict(tmp_path)
+    assert (large["verdict"], large["piece"]) == ("holds", "a-large-one")
+    assert "a-large-one" in (tmp_path / "claims.md").read_text()
+
+
+def test_a_piece_that_ran_some_of_the_networks_gives_no_verdict_on_all(tmp_path: Path) -> None:
+    piece(tmp_path, "part", "paper", 0.93)
+    means = pd.DataFrame({"dataset": "mnist-60k", "model": "fc-100x100", "seed": 0, "dimension": range(2, 21)})
+    (tmp_path / "part" / "figures").mkdir()
+    means.assign(value=[1 - 0.05 * max(0, d - 9) for d in range(2, 21)]).to_csv(tmp_path / "part/figures/B-F3.csv")
+    found = verdict(tmp_path, "B12")
+    assert found["verdict"] == "not tested at this scale"
+    assert "no resnet18" in found["needs"]
+
+
+def test_a_claim_without_a_piece_says_so_and_the_default_verdict_stays(tmp_path: Path) -> None:
+    piece(tmp_path, "small", "default", 0.93)
+    ledger = tmp_path / "run.csv"
+    pd.DataFrame({"id": ["B15", "D1"], "verdict": ["inconclusive", "holds"]}).to_csv(ledger, index=False)
+    reference.main(["--folder", str(tmp_path), "--default", str(ledger)])
+    assert verdict(tmp_path)["default"] == "inconclusive"  # a second time, without the default run
+    untested = verdict(tmp_path, "D1")
+    assert (untested["verdict"], untested["default"], untested["piece"]) == ("not tested at this scale", "holds", "")
+    assert untested["measured"] == "no reference piece has its tables"
+
+
+def test_a_config_that_cannot_be_read_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    piece(tmp_path, "small", "no-such-scale", 0.93)
+    with pytest.raises(SystemExit):
+        verdict(tmp_path)
+    assert capsys.readouterr().err.count("\n") == 1

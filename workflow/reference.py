@@ -1,0 +1,131 @@
+"""One ledger of all reference results: for each claim the verdict at the largest scale that was run.
+
+A reference piece is a folder below ``results/reference`` with ``config.yaml``, laid over the project's, and the tables
+of that run that were kept, each where the run had it (``tables/…``, ``figures/…``, ``measures/…``, ``runs/…``). Adding
+a piece is adding its folder. Written are ``claims.csv`` and ``claims.md``; beside the verdict stands that
+of the default run: from ``--default``, else as it stood.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from snakemake.utils import update_config
+
+from curvspace.cli import common
+from curvspace.files import writing
+from papers import registry
+from papers.common import claims, ledger, tables
+from papers.common.outcomes import UNTESTED
+from workflow import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = (
+    "id",
+    "paper",
+    "statement",
+    "reference",
+    "measured",
+    "seeds",
+    "scale",
+    "piece",
+    "verdict",
+    "default",
+    "needs",
+)
+
+NONE = (False, 0.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m workflow.reference", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=ROOT / "results" / "reference", help="folder of the pieces")
+    parser.add_argument("--default", type=Path, help="claims.csv of the default run (default: what stood there before)")
+    options = parser.parse_args(arguments)
+    with common.one_line_errors("reference"):
+        table = judged(options.folder, default_verdicts(options.folder, options.default))
+        with writing(options.folder / "claims.csv"):
+            table.to_csv(options.folder / "claims.csv", index=False)
+            (options.folder / "claims.md").write_text(markdown(table), encoding="utf-8")
+
+
+def judged(folder: Path, default: Mapping[str, str]) -> pd.DataFrame:
+    """The ledger: one row a claim, from the piece of the largest scale among those that give it a verdict."""
+    found: dict[str, list[tuple[tuple[bool, float], dict[str, Any]]]] = {}
+    for piece in sorted(file.parent for file in folder.glob("*/config.yaml")):
+        for size, row in rows(piece):
+            found.setdefault(row["id"], []).append((size, row))
+    chosen = []
+    for claim in ledger.load(registry.claim_files().values()):
+        nothing = ledger.row(claim, {}) | {"measured": "no reference piece has its tables", "piece": ""}
+        row = max(found.get(claim.id, []), key=lambda pair: pair[0], default=(NONE, nothing))[1]
+        chosen.append(row | {"default": default.get(claim.id, "")})
+    return pd.DataFrame(chosen, columns=list(COLUMNS))
+
+
+def rows(piece: Path) -> Iterator[tuple[tuple[bool, float], dict[str, Any]]]:
+    """((has a verdict, size of the run), ledger row) of each claim whose tables a piece has."""
+    config = whole(piece)
+    study = registry.declare(config)
+    entries = {file: yaml.safe_load(file.read_text(encoding="utf-8")) for file in registry.claim_files().values()}
+    spec = claims.bind([entry for part in entries.values() for entry in part], study, config)
+    for claim in ledger.load(entries):
+        paths = {
+            label: [path for source in sources for path in spec["sources"].get(source, ["?"])]
+            for label, sources in claim.sources.items()
+        }
+        if not all((piece / path).is_file() for part in paths.values() for path in part):
+            continue
+        read = tables.read(piece, paths)
+        scale = spec["scale"].get(claim.id, "").partition(": ")[2]  # without the name of a preset
+        short = spec["short"].get(claim.id, "") or absent(spec["models"].get(claim.id, []), read)
+        row = ledger.row(claim, read, scale, short)
+        yield (row["verdict"] != UNTESTED, spec["size"].get(claim.id, 0.0)), row | {"piece": piece.name}
+
+
+def absent(models: Sequence[str], read: Mapping[str, pd.DataFrame]) -> str:
+    """Which networks of a claim the kept tables have no row of: a piece may have run some of them only."""
+    named = [table["model"] for table in read.values() if "model" in table]
+    missing = sorted(set(models) - set(pd.concat(named))) if named else []
+    return f"no {' or '.join(missing)}" if missing else ""
+
+
+def whole(piece: Path) -> dict[str, Any]:
+    """The config of a piece, laid over the project's, with all settings in it."""
+    config = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+    update_config(config, yaml.safe_load((piece / "config.yaml").read_text(encoding="utf-8")))
+    return settings.laid_over(config)
+
+
+def default_verdicts(folder: Path, default: Path | None) -> dict[str, str]:
+    """Verdicts by claim of the default run."""
+    file, column = (default, "verdict") if default else (folder / "claims.csv", "default")
+    if not file.is_file():
+        return {}
+    table = pd.read_csv(file, keep_default_na=False)
+    return dict(zip(table["id"], table[column], strict=True))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The ledger for reading, one section a paper."""
+    lines = ["# The claims, by the reference results", "", "Made by `make reference-claims`.", ""]
+    lines += [ledger.summary(table), ""]
+    for paper, part in table.groupby("paper", sort=False):
+        lines += [f"## Paper {paper}" if paper != "X" else "## Our own", ""]
+        lines += ["| | statement | paper | measured | seeds | scale | verdict | default scale |", "|" + " --- |" * 8]
+        for row in ledger.records(part):
+            verdict = row["verdict"] if not row["needs"] else f"{row['verdict']}; needs {row['needs']}"
+            scale = f"{row['scale']} ([{row['piece']}]({row['piece']}/README.md))" if row["piece"] else ""
+            cells = (row["id"], row["statement"], row["reference"], row["measured"], row["seeds"], scale, verdict)
+            lines.append("| " + " | ".join(ledger.plain(cell) for cell in (*cells, row["default"])) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
