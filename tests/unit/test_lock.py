@@ -86,7 +86,11 @@ def test_the_lock_of_a_killed_process_is_taken_at_once(tmp_path, monkeypatch):
         held.check()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", elsewhere(), elsewhere(job="31"), elsewhere(pid=None, machine="")])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", elsewhere(), elsewhere(job="31"), elsewhere(pid=None, machine="")],
+    ids=["empty", "half", "no holder", "another boot", "a cluster's job", "no process"],
+)
 def test_a_lock_without_signs_of_life_is_taken_after_the_stated_time(tmp_path, content, caplog):
     (tmp_path / "lock").write_text(content)
     start = time.monotonic()
