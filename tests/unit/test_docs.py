@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("**/*.md"))
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -28,7 +29,28 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda p: p.stem)
+def test_readme_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Words as printed; numbers to 2 %, since the last digits (residuals, errors) are the machine's."""
+    (code,), (said,) = blocks(README, "python"), blocks(README, "text")
+    exec(compile(code, str(README), "exec"), {"__name__": "readme"})
+    printed, said = capsys.readouterr().out.split(), said.split()
+    assert len(printed) == len(said)
+    for got, word in zip(printed, said, strict=True):
+        number = re.fullmatch(r"[0-9.]+(e[+-]\d+)?", word)
+        assert float(got) == pytest.approx(float(word), rel=0.02, abs=1e-3) if number else got == word
+
+
+def test_readme_is_short_and_its_links_lead_somewhere() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text.count("\n") <= 150
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (ROOT / target).exists(), target
+    prose = re.sub(r"```.*?```|^\|.*$|^#.*$", "\n\n", text, flags=re.MULTILINE | re.DOTALL)
+    for sentence in re.split(r"[.?:;](?=\s)|\n\n|\n- ", prose):
+        assert len(sentence.split()) <= 25, sentence
+
+
+@pytest.mark.parametrize("page", [p for p in [README, *PAGES] if blocks(p, "yaml")], ids=lambda p: p.stem)
 def test_yaml_is_readable(page: Path) -> None:
     for text in blocks(page, "yaml"):
         assert yaml.safe_load(text)
@@ -37,8 +59,8 @@ def test_yaml_is_readable(page: Path) -> None:
 def test_commands_exist() -> None:
     """Make targets and commands that the pages name are there."""
     makefile = (ROOT / "Makefile").read_text()
-    for page in PAGES:
-        for target in re.findall(r"(?<!\w)make ([a-z][a-z-]*)", "\n".join(blocks(page, "bash"))):
+    for page in [README, *PAGES]:
+        for target in re.findall(r"(?<!\w)make ([a-z][a-z-]*)", "\n".join(blocks(page, "bash") + blocks(page, "sh"))):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
         for package, stage in re.findall(r"(curvspace|papers)\.cli\.([a-z]+)", page.read_text()):
             assert (ROOT / "lib" / package / "cli" / f"{stage}.py").is_file(), f"{page.name}: {package} {stage}"
