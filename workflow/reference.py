@@ -72,7 +72,7 @@ def rows(piece: Path) -> Iterator[tuple[tuple[bool, float], dict[str, Any]]]:
     """((has a verdict, size of the run), ledger row) of each claim whose tables a piece has."""
     config = whole(piece)
     study = registry.declare(config)
-    entries = {file: yaml.safe_load(file.read_text(encoding="utf-8")) for file in registry.claim_files().values()}
+    entries = {file: ledger.entries(file) for file in registry.claim_files().values()}
     spec = claims.bind([entry for part in entries.values() for entry in part], study, config)
     for claim in ledger.load(entries):
         paths = {

@@ -17,11 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from curvspace.datasets.catalogue import KNOWN, folder_name, prepare_options
 from papers import registry
-from papers.common import claims
+from papers.common import claims, ledger
 from papers.common.study import Artefact, Measure, Run, Study, StudyError
 from workflow import options, spec_files
 from workflow.checks import problems
@@ -233,7 +231,7 @@ class Plan:
     @cached_property
     def claims(self) -> Job:
         """The ledger of claims. The claims themselves are a file; their digest stands for them."""
-        written = {name: yaml.safe_load(file.read_text("utf-8")) for name, file in registry.claim_files().items()}
+        written = {name: ledger.entries(file) for name, file in registry.claim_files().items()}
         entries = [entry for part in written.values() for entry in part]
         spec: dict[str, Any] = {key: {} for key in ("sources", "scale", "short", "link")}
         for name, part in written.items():

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from papers.common.study import Artefact, Measure, Run, Study
+from papers.common.study import Artefact, Measure, Run, Study, published
 
 MEASURES = "papers.c.measures"
 TABLES = "papers.c.tables"
 FIGURES = "papers.c.figures"
+PUBLISHED = published(__file__)
 NEEDS = {"curvspace.optim.kfac:KFAC": ("curvlinops", "pip install curvlinops-for-pytorch")}
 """Optimiser kinds that need a library beyond the project's own dependencies."""
 
@@ -43,7 +44,14 @@ def _small(c: Block) -> list[Artefact]:
     rosenbrock = {"small": tuple(m for problem, m in measures.items() if problem != "Rahimi-Recht")}
     return [
         _artefact("C-F1", "figure", "trajectories", rosenbrock, "Trajectories on the Rosenbrock function"),
-        _artefact("C-T1", "table", "iterations", small, "Iterations to the solution of small problems"),
+        _artefact(
+            "C-T1",
+            "table",
+            "iterations",
+            small,
+            "Iterations to the solution of small problems",
+            spec={"published": PUBLISHED["iterations"]},
+        ),
         _artefact("C-T1s", "table", "search", small, "Settings searched for C-T1"),
     ]
 
@@ -58,7 +66,14 @@ def _networks(c: Block, networks: Mapping[str, tuple[Run, ...]]) -> list[Artefac
     }
     artefacts = [
         _artefact("C-F2", "figure", "training_error", images, "Training error of networks on images"),
-        _artefact("C-T2", "table", "errors", networks, "Best training and validation error"),
+        _artefact(
+            "C-T2",
+            "table",
+            "errors",
+            networks,
+            "Best training and validation error",
+            spec={"published": PUBLISHED["errors"]},
+        ),
         _artefact("C-F3", "figure", "error_by_time", timed, "Training error against wall-clock time"),
         _artefact("C-X1", "figure", "rates", adapted, "CurveBall's ρ, β, λ and γ through training"),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ import yaml
 from curvspace.errors import UserError
 from papers.common import verdicts
 from papers.common.outcomes import UNTESTED, VERDICTS, Outcome, Untested, number
+from papers.common.study import published
 
 COLUMNS = (
     *("id", "paper", "where", "statement", "reference", "measured", "value", "low", "high"),
@@ -61,15 +63,57 @@ def load(files: Iterable[Path]) -> list[Claim]:
     found: dict[str, Claim] = {}
     for file in files:
         try:
-            entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+            written = entries(file)
         except yaml.YAMLError as error:
             raise UserError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from None
         beside = file.with_name("verdicts.py").is_file()
-        for claim in parse(entries, f"papers.{file.absolute().parent.name}.verdicts" if beside else ""):
+        for claim in parse(written, f"papers.{file.absolute().parent.name}.verdicts" if beside else ""):
             if claim.id in found:
                 raise UserError(f"claim {claim.id} stands in two files, {file} being the second")
             found[claim.id] = claim
     return sorted(found.values(), key=lambda claim: (claim.paper, _number(claim.id)))
+
+
+def entries(file: Path) -> Any:
+    """The content of a file of claims, each entry with ``each`` in as many as it stands for.
+
+    ``each`` has lists of mappings, of which every combination is one claim; ``published`` is a path, a/b/c, in the
+    ``published.yaml`` beside the file. Their names, and ``number``, from 1, stand in braces in the entry's texts; a
+    text that is such a name alone becomes its value.
+    """
+    written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(written, list):
+        return written
+    numbers = published(file)
+    return [one for entry in written for one in _expanded(entry, numbers)]
+
+
+def _expanded(entry: Any, numbers: Mapping[str, Any]) -> list[Any]:
+    if not isinstance(entry, Mapping) or "each" not in entry:
+        return [entry]
+    rest = {key: value for key, value in entry.items() if key not in ("each", "published")}
+    found = []
+    for place, parts in enumerate(itertools.product(*entry["each"].values()), start=1):
+        names: dict[str, Any] = {"number": place}
+        for part in parts:
+            names |= part
+        cell: Any = numbers
+        for key in entry.get("published", "").format(**names).split("/"):
+            cell = cell[key] if key else {}
+        found.append(_filled(rest, names | cell))
+    return found
+
+
+def _filled(value: Any, names: Mapping[str, Any]) -> Any:
+    """A value with the names in braces replaced, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _filled(inner, names) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, names) for inner in value]
+    if not isinstance(value, str):
+        return value
+    alone = re.fullmatch(r"{(\w+)}", value)
+    return names[alone[1]] if alone else value.format(**names)
 
 
 def _number(name: str) -> int:

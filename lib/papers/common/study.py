@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 """What data sets, models, optimisers, measures, figures and tables may be called: names of files on every system."""
@@ -28,6 +31,12 @@ def number_text(value: float) -> str:
     """The shortest text of a number that reads back as the same number: 0.1, 1, 1e-05."""
     short = format(float(value), "g")
     return short if float(short) == float(value) else repr(float(value))
+
+
+def published(file: str | Path) -> dict[str, Any]:
+    """The paper's own numbers: ``published.yaml`` beside a file; empty where there is none."""
+    place = Path(file).with_name("published.yaml")
+    return yaml.safe_load(place.read_text(encoding="utf-8")) if place.is_file() else {}
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def test_small_problem_searches_on_other_runs_than_it_reports(small):
     assert list(sgd["chosen"]) == [True, False]
     assert list(sgd["reached"]) == [1.0, 0.0]
     assert sgd["iterations"].iloc[1] == 1500
-    table = tables_c.iterations({"small": small}).set_index(["problem", "solver"])
+    table = tables_c.iterations({"small": small}, study.PUBLISHED["iterations"]).set_index(["problem", "solver"])
     row = table.loc[("deterministic", "curveball")]
     assert (row["runs"], row["reached"], row["paper_mean"]) == (4, 4, 13)
     assert 10 < row["mean"] < 20
@@ -99,7 +99,7 @@ def runs() -> pd.DataFrame:
 
 
 def test_errors_take_the_best_epoch_of_the_best_learning_rate():
-    table = tables_c.errors({"basic": runs()}).set_index("optimizer")
+    table = tables_c.errors({"basic": runs()}, study.PUBLISHED["errors"]).set_index("optimizer")
     assert table.loc["sgd", "lr"] == 0.01
     assert table.loc["sgd", "lrs_tried"] == "0.01 0.1 1"
     assert table.loc["sgd", "train_error_percent"] == pytest.approx(30)

@@ -185,3 +185,19 @@ def test_counts_cover_all_verdicts() -> None:
 
 def _numbered(letter: str, count: int) -> list[str]:
     return [f"{letter}{i}" for i in range(1, count + 1)]
+
+
+def test_one_entry_stands_for_the_cells_of_a_published_table(tmp_path: Path) -> None:
+    (tmp_path / "published.yaml").write_text("cells: {a: {mean: 3, sd: 0.5}, b: {mean: 40, sd: 2}}")
+    entry = ENTRY | {
+        "id": "Z{number}",
+        "each": {"solver": [{"solver": "a", "words": "Method A"}, {"solver": "b", "words": "Method B"}]},
+        "published": "cells/{solver}",
+        "statement": "{words} takes {mean} ± {sd} iterations",
+        "options": {"at_least": "{mean}", "where": {"solver": "{solver}"}},
+    }
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump([entry, ENTRY | {"id": "Z3"}]))
+    first, second, third = ledger.load([tmp_path / "claims.yaml"])
+    assert (first.id, second.id, third.id) == ("Z1", "Z2", "Z3")
+    assert second.statement == "Method B takes 40 ± 2 iterations"
+    assert first.options == {"at_least": 3, "where": {"solver": "a"}}
