@@ -93,11 +93,18 @@ def closing(run: pd.DataFrame) -> float:
 
 
 def quasi_random(search: Mapping[str, Sequence[float]], trials: int) -> list[dict[str, float]]:
-    """Scrambled Halton points, log-uniform between the bounds; the first coordinate is the first hyper-parameter."""
+    """Scrambled Halton points, log-uniform between the bounds.
+
+    The coordinates are, in this order, differences to one (momentum), the rate, and all else by name: optimisers whose
+    options are called differently get the same points.
+    """
     cube = qmc.Halton(d=len(search), scramble=True, rng=0).random(trials)
-    names, bounds = list(search), list(search.values())
+    names = sorted(search, key=lambda name: (not name.startswith("1-"), name != "lr", name))
     return [
-        {name: float(low * (high / low) ** u) for name, (low, high), u in zip(names, bounds, point, strict=True)}
+        {
+            name: float(search[name][0] * (search[name][1] / search[name][0]) ** u)
+            for name, u in zip(names, point, strict=True)
+        }
         for point in cube
     ]
 

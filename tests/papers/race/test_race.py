@@ -85,7 +85,13 @@ def test_results_say_which_hyper_parameter_is_at_the_edge(races):
 
 def test_quasi_random_points_are_log_uniform_and_the_same_for_all():
     first = quasi_random({"lr": [0.01, 1.0], "1-momentum": [0.03, 0.3]}, 64)
-    second = quasi_random({"lr": [0.1, 10.0], "1-betas.0": [0.03, 0.3]}, 64)
+    second = quasi_random({"1-betas.0": [0.03, 0.3], "lr": [0.1, 10.0]}, 64)
+    three = [
+        quasi_random({name: [0.1, 1.0] for name in names}, 5)
+        for names in (("1-momentum", "lr", "weight_decay"), ("1-base.momentum", "base.weight_decay", "lr"))
+    ]
+    assert [p["lr"] for p in three[0]] == [p["lr"] for p in three[1]]
+    assert [p["weight_decay"] for p in three[0]] == [p["base.weight_decay"] for p in three[1]]
     assert [10 * p["lr"] for p in first] == pytest.approx([p["lr"] for p in second])
     assert np.median([p["lr"] for p in first]) == pytest.approx(0.1, rel=0.2)
     assert all(0.03 <= p["1-momentum"] <= 0.3 for p in first)
