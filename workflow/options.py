@@ -13,7 +13,7 @@ from typing import Any
 from workflow.checks import violations
 from workflow.invalidation import Code, Module
 
-NOT_OPTIONS = {"self", "model", "lr", "loss", "num_classes", "input_shape"}
+NOT_OPTIONS = {"self", "model", "params", "lr", "loss", "num_classes", "input_shape"}
 """Parameters that the run, the model or the data set decides."""
 FILLED_IN = {"k"}
 """Parameters that need not be given: the registry puts in the number of classes."""

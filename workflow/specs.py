@@ -156,7 +156,7 @@ class Plan:
 
     def data(self, folder: str) -> Job:
         """Obtaining a data set. A public one is pinned by its checksum, so its code does not count."""
-        block = self._block("datasets", self.datasets[folder])
+        block = self._block("datasets", self._listed(self._prepared, folder, "data set"))
         pinned = block["source"] in KNOWN
         roots = ["curvspace.datasets.obtain", *([block["source"]] if ":" in block["source"] else [])]
         spec = {"source": block["source"], **prepare_options(block)}
@@ -282,6 +282,11 @@ class Plan:
     def config_file(self) -> str:
         """The whole config in a file."""
         return spec_files.write(f"{self.results}/.specs/config", canonical(self.config))
+
+    @cached_property
+    def _prepared(self) -> dict[str, str]:
+        """Folders of all data sets of the config, those first that the studies need, each with its entry."""
+        return {**{self.data_folder(name): name for name in self.config["datasets"]}, **self.datasets}
 
     @cached_property
     def _measures(self) -> dict[str, Measure]:
