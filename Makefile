@@ -76,7 +76,8 @@ gpu-check: $(READY)  ## all that depends on a device, in ten minutes; DEVICE=cpu
 	$(PIP) "$(CURDIR)[bench]"
 	$(BIN)/python tests/gpu_check.py --device $(DEVICE)
 
-docs: $(READY)  ## the documentation in site/
+docs: $(READY)  ## the documentation in site/, with the drawing of which part leans on which
+	$(BIN)/python -m workflow.dependencies docs/dependencies.svg
 	$(BIN)/mkdocs build --strict
 
 lock: $(READY)  ## pin the tested set again after a change of pyproject.toml

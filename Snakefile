@@ -21,7 +21,7 @@ configfile: "config.yaml"
 
 config.update(whole(config))
 run_from(ROOT)
-PLAN = load(config, ROOT, check=workflow.is_main_process)
+PLAN = load(dict(config), ROOT, check=workflow.is_main_process)
 RESULTS = config["results"]
 QUOTED = shlex.quote(RESULTS)
 GPUS = int(wants_gpu(config["device"]))
@@ -52,7 +52,7 @@ include: "workflow/rules/claims.smk"
 include: "workflow/rules/verify.smk"
 
 
-config["captions"] = PLAN.captions  # for the report; the checks have seen the config without them
+config["captions"] = PLAN.captions  # for the report; the plan has the config without them
 
 
 rule all:

@@ -245,6 +245,16 @@ class Code:
                 todo.extend(self._needed_by(name))
         return seen
 
+    def imports(self, name: str) -> set[str]:
+        """The modules of the repository that a module's own import statements name."""
+        module = self.module(name)
+        return self._imports(module, [module.tree]) - set(self._parents(name)) if module else set()
+
+    def is_index(self, name: str) -> bool:
+        """Whether a module is a package's ``__init__`` which only exports names, or is empty."""
+        module = self.module(name)
+        return module is not None and (module.is_index or not module.text())
+
     def _needed_by(self, name: str) -> frozenset[str]:
         if name not in self._needs:
             module = self.module(name)
