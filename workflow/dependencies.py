@@ -1,4 +1,4 @@
-"""The drawing of which part of the repository leans on which: ``python -m workflow.dependencies docs/dependencies.svg``.
+"""Draws which part of the repository leans on which: ``python -m workflow.dependencies docs/dependencies.svg``.
 
 A part is a package, or the modules of a package that lie in no folder of it. Nothing is imported; parts that lean on
 each other are one box, and an arrow that others imply is left out.
