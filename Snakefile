@@ -12,8 +12,11 @@ ROOT = Path(workflow.basedir)
 sys.path[:0] = [str(ROOT), str(ROOT / "lib")]  # this checkout's code, whatever else is installed
 
 from papers.common.study import NAME  # noqa: E402
-from workflow.settings import whole  # noqa: E402
+from workflow.settings import check_file, whole  # noqa: E402
 from workflow.specs import load, run_from, wants_gpu  # noqa: E402
+
+
+check_file("config.yaml")
 
 
 configfile: "config.yaml"

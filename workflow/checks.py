@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -11,10 +12,18 @@ from typing import Any, cast
 import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
+from jsonschema.validators import extend
 
 from papers import registry
 
 SCHEMA = Path(__file__).parent / "schemas" / "config.schema.yaml"
+OPEN = ("datasets", "models", "optimizers", "studies")
+"""Sections in which a function of the user's own may take options that no schema knows."""
+TEXT = (".kind", ".source", ".folder", ".family")
+"""Options there that are text, whatever stands in them."""
+LARGEST = 2**32 - 1
+LARGEST_FLOAT = 3.4e38
+"""Float32's range: what lies above is infinite in training."""
 TYPES = {
     "string": "text",
     "number": "a number",
@@ -53,20 +62,51 @@ def schema() -> dict[str, Any]:
 
 def problems(config: Mapping[str, Any]) -> list[str]:
     """One line for each wrong value of the config, in the order of its keys; empty when all is well."""
-    lines = violations(schema(), config)
+    lines = violations(schema(), config, config=config)
     meant = {line.split("did you mean ")[1].split("?")[0] for line in lines if "did you mean " in line}
     lines = [line for line in lines if line.split(" is missing")[0] not in meant]
     covered = {line.split(" = ")[0] for line in lines}
-    hints = [line for line in _numbers_as_text("", config) if line.split(" = ")[0] not in covered]
-    return list(dict.fromkeys(lines + hints))
+    further = [line for line in _further(config) if line.split(" = ")[0] not in covered]
+    return list(dict.fromkeys(lines + further))
 
 
-def violations(part: Mapping[str, Any], value: Any, key: str = "") -> list[str]:
-    """One line for each thing in a value that a schema does not allow; ``key`` is where the value stands."""
-    errors = sorted(
-        Draft202012Validator(part).iter_errors(value), key=lambda error: list(map(str, error.absolute_path))
-    )
+def problems_of(definition: str, value: Any, key: str) -> list[str]:
+    """One line for each thing in a value that one of the schema's definitions does not allow."""
+    definitions = schema()["$defs"]
+    return violations({"$ref": f"#/$defs/{definition}", "$defs": definitions}, value, key)
+
+
+def violations(
+    part: Mapping[str, Any], value: Any, key: str = "", config: Mapping[str, Any] | None = None
+) -> list[str]:
+    """One line for each thing in a value that a schema does not allow; ``key`` is where the value stands.
+
+    Besides JSON Schema's keywords there is ``refers: section``: a name that a section of the ``config`` must have.
+    """
+    validator = _with_references(config or {})(part)
+    errors = sorted(validator.iter_errors(value), key=lambda error: list(map(str, error.absolute_path)))
     return [line for error in errors for line in _lines(error, key)]
+
+
+def _with_references(config: Mapping[str, Any]) -> Any:
+    """A class of validators that know ``refers``."""
+
+    def refers(_: Any, section: str, name: Any, __: Any) -> Iterator[ValidationError]:
+        known = _section(config, section)
+        if isinstance(name, str) and name not in known:
+            guess = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {guess[0]}? " if guess else ""
+            yield ValidationError(f"{section} has no {name!r}; {hint}there are: {', '.join(known) or 'none'}")
+
+    return extend(Draft202012Validator, {"refers": refers})
+
+
+def _section(config: Mapping[str, Any], path: str) -> list[str]:
+    """The names that stand in a section of the config, given by its key with dots."""
+    found: Any = config
+    for step in path.split("."):
+        found = found.get(step, {}) if isinstance(found, Mapping) else {}
+    return [name for name in found if isinstance(name, str)]
 
 
 def _lines(error: ValidationError, root: str) -> Iterator[str]:
@@ -85,11 +125,13 @@ def _lines(error: ValidationError, root: str) -> Iterator[str]:
             yield f"{_join(key, unknown)} is not a known key; {hint}allowed: {', '.join(known) or 'none'}"
     elif rule == "pattern" and key and part.get("title") == "key":
         yield f"{key} has {value!r}, which is not a name of the right form; allowed: {_allowed(part)}"
+    elif rule == "refers":
+        yield f"{key}: {error.message}"
     elif rule == "required":
         missing = [name for name in part["required"] if name not in value]
         yield from (f"{_join(key, name)} is missing; {_wanted(part, name)}" for name in missing)
     else:
-        yield f"{key} = {value!r} is not allowed; {_number_hint(value) or 'allowed: ' + _allowed(part)}"
+        yield f"{key} = {value!r} is not allowed; {_number_hint(value, part) or 'allowed: ' + _allowed(part)}"
 
 
 def _wanted(block: Mapping[str, Any], name: str) -> str:
@@ -127,15 +169,25 @@ def _join(key: str, name: object) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
-def _number_hint(value: Any) -> str:
-    """What to write for a number that YAML reads as text: ``1e-3`` has no dot, so it is none to YAML."""
+def _number_hint(value: Any, part: Mapping[str, Any]) -> str:
+    """What to write for a number that YAML reads as text (``1e-3`` has no dot), if the schema then allows it."""
     if not isinstance(value, str) or not any(c.isdigit() for c in value):
         return ""
     try:
         number = float(value)
     except ValueError:
         return ""
-    return f"YAML reads it as text; write it as a number: {_yaml_number(number)}"
+    whole = [int(number)] if number.is_integer() and abs(number) <= LARGEST else []
+    fitting = [n for n in (*whole, number) if math.isfinite(n) and _fits(part, n)]
+    if not fitting:
+        return ""
+    shown = str(fitting[0]) if value.strip().lstrip("+-").isdigit() or not _fits(part, number) else _yaml_number(number)
+    return f"YAML reads it as text; write it as a number: {shown}"
+
+
+def _fits(part: Mapping[str, Any], number: float) -> bool:
+    """Whether a schema, with the definitions of the whole one, allows a number."""
+    return Draft202012Validator({**part, "$defs": schema()["$defs"]}).is_valid(number)
 
 
 def _yaml_number(number: float) -> str:
@@ -145,13 +197,30 @@ def _yaml_number(number: float) -> str:
     return text
 
 
-def _numbers_as_text(key: str, value: Any) -> Iterator[str]:
-    """Numbers written as text, where the schema leaves the type open."""
+def _further(config: Mapping[str, Any]) -> Iterator[str]:
+    """What no schema says: numbers that no computer holds, numbers as text, entries that stand twice."""
+    names = {name for section in OPEN[:3] for name in _section(config, section)}
+    for key, value in _values("", config):
+        top, _, rest = key.partition(".")
+        if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+            yield f"{key} = {value} is not allowed; allowed: a finite number of at most {LARGEST_FLOAT:.3g}"
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            yield f"{key} = {value} is not allowed; allowed: whole numbers up to {LARGEST}"
+        elif isinstance(value, str) and top in OPEN and rest and not rest.endswith(TEXT) and value not in names:
+            if hint := _number_hint(value, {}):
+                yield f"{key} = {value!r} is not allowed; {hint}"
+        elif top == "studies" and isinstance(value, list):
+            twice = next((entry for i, entry in enumerate(value) if entry in value[:i]), None)
+            if twice is not None:
+                yield f"{key} = {value!r} is not allowed; allowed: each entry once, but {twice!r} stands there twice"
+
+
+def _values(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every value of nested blocks and lists, with its key."""
+    yield key, value
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _numbers_as_text(_join(key, name), inner)
+            yield from _values(_join(key, name), inner)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _numbers_as_text(f"{key}[{index}]", inner)
-    elif hint := _number_hint(value):
-        yield f"{key} = {value!r} is not allowed; {hint}"
+            yield from _values(f"{key}[{index}]", inner)

@@ -12,11 +12,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import yaml
 from snakemake.utils import update_config
 
 from curvspace.errors import UserError
 from papers import registry
+from workflow import config_files
 
 DEFAULT = "default"
 
@@ -25,6 +25,15 @@ def whole(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with all settings in it; what cannot be understood ends the program with one line."""
     try:
         return laid_over(config)
+    except UserError as error:
+        sys.exit(f"config: {error}")
+
+
+def check_file(name: str) -> None:
+    """End the program with one line, file and line number first, if a config file cannot be read."""
+    try:
+        if Path(name).exists():
+            config_files.read(Path(name))
     except UserError as error:
         sys.exit(f"config: {error}")
 
@@ -60,10 +69,7 @@ def files(paths: list[Path]) -> dict[str, Any]:
     """YAML files laid over each other key by key, as Snakemake does with ``--configfile``."""
     total: dict[str, Any] = {}
     for file in paths:
-        try:
-            update_config(total, yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-        except yaml.YAMLError as error:
-            raise UserError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from None
+        update_config(total, config_files.read(file))
     return total
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,8 +22,8 @@ from curvspace.datasets.catalogue import KNOWN, folder_name, prepare_options
 from papers import registry
 from papers.common import claims, ledger
 from papers.common.study import Artefact, Measure, Run, Study, StudyError
-from workflow import options, spec_files
-from workflow.checks import problems
+from workflow import data_facts, job_checks, options, spec_files
+from workflow.checks import problems, problems_of
 from workflow.invalidation import Code, CodeError
 from workflow.spec_files import canonical
 
@@ -51,7 +52,8 @@ def load(config: Mapping[str, Any], root: Path, check: bool = True) -> Plan:
     if not lines:
         try:
             plan = Plan(config, root)
-            lines = plan.problems()
+            lines = list(dict.fromkeys([*plan.problems(), *registry.problems(config)]))
+            lines = lines or list(dict.fromkeys(job_checks.problems(config, plan.study)))
             if not lines:
                 list(plan.jobs())
                 return plan
@@ -105,18 +107,31 @@ class Plan:
 
     def problems(self) -> list[str]:
         """One line for each kind of model or optimiser that does not exist, and each option that it does not take."""
-        lines: list[str] = []
-        for section, kinds in self._registered.items():
+        lines = [line for name in self.config["datasets"] for line in self._wrong_data(name)]
+        for section in self._registered:
             for name, block in self.config[section].items():
-                key, kind = f"{section}.{name}", block["kind"]
-                if kind in kinds or ":" in kind:
-                    lines += options.problems(self.code, key, block, kinds.get(kind, kind))
-                elif kind.replace("_", "-") in kinds:
-                    lines.append(f"{key}.kind = {kind!r} is now {kind.replace('_', '-')!r}")
-                else:
-                    known = ", ".join(sorted(kinds))
-                    lines.append(f"{key}.kind = {kind!r} is not allowed; allowed: {known}, or module:function")
+                lines += self._wrong_kind(section, f"{section}.{name}", block)
         return lines
+
+    def _wrong_kind(self, section: str, key: str, block: Mapping[str, Any]) -> Iterator[str]:
+        """What is wrong with a block that has a kind; an optimiser may stand on another one, its ``base``."""
+        kinds, kind = self._registered[section], block["kind"]
+        if kind in kinds or re.fullmatch(r"[\w.]+:\w+", kind):
+            yield from options.problems(self.code, key, block, kinds.get(kind, kind))
+        elif kind.replace("_", "-") in kinds:
+            yield f"{key}.kind = {kind!r} is now {kind.replace('_', '-')!r}"
+        else:
+            yield f"{key}.kind = {kind!r} is not allowed; allowed: {', '.join(sorted(kinds))}, or module:function"
+        base = block.get("base")
+        if section == "optimizers" and kind in kinds and isinstance(base, Mapping):
+            wrong = problems_of("optimizer", base, f"{key}.base")
+            yield from wrong or self._wrong_kind(section, f"{key}.base", base)
+
+    def _wrong_data(self, name: str) -> Iterator[str]:
+        key, block = f"datasets.{name}", self.config["datasets"][name]
+        if ":" in block["source"]:
+            return options.problems(self.code, key, prepare_options(block), block["source"])
+        return data_facts.problems(key, block)
 
     @cached_property
     def study(self) -> Study:

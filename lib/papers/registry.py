@@ -1,14 +1,14 @@
 """The folders of this package, each a paper or a study of our own, found by its ``study.py``: no list to keep.
 
-A folder may have beside it ``claims.yaml``, ``captions.yaml``, ``schema.yaml`` (what its block of the config may hold)
-and ``settings/{scale}.yaml``.
+A folder may have beside it ``claims.yaml``, ``captions.yaml``, ``schema.yaml`` (what its block of the config may hold),
+``checks.py`` (what a schema cannot say of it) and ``settings/{scale}.yaml``.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,13 @@ def claim_files() -> dict[str, Path]:
 def verdict_modules() -> list[str]:
     """The modules of verdict rules, besides the general ones."""
     return [f"papers.{name}.verdicts" for name, folder in folders().items() if (folder / "verdicts.py").is_file()]
+
+
+def problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each wrong value that the ``checks.py`` of an enabled study finds in its block."""
+    for name, block in (config.get("studies") or {}).items():
+        if block.get("enabled", True) and (folders()[name] / "checks.py").is_file():
+            yield from importlib.import_module(f"papers.{name}.checks").problems(block)
 
 
 def declare(config: Mapping[str, Any]) -> Study:
