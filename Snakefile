@@ -15,7 +15,6 @@ from papers.common.study import NAME  # noqa: E402
 from workflow.settings import check_file, whole  # noqa: E402
 from workflow.specs import load, run_from, wants_gpu  # noqa: E402
 
-
 check_file("config.yaml")
 
 
