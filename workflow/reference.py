@@ -9,7 +9,7 @@ of the default run: from ``--default``, else as it stood.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +83,20 @@ def rows(piece: Path) -> Iterator[tuple[tuple[bool, float], dict[str, Any]]]:
             continue
         read = tables.read(piece, paths)
         scale = spec["scale"].get(claim.id, "").partition(": ")[2]  # without the name of a preset
-        short = spec["short"].get(claim.id, "") or absent(spec["models"].get(claim.id, []), read)
-        row = ledger.row(claim, read, scale, short)
+        models = spec["models"].get(claim.id, {})
+        missing = absent(models, read)
+        unseen = [part for model in missing for part in models[model]]
+        scale = "; ".join(part for part in scale.split("; ") if part not in unseen)
+        words = spec["words"].get(claim.id, {})
+        short = f"no {' or '.join(words.get(name, name) for name in missing)}" if missing else ""
+        row = ledger.row(claim, read, scale, spec["short"].get(claim.id, "") or short, words=words)
         yield (row["verdict"] != UNTESTED, spec["size"].get(claim.id, 0.0)), row | {"piece": piece.name}
 
 
-def absent(models: Sequence[str], read: Mapping[str, pd.DataFrame]) -> str:
+def absent(models: Iterable[str], read: Mapping[str, pd.DataFrame]) -> list[str]:
     """Which networks of a claim the kept tables have no row of: a piece may have run some of them only."""
     named = [table["model"] for table in read.values() if "model" in table]
-    missing = sorted(set(models) - set(pd.concat(named))) if named else []
-    return f"no {' or '.join(missing)}" if missing else ""
+    return sorted(set(models) - set(pd.concat(named))) if named else []
 
 
 def whole(piece: Path) -> dict[str, Any]:

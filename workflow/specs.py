@@ -248,7 +248,7 @@ class Plan:
         """The ledger of claims. The claims themselves are a file; their digest stands for them."""
         written = {name: ledger.entries(file) for name, file in registry.claim_files().items()}
         entries = [entry for part in written.values() for entry in part]
-        spec: dict[str, Any] = {key: {} for key in ("sources", "scale", "short", "link")}
+        spec: dict[str, Any] = {key: {} for key in ("sources", "scale", "words", "short", "link")}
         for name, part in written.items():
             scale = self.config["studies"].get(name, {}).get("scale", self.config["scale"])
             bound = claims.bind(part, self.study, {**self.config, "scale": scale})

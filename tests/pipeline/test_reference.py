@@ -58,7 +58,18 @@ def test_a_piece_that_ran_some_of_the_networks_gives_no_verdict_on_all(tmp_path:
     means.assign(value=[1 - 0.05 * max(0, d - 9) for d in range(2, 21)]).to_csv(tmp_path / "part/figures/B-F3.csv")
     found = verdict(tmp_path, "B12")
     assert found["verdict"] == "not tested at this scale"
-    assert "no resnet18" in found["needs"]
+    assert "no ResNet-18" in found["needs"]
+    assert "ResNet-18" not in found["scale"]
+
+
+def test_a_tables_row_is_judged_at_the_scale_of_that_row(tmp_path: Path) -> None:
+    piece(tmp_path, "part", "paper", 0.93)
+    row = {"case": "FC, softplus", "model": "fc-100x100-softplus", "overlap": 0.93, "paper": 0.96, "parameters": 89_610}
+    pd.DataFrame([row, {**row, "case": "FC, regression", "parameters": 7}]).to_csv(tmp_path / "part/tables/B-T1.csv")
+    found = verdict(tmp_path, "B3")
+    assert (found["verdict"], found["measured"]) == ("holds", "0.93 [0.92, 0.94] (paper 0.96)")
+    assert found["scale"] == "fully connected network on MNIST, 5 epochs, η = 0.1; 89,600 parameters"
+    assert verdict(tmp_path, "B7")["measured"] == "no row with case ConvNet, random labels"
 
 
 def test_a_claim_without_a_piece_says_so_and_the_default_verdict_stays(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from papers.common.study import Artefact, Measure, Run, Source, Study
+from papers.common.study import Artefact, Measure, Run, Source, Study, published
 
 FIGURES = "papers.b.figures"
 SPECTRA_FIGURES = "papers.b.figures_spectra"
@@ -18,29 +18,14 @@ TOY = "papers.b.measures_toy"
 Inputs = Mapping[str, Source | tuple[Source, ...]]
 
 NETWORKS = ("fc", "convnet", "resnet18")
-CASES = {
-    "softmax": "softmax regression",
-    "softplus": "FC, softplus",
-    "small-lr": "FC, smaller learning rate",
-    "large-batch": "FC, larger batch",
-    "random-labels": "FC, random labels",
-    "convnet-random-labels": "ConvNet, random labels",
-    "convnet-regularised": "ConvNet, dropout, BatchNorm, dense layer",
-    "convnet-adam": "ConvNet, Adam",
-    "regression": "FC, regression",
-}
+PUBLISHED = published(__file__)
+CASES = {name: row["case"] for name, row in PUBLISHED["overlaps"].items()}
 """The rows of the paper's table 1, in words."""
-PAPER_OVERLAPS = dict(zip(CASES.values(), (0.96, 0.96, 0.96, 0.97, 0.86, 0.86, 0.93, 0.89, 0.99), strict=True))
+PAPER_OVERLAPS = {row["case"]: row["mean"] for row in PUBLISHED["overlaps"].values()}
 CHANGES = ("small-lr", "large-batch", "softmax", "softplus", "random-labels", "convnet-adam")
 """The panels of figure 12, in the paper's order."""
-LABELS = {"true-labels": "true labels", "even-odd": "even/odd", "permuted": "permuted labels"}
-PAPER_OUTLIERS = {"true labels": 10, "even/odd": 2, "permuted labels": 10}
-PAPER_SUMS = [
-    {"step": 0, "sum": "1..2k", "value": 0.20},
-    {"step": 50, "sum": "1..2k", "value": 0.94},
-    {"step": 50, "sum": "1..k", "value": 0.93},
-    {"step": 50, "sum": "k+1..2k", "value": 0.01},
-]
+LABELS = {name: row["case"] for name, row in PUBLISHED["outliers"].items()}
+PAPER_OUTLIERS = {row["case"]: row["count"] for row in PUBLISHED["outliers"].values()}
 PANEL_DIMENSIONS = [2, 5, 9, 11, 15, 20]
 
 
@@ -108,7 +93,11 @@ def _networks(b: Mapping[str, Any]) -> list[Artefact]:
         ),
         _figure("B-F11", f"{FIGURES}:gradient_by_eigenvector", fc, "Gradient along each eigenvector", spec=sums),
         _table(
-            "B-T3", "gradient_sums", fc, "Gradient in the first 2k eigenvectors", spec={**sums, "paper": PAPER_SUMS}
+            "B-T3",
+            "gradient_sums",
+            fc,
+            "Gradient in the first 2k eigenvectors",
+            spec={**sums, "paper": PUBLISHED["sums"]},
         ),
         _figure(
             "B-X1", f"{FIGURES}:nulls", measures, "Overlaps, chance, and the span of the class gradients", spec=order

@@ -1,8 +1,9 @@
 """The claims ledger: all tables of the study in, one row a claim out, as CSV, Markdown and HTML.
 
 The spec has ``sources`` (CSV files below ``--results`` by source) and by claim ``scale`` (what was run, in words),
-``short`` (why this scale is too small for a verdict) and ``link`` (its figure); the claims themselves stand in
-``--claims``. A claim whose source is not in the spec is not tested.
+``short`` (why this scale is too small for a verdict), ``link`` (its figure) and ``words``
+(names for a reader); the claims themselves stand in ``--claims``. A claim whose source is not in the
+spec is not tested.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def make(spec: dict, code: str, files: Sequence[Path], results: Path, out: Path)
             if all(source in spec["sources"] for source in sources)
         }
         notes = {key: spec.get(key, {}).get(claim.id, "") for key in ("scale", "short", "link")}
-        rows.append(ledger.row(claim, known, **notes))
+        rows.append(ledger.row(claim, known, **notes, words=spec.get("words", {}).get(claim.id)))
     judged = ledger.table(rows)
     outputs = [out.with_suffix(suffix) for suffix in (".csv", ".md", ".html")]
     with writing(out):

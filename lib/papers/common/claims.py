@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,12 +24,14 @@ PAGES = {"figure": ".png", "table": ".html"}
 
 def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str, Any]) -> dict[str, Any]:
     """The spec of the ledger's job: ``sources`` (tables below the results folder), and by claim ``scale``, ``size``
-    (training examples times epochs, of the largest run), ``models`` (names of the networks), ``short`` and ``link``.
+    (training examples times epochs, of the largest run), ``models`` (what was run of each network), ``words``
+    (networks and data sets as a reader knows them), ``short`` and ``link``.
 
     A source that the graph does not have is left out. ``short`` says which part of a claim's ``requires`` this config
     does not reach.
     """
-    spec: dict[str, dict[str, Any]] = {"sources": {}, "scale": {}, "size": {}, "models": {}, "short": {}, "link": {}}
+    spec: dict[str, dict[str, Any]] = {"sources": {}, "scale": {}, "size": {}, "models": {}, "words": {}}
+    spec |= {"short": {}, "link": {}}
     artefacts = {artefact.id: artefact for artefact in study.artefacts}
     for entry in entries:
         behind: list[Source] = []
@@ -42,7 +45,10 @@ def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str
         parts = [*_scale(runs, config), *_own_training(behind, config), *_examples(behind)]
         spec["scale"][entry["id"]] = f"{config['scale']}: {'; '.join(parts) or 'generated data'}"
         spec["size"][entry["id"]] = max((_size(run, config) for run in runs), default=0.0)
-        spec["models"][entry["id"]] = sorted({run.model for run in runs})
+        models = {run.model: [r for r in runs if r.model == run.model] for run in runs}
+        spec["models"][entry["id"]] = {model: _scale(part, config) for model, part in models.items()}
+        own = [s.spec["model"]["name"] for s in behind if isinstance(s, Measure) and "task" in s.spec]
+        spec["words"][entry["id"]] = _words([*(run.dataset for run in runs), *datasets], [*models, *own], config)
         if short := _short(entry.get("requires", {}), runs, datasets, config):
             spec["short"][entry["id"]] = short
         if artefact := artefacts.get(entry.get("figure", "")):
@@ -61,7 +67,13 @@ def _listed(values: Iterable[Any]) -> Iterator[str]:
 
 
 def _resolve(source: str, study: Study, artefacts: Mapping[str, Artefact]) -> list[tuple[str, list[Source]]]:
-    """(table, runs and measures behind it) for ``ID``, ``ID:label`` (``*``: all) or ``measure:pattern``; else empty."""
+    """(table, runs and measures behind it) for ``ID``, ``ID[label]``, ``ID:label`` (``*``: all), ``measure:pattern``.
+
+    Empty if the graph does not have it.
+    """
+    if source.endswith("]"):
+        whole, _, label = source[:-1].partition("[")
+        return [(table, list(artefacts[whole].inputs.get(label, ()))) for table, _ in _resolve(whole, study, artefacts)]
     kind, _, rest = source.partition(":")
     if kind == "measure":
         return [(m.table, [m]) for m in study.measures if fnmatchcase(m.name, rest)]
@@ -129,6 +141,13 @@ def _data(name: str, config: Mapping[str, Any]) -> str:
 def _model(name: str, config: Mapping[str, Any]) -> str:
     kind = config["models"][name]["kind"]
     return WORDS.get(kind, name)
+
+
+def _words(datasets: Iterable[str], models: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The networks and data sets of one claim by their names; two that share their words keep their names."""
+    named = {name: _data(name, config) for name in datasets} | {name: _model(name, config) for name in models}
+    known = Counter(named.values())
+    return {name: words for name, words in named.items() if known[words] == 1 and words != name}
 
 
 def _size(run: Run, config: Mapping[str, Any]) -> float:

@@ -35,9 +35,10 @@ COLOURS = {"holds": "#d5efd5", "fails": "#f6d5d3", "inconclusive": "#fbefc5", UN
 class Claim:
     """One statement that a measurement can confirm or refute.
 
-    where: section, figure or table of the paper. reference: the paper's own number, as text. reads: label -> sources
-    of tables (an artefact's id, ``ID:label`` or ``ID:*`` for what feeds it, ``measure:pattern``). rule and options:
-    how the verdict is reached. requires: the least scale at which it means something. needs: that, in words.
+    where: section, figure or table of the paper. reference: the paper's own number, as text. reads: label ->
+    sources of tables (an artefact's id, ``ID[label]`` if it is about the rows of one input, ``ID:label`` or
+    ``ID:*`` for what feeds it, ``measure:pattern``). rule and options: how the verdict is reached. requires: the
+    least scale at which it means something. needs: that, in words.
     """
 
     id: str
@@ -171,11 +172,19 @@ def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return filled[0] if len(filled) == 1 else pd.concat(filled, ignore_index=True)
 
 
-def row(claim: Claim, tables: Mapping[str, pd.DataFrame], scale: str = "", short: str = "", link: str = "") -> dict:
+def row(
+    claim: Claim,
+    tables: Mapping[str, pd.DataFrame],
+    scale: str = "",
+    short: str = "",
+    link: str = "",
+    words: Mapping[str, str] | None = None,
+) -> dict:
     """One row of the ledger.
 
     tables: by the claim's labels; a label that is missing means that its tables are not in the graph. short: why this
-    scale is too small for a verdict; what was measured is listed all the same.
+    scale is too small for a verdict; what was measured is listed all the same. words: how a reader knows the
+    networks and data sets.
     """
     common = {
         **{key: getattr(claim, key) for key in ("id", "paper", "where", "statement", "reference")},
@@ -188,13 +197,31 @@ def row(claim: Claim, tables: Mapping[str, pd.DataFrame], scale: str = "", short
         outcome = rule_of(claim.rule)(tables, **claim.options)
     except Untested as reason:
         return {**common, "measured": str(reason)}
-    if counts := _parameters(tables.values()):
+    if counts := _parameters(_about(tables.values(), claim.options.get("where", {}))):
         common["scale"] = f"{scale}; {counts}"
     decided = outcome.deciding.estimate
-    measured = {"measured": outcome.measured, "value": decided.value, "low": decided.low, "high": decided.high}
+    measured = {
+        "measured": worded(outcome.measured, words or {}),
+        "value": decided.value,
+        "low": decided.low,
+        "high": decided.high,
+    }
     verdict = UNTESTED if short else outcome.verdict
     needs = f"{claim.needs} (here: {short})" if short else ""
     return {**common, **measured, "seeds": outcome.seeds, "verdict": verdict, "needs": needs}
+
+
+def worded(text: str, words: Mapping[str, str]) -> str:
+    """A text with the names of networks and data sets in words."""
+    if not words:
+        return text
+    names = "|".join(re.escape(name) for name in sorted(words, key=len, reverse=True))
+    return re.sub(rf"(?<![\w-])({names})(?![\w-])", lambda found: words[found[0]], text)
+
+
+def _about(tables: Iterable[pd.DataFrame], where: Mapping[str, Any]) -> list[pd.DataFrame]:
+    """The rows of each table that a claim is about."""
+    return [verdicts.pick({"": table}, where=where) if set(where) <= set(table) else table for table in tables]
 
 
 def _parameters(tables: Iterable[pd.DataFrame]) -> str:

@@ -14,6 +14,8 @@ import numpy as np
 from papers.common.intervals import half_width
 
 HOLDS, FAILS, INCONCLUSIVE = "holds", "fails", "inconclusive"
+WIDE = 100
+"""An interval of a ratio with ends further apart than this factor is said in words."""
 UNTESTED = "not tested at this scale"
 DIVERGED = 1e6
 """A ratio of two losses, or of two other results of runs, beyond this is one with a run that diverged."""
@@ -52,6 +54,8 @@ class Ratio(Estimate):
             return ends[self.value]
         if self.value in ends or self.low in ends or self.high in ends:
             return "no ratio: on some seeds a side diverged"
+        if self.high > WIDE * self.low:
+            return f"{number(self.value)} (interval wider than a factor of {WIDE})"
         return super().__str__()
 
 

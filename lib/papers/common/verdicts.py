@@ -28,6 +28,7 @@ from papers.common.outcomes import (
     Case,
     Estimate,
     Outcome,
+    Ratio,
     Untested,
     estimate,
     estimate_ratio,
@@ -119,12 +120,12 @@ def cases_of(
         yield "", runs
         return
     for key, part in runs.groupby(columns, sort=False, dropna=False):
-        yield " ".join(_label(c, v) for c, v in zip(columns, key, strict=True)), part
+        yield ", ".join(_label(c, v) for c, v in zip(columns, key, strict=True)), part
 
 
 def _label(column: str, value: Any) -> str:
     text = number(value) if isinstance(value, float) else str(value)
-    return text if isinstance(value, str) else f"{column} {text}"
+    return text if isinstance(value, str) else f"{column.replace('_', ' ')} {text}"
 
 
 def threshold(
@@ -306,14 +307,15 @@ def against_reference(
     reference: str | Sequence[str],
     tolerance: float,
     by: Sequence[str],
+    where: Where | None = None,
     margin: float = 0.0,
     table: str | None = None,
 ) -> Outcome:
-    """B13, B15, C22: each row's value within ``tolerance`` of the paper's, which stands in the column ``reference``.
+    """B2 to B10, B13, B15, C22: each row's value within ``tolerance`` of the paper's, the column ``reference``.
 
     Several columns have as many references.
     """
-    rows = pick(tables, table)
+    rows = pick(tables, table, where)
     pairs = [(column, reference)] if isinstance(column, str) else list(zip(column, reference, strict=True))
     found = []
     for own, other in pairs:
@@ -342,7 +344,7 @@ def given_interval(
     at_most: float | None = None,
     table: str | None = None,
 ) -> Outcome:
-    """X1 to X3: each row's interval, as its table gives it, against the allowed range.
+    """X1 to X3: each row's ratio with its interval, as its table gives them, against the allowed range.
 
     A row without an interval (one seed) has no verdict. ``bound`` names a column that marks values which are upper
     bounds only: they can fail, not hold. With ``best_of`` the rows that differ in that column alone are variants of
@@ -355,7 +357,7 @@ def given_interval(
         middle, lower, upper = (float(row[column]) for column in (value, low, high))
         known = not (math.isnan(lower) or math.isnan(upper))
         limited = bound is not None and bool(row[bound])
-        measured = Estimate(middle, lower if known else middle, upper if known else middle, int(row[seeds]))
+        measured = Ratio(middle, lower if known else middle, upper if known else middle, int(row[seeds]))
         verdict = judge(measured, at_least, at_most) if known else INCONCLUSIVE
         if limited and verdict == HOLDS:
             verdict = INCONCLUSIVE

@@ -47,8 +47,10 @@ def directions_last(
 ) -> Outcome:
     """D2: curvature along v_1(t0) stays near λ_1(t) (median ratio over t > 0), that along v_d(t0) is often positive."""
     rows, ends = pick(tables, directions), pick(tables, spectrum, {"index": 1, "end": "LA"})
-    largest = ends.groupby(["model", "step"])["eigenvalue"].mean().rename("largest")
-    rows = rows[(rows["step"] > 0) & (rows["step"] != rows["origin_step"])].join(largest, on=["model", "step"])
+    largest = ends.groupby(["dataset", "model", "step"])["eigenvalue"].mean().rename("largest")
+    rows = rows[(rows["step"] > 0) & (rows["step"] != rows["origin_step"])].join(
+        largest, on=["dataset", "model", "step"]
+    )
     found = []
     for (end, origin), part in rows.groupby(["end", "origin_step"], sort=False):
         if end == "LA":

@@ -67,6 +67,9 @@ def test_against_reference() -> None:
     assert verdicts.against_reference({"t": table}, **options).verdict == HOLDS
     assert len(verdicts.against_reference({"t": table}, **options).cases) == 2
     assert verdicts.against_reference({"t": table.assign(outliers=[9, 2, 7])}, **options).verdict == FAILS
+    one = {**options, "by": [], "where": {"labels": "other"}}
+    assert verdicts.against_reference({"t": table.assign(paper=7)}, **one).verdict == HOLDS
+    assert verdicts.against_reference({"t": table.assign(paper=9)}, **one).verdict == FAILS
     seeds = pd.DataFrame({"labels": "true", "outliers": [9, 10, 11], "paper": 10})
     assert verdicts.against_reference({"t": seeds}, **options).verdict == INCONCLUSIVE
 

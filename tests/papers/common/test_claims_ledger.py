@@ -67,6 +67,17 @@ def test_too_small_a_scale_is_not_tested_but_shows_what_was_measured() -> None:
     assert "1 epochs" in found["needs"]
 
 
+def test_names_are_put_in_words_as_wholes() -> None:
+    words = {"fc": "fully connected network", "mnist-10k": "10,000 examples of MNIST"}
+    text = ledger.worded("mnist-10k, fc: 1; mnist-10k-1k, fc-32: 2", words)
+    assert text == "10,000 examples of MNIST, fully connected network: 1; mnist-10k-1k, fc-32: 2"
+
+
+def test_the_number_of_parameters_is_that_of_the_rows_a_claim_is_about() -> None:
+    table = pd.DataFrame({"lr": [0.1, 1.0], "value": [1.0, 2.0], "parameters": [500, 700]})
+    assert "; 700 parameters" in one({"measure": table}, options={"at_least": 0, "where": {"lr": 1.0}})["scale"]
+
+
 def test_rows_that_are_missing_are_not_tested() -> None:
     found = one({"measure": pd.DataFrame({"value": [1.0], "lr": [0.1]})}, options={"at_least": 0, "where": {"lr": 1.0}})
     assert found["verdict"] == UNTESTED
@@ -107,6 +118,10 @@ def test_binding_of_each_kind_of_source() -> None:
         assert binding.bind([ENTRY | {"reads": {"x": source}}], study(), CONFIG)["sources"] == {source: [table]}
     everything = ["runs/small/fc/sgd/bs64-lr0.1-seed0/metrics.csv", "measures/z/value.csv"]
     assert binding.bind([ENTRY | {"reads": {"x": "Z-F1:*"}}], study(), CONFIG)["sources"] == {"Z-F1:*": everything}
+    labelled = binding.bind([ENTRY | {"reads": {"x": "Z-F1[runs]"}}], study(), CONFIG)
+    assert labelled["sources"] == {"Z-F1[runs]": ["figures/Z-F1.csv"]}
+    assert labelled["models"]["Z1"] == {"fc": ["fully connected network on 1,000 examples of MNIST, 2 epochs, η = 0.1"]}
+    assert labelled["words"]["Z1"] == {"small": "1,000 examples of MNIST", "fc": "fully connected network"}
     for absent in ("Z-F2", "Z-F1:other", "measure:y/*"):
         assert binding.bind([ENTRY | {"reads": {"x": absent}}], study(), CONFIG)["sources"] == {}
 

@@ -35,10 +35,21 @@ def test_given_interval(rows: list[dict], verdict: str) -> None:
     assert outcome.seeds == 3
 
 
+def test_an_interval_of_a_ratio_that_says_nothing_is_said_in_words() -> None:
+    wide = given_interval({"t": pd.DataFrame([row(0.01, 90.0)])}, **COLUMNS, by=["model"], at_least=2.0)
+    assert wide.verdict == "inconclusive"
+    assert "[" not in wide.measured
+    assert "wider than a factor of 100" in wide.measured
+    assert (
+        "[1.1, 1.9]"
+        in given_interval({"t": pd.DataFrame([row(1.1, 1.9)])}, **COLUMNS, by=["model"], at_least=2).measured
+    )
+
+
 def test_the_best_variant_speaks_for_a_method() -> None:
     table = {"t": pd.DataFrame([row(1.1, 1.9, "every step"), row(2.1, 3.0, "every fifth step")])}
     options = {**COLUMNS, "by": ["model"], "at_least": 2.0}
     assert given_interval(table, **options).verdict == FAILS
     best = given_interval(table, **options, best_of="optimizer")
     assert best.verdict == HOLDS
-    assert [case.name for case in best.cases] == ["cnn every fifth step"]
+    assert [case.name for case in best.cases] == ["cnn, every fifth step"]

@@ -61,7 +61,11 @@ def directions(top: float, bottom_positive: int) -> dict[str, pd.DataFrame]:
 )
 def test_directions_last(top: float, positive: int, verdict: str) -> None:
     options = {"directions": "directions", "spectrum": "spectrum", "top_at_least": 0.5, "positive_at_least": 0.5}
-    assert claims_d.directions_last(directions(top, positive), **options).verdict == verdict
+    tables = {name: table.assign(dataset="mnist") for name, table in directions(top, positive).items()}
+    assert claims_d.directions_last(tables, **options).verdict == verdict
+    other = tables["spectrum"].assign(dataset="cifar10", eigenvalue=1e3)  # the same network on other data
+    tables["spectrum"] = pd.concat([tables["spectrum"], other])
+    assert claims_d.directions_last(tables, **options).verdict == verdict
 
 
 def profile(reading: str, top_error: float, bottom_error: float) -> pd.DataFrame:
