@@ -70,14 +70,6 @@ def run_from(root: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
-def wants_gpu(device: str) -> bool:
-    """Whether jobs are to ask for a GPU, found out without importing torch."""
-    if device == "auto":
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-        return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
-    return device != "cpu"
-
-
 @dataclass(frozen=True)
 class Job:
     """One job as the pipeline would run it now. ``record`` is the file beside its outputs that says how it ran."""

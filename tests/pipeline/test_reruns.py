@@ -72,6 +72,36 @@ def back_again(project) -> None:
     forget(project)
 
 
+def copied(*options: str, memory: bool = True) -> Edit:
+    """Work goes on in a copy that `cp` made with these options."""
+
+    def edit(project) -> None:
+        folder = project.folder.with_name("copy")
+        subprocess.run(["cp", *options, str(project.folder), str(folder)], check=True)
+        project.folder = folder
+        if not memory:
+            forget(project)
+
+    return edit
+
+
+def commits(project) -> None:
+    """Another commit, with other code, and back."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+
+    def run(*arguments: str) -> None:
+        subprocess.run([*git, *arguments], cwd=project.folder, check=True, capture_output=True)
+
+    run("init", "-q", "-b", "first")
+    run("add", "Snakefile", "config.yaml", "lib", "workflow", "envs")
+    run("commit", "-qm", "first")
+    run("checkout", "-qb", "second")
+    append("lib/curvspace/training/loop.py", "\nLIMIT = 1\n")(project)
+    run("commit", "-qam", "second")
+    assert project.planned() == TRAINING | DOWNSTREAM
+    run("checkout", "-q", "first")
+
+
 def momentum(project) -> None:
     project.edit("config.yaml", "momentum: 0.9", "momentum: 0.8")
 
@@ -137,6 +167,10 @@ CASES: dict[str, tuple[Edit, set[str]]] = {
         set(),
     ),
     "nothing, when Snakemake's memory is lost": (forget, set()),
+    "nothing, after another commit and back": (commits, set()),
+    "nothing, after another commit and back, without memory": (lambda project: (commits(project), forget(project)), set()),
+    "nothing, in a copy (cp -a)": (copied("-a"), set()),
+    "nothing, in a copy (cp -a) without memory": (copied("-a", memory=False), set()),
     "a setting, when Snakemake's memory is lost": (lambda project: (forget(project), momentum(project)), ALL_OF_SGD),
     "nothing, after make clean": (clean, set()),
     "a setting, after make clean": (lambda project: (clean(project), momentum(project)), ALL_OF_SGD),

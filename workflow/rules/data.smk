@@ -21,8 +21,8 @@ rule data:
         lambda wildcards: ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=60,
+        mem_mb=growing(2000, "data/.logs/{folder}.log"),
+        runtime=growing(60),
     message:
         "data {wildcards.folder}"
     shell:

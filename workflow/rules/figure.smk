@@ -22,8 +22,8 @@ rule figure:
         lambda wildcards: ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=20,
+        mem_mb=growing(1500, f"{RESULTS}/logs/figures/{{id}}.log"),
+        runtime=growing(20),
     message:
         "figure {wildcards.id}"
     shell:

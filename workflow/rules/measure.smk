@@ -14,8 +14,10 @@ rule measure:
         lambda wildcards: ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=PLAN.resource("measure", "mem_mb", 4000),
-        runtime=PLAN.resource("measure", "runtime", 120),
+        mem_mb=growing(
+            PLAN.resource("measure", "mem_mb", 4000), f"{RESULTS}/logs/measures/{{measure}}.log"
+        ),
+        runtime=growing(PLAN.resource("measure", "runtime", 120)),
         gpu=GPUS,
     message:
         "measure {wildcards.measure}"

@@ -23,8 +23,8 @@ rule table:
         lambda wildcards: ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=20,
+        mem_mb=growing(1500, f"{RESULTS}/logs/tables/{{id}}.log"),
+        runtime=growing(20),
     message:
         "table {wildcards.id}"
     shell:

@@ -20,8 +20,8 @@ rule train:
         lambda wildcards: ENVIRONMENT
     threads: config["threads"]
     resources:
-        mem_mb=PLAN.resource("train", "mem_mb", 3000),
-        runtime=PLAN.resource("train", "runtime", 120),
+        mem_mb=growing(PLAN.resource("train", "mem_mb", 3000), f"{RESULTS}/logs/train/{RUN}.log"),
+        runtime=growing(PLAN.resource("train", "runtime", 120)),
         gpu=GPUS,
     message:
         "train {wildcards.dataset}/{wildcards.model}/{wildcards.optimizer},"
