@@ -168,7 +168,10 @@ CASES: dict[str, tuple[Edit, set[str]]] = {
     ),
     "nothing, when Snakemake's memory is lost": (forget, set()),
     "nothing, after another commit and back": (commits, set()),
-    "nothing, after another commit and back, without memory": (lambda project: (commits(project), forget(project)), set()),
+    "nothing, after another commit and back without memory": (
+        lambda project: (commits(project), forget(project)),
+        set(),
+    ),
     "nothing, in a copy (cp -a)": (copied("-a"), set()),
     "nothing, in a copy (cp -a) without memory": (copied("-a", memory=False), set()),
     "a setting, when Snakemake's memory is lost": (lambda project: (forget(project), momentum(project)), ALL_OF_SGD),
