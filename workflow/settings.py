@@ -21,6 +21,13 @@ from workflow import config_files
 DEFAULT = "default"
 
 
+def based(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """The user's config over the ``config.yaml`` beside the code, from wherever Snakemake was started."""
+    total = files([root / "config.yaml"])
+    update_config(total, deepcopy(dict(config)))
+    return total
+
+
 def whole(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with all settings in it; what cannot be understood ends the program with one line."""
     try:

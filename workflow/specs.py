@@ -63,11 +63,13 @@ def load(config: Mapping[str, Any], root: Path, check: bool = True) -> Plan:
 
 
 def run_from(root: Path) -> None:
-    """Have all jobs run the code of this checkout, whatever else is installed."""
+    """Have all jobs run the code of this checkout, in this environment, whatever else is installed."""
     if os.pathsep in str(root):
         sys.exit(f"Python's path cannot hold a folder with {os.pathsep!r} in its name; move the checkout {root}")
     paths = [str(root), str(root / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    # jobs call `python`: that of the environment whose snakemake this is, though it may not be active
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Plan:
         self.config = config
         self.root = root
         self.results: str = config["results"]
-        self.code = Code(root / "lib", root)
+        self.code = Code(root / "lib", root, *([] if Path.cwd() == root else [Path.cwd()]))
 
     def problems(self) -> list[str]:
         """One line for each kind of model or optimiser that does not exist, and each option that it does not take."""
@@ -232,8 +234,10 @@ class Plan:
 
     @cached_property
     def claim_files(self) -> list[str]:
-        """The files in which the claims stand, from the repository's root."""
-        return [os.path.relpath(file, self.root) for file in registry.claim_files().values()]
+        """The files in which the claims stand: from here where they lie below, else by their whole paths."""
+        here = Path.cwd()
+        files = [file.resolve() for file in registry.claim_files().values()]
+        return [str(file.relative_to(here) if file.is_relative_to(here) else file) for file in files]
 
     @cached_property
     def claims(self) -> Job:

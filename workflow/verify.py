@@ -2,7 +2,7 @@
 
 Every job leaves a ``run.json`` with the settings it was given, the hash of the code it ran, the versions of what it ran
 on and the SHA-256 of each of its outputs. Here all of them are recomputed from a config and the files themselves and
-compared, whatever Snakemake remembers: this catches a lost ``.snakemake`` folder, mixed versions, hand edits, damaged
+compared, whatever Snakemake remembers. Results and data are looked for where it is called. This catches a lost ``.snakemake`` folder, mixed versions, hand edits, damaged
 and deleted files, and results of another config. Exit status 1 when anything is stale or missing.
 """
 
@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--all", action="store_true", help="list the results that are up to date too")
     options = parser.parse_args(arguments)
     with common.one_line_errors("verify"):
-        written = options.config or settings.files([ROOT / "config.yaml", *options.configfile])
-        found = list(compare(load(settings.whole(written), ROOT).jobs(), ROOT))
+        written = options.config or settings.based(settings.files(options.configfile), ROOT)
+        found = list(compare(load(settings.whole(written), ROOT).jobs()))
     for state, name, why in found:
         if options.all or state != "current":
             print(f"{state:8} {name}" + (f": {why}" if why else ""))

@@ -3,7 +3,7 @@ rule claims:
     input:
         spec=lambda wildcards: PLAN.spec(PLAN.claims),
         tables=lambda wildcards: PLAN.claim_tables,
-        claims=PLAN.claim_files,
+        claims=lambda wildcards: PLAN.claim_files,
     output:
         csv=f"{RESULTS}/claims.csv",
         markdown=f"{RESULTS}/claims.md",

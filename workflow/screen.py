@@ -1,0 +1,72 @@
+"""What a person reads at the start and at the end of a run: how much there is to do, and where the results are."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+
+def at_start(jobs: Iterable[Any], results: str) -> str:
+    """How many jobs of each rule there are, and how long they take together if earlier ones are a guide."""
+    jobs = list(jobs)
+    counts = Counter(job.rule.name for job in jobs if job.rule.has_products() or job.rule.shellcmd)
+    what = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing to do"
+    seconds = expected_seconds([(job.rule.name, _file(job)) for job in jobs if job.rule.name in counts], results)
+    if seconds is None:
+        return f"curvspace: {what}; no times recorded yet in {results}/benchmarks"
+    return f"curvspace: {what}; about {max(1, round(seconds / 60))} minutes of work, shared by the cores (by recorded times)"
+
+
+def expected_seconds(jobs: Iterable[tuple[str, str]], results: str) -> float | None:
+    """Sum over (rule, benchmark file) of the job's own last time, else the mean of its rule; None if a rule has none.
+
+    Snakemake keeps the times of the last run of each job in its benchmark file, in seconds.
+    """
+    means: dict[str, float | None] = {}
+    total = 0.0
+    for rule, file in jobs:
+        own = _seconds(Path(file)) if file else None
+        if own is None:
+            if rule not in means:
+                known = [_seconds(found) for found in sorted(Path(results).glob(_pattern(rule)))]
+                times = [seconds for seconds in known if seconds is not None]
+                means[rule] = fmean(times) if times else None
+            own = means[rule]
+        if own is None and file:
+            return None
+        total += own or 0.0
+    return total
+
+
+def at_end(results: str) -> str:
+    """Where to look, of what is there."""
+    places = {
+        "figures": Path(results, "figures"),
+        "tables": Path(results, "tables"),
+        "ledger of claims": Path(results, "claims.html"),
+    }
+    lines = [f"  {name:17} {place}" for name, place in places.items() if place.exists()]
+    lines.append("  one page of all   the same command with --report report.html (make report)")
+    return "\n".join(["curvspace: done", *lines])
+
+
+def _file(job: Any) -> str:
+    return str(job.benchmark or "")
+
+
+def _pattern(rule: str) -> str:
+    return f"benchmarks/{rule}.tsv" if rule == "claims" else f"benchmarks/{rule}{'' if rule == 'train' else 's'}/**/*.tsv"
+
+
+def _seconds(file: Path) -> float | None:
+    """Mean of the column ``s`` of a benchmark file; None where it is missing or unreadable."""
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            times = [float(row["s"]) for row in csv.DictReader(lines, delimiter="\t")]
+    except (OSError, KeyError, ValueError, TypeError):
+        return None
+    return fmean(times) if times else None
