@@ -13,12 +13,13 @@ from typing import Any
 def at_start(jobs: Iterable[Any], results: str) -> str:
     """How many jobs of each rule there are, and how long they take together if earlier ones are a guide."""
     jobs = list(jobs)
-    counts = Counter(job.rule.name for job in jobs if job.rule.has_products() or job.rule.shellcmd)
+    counts = Counter(job.rule.name for job in jobs if job.benchmark)  # all rules that compute something
     what = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing to do"
     seconds = expected_seconds([(job.rule.name, _file(job)) for job in jobs if job.rule.name in counts], results)
     if seconds is None:
         return f"curvspace: {what}; no times recorded yet in {results}/benchmarks"
-    return f"curvspace: {what}; about {max(1, round(seconds / 60))} minutes of work, shared by the cores (by recorded times)"
+    minutes = max(1, round(seconds / 60))
+    return f"curvspace: {what}; about {minutes} minutes of work by recorded times, shared by the cores"
 
 
 def expected_seconds(jobs: Iterable[tuple[str, str]], results: str) -> float | None:
@@ -59,7 +60,9 @@ def _file(job: Any) -> str:
 
 
 def _pattern(rule: str) -> str:
-    return f"benchmarks/{rule}.tsv" if rule == "claims" else f"benchmarks/{rule}{'' if rule == 'train' else 's'}/**/*.tsv"
+    return (
+        f"benchmarks/{rule}.tsv" if rule == "claims" else f"benchmarks/{rule}{'' if rule == 'train' else 's'}/**/*.tsv"
+    )
 
 
 def _seconds(file: Path) -> float | None:

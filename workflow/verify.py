@@ -2,8 +2,9 @@
 
 Every job leaves a ``run.json`` with the settings it was given, the hash of the code it ran, the versions of what it ran
 on and the SHA-256 of each of its outputs. Here all of them are recomputed from a config and the files themselves and
-compared, whatever Snakemake remembers. Results and data are looked for where it is called. This catches a lost ``.snakemake`` folder, mixed versions, hand edits, damaged
-and deleted files, and results of another config. Exit status 1 when anything is stale or missing.
+compared, whatever Snakemake remembers. Results and data are looked for where it is called. This catches a lost
+``.snakemake`` folder, mixed versions, hand edits, damaged and deleted files, and results of another config. Exit status
+1 when anything is stale or missing.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("train", epilog=stages.TRAIN_EXAMPLES)(stages.train)
 app.command("data", epilog=stages.DATA_EXAMPLES)(stages.data)
 app.command("redo", epilog=stages.REDO_EXAMPLES)(stages.redo)
+app.command("new-study", epilog=stages.NEW_STUDY_EXAMPLE)(stages.new_study)
 app.command("verify", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(stages.verify)
 
 EIGS = """Examples:

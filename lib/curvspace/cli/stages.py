@@ -39,6 +39,11 @@ REDO_EXAMPLES = """Examples:
   curvspace redo results/runs/mnist/fc/sgd/bs100-lr0.1-seed0 --out runs/again
 """
 
+NEW_STUDY_EXAMPLE = """Example:
+
+  curvspace new-study spirals
+"""
+
 Out = Annotated[Path, typer.Option(help="Where to write.")]
 Spec = Annotated[str | None, typer.Option(help="JSON, or @FILE with JSON in it: a spec, or a run.json.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
@@ -161,6 +166,17 @@ def verify(context: typer.Context) -> None:
         in_repository("verify.py", ["-m", "workflow.verify", *context.args], "workflow")
 
 
+def new_study(
+    name: Annotated[str, typer.Argument(help="Small letters, digits and _.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to make (default: NAME).")] = None,
+) -> None:
+    """A folder with a study of your own that runs as it is: data, network, optimiser, one figure."""
+    with common.one_line_errors("new-study"):
+        from curvspace.cli import new_study as template
+
+        print(template.make(name, out or Path(name)))
+
+
 def place(result: Path) -> tuple[str, Path]:
     """The stage that made a result, and the results folder that it lies in."""
     for folder in result.resolve().parents:
@@ -220,11 +236,17 @@ def _prepared_name(dataset: dict[str, Any], folder: Path) -> str:
 
 
 def in_repository(wanted: str, command: list[str], inside: str) -> None:
-    """Run Python in the repository's checkout: where the user stands, or where this package's source lies."""
-    candidates = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[3]]
-    root = next((folder for folder in candidates if (folder / inside / wanted).exists()), None)
-    if root is None:
-        raise UserError(f"this needs the repository (a folder with {inside}/{wanted}); call it from inside a clone")
+    """Run Python with the code of the repository's checkout."""
+    root = repository(f"{inside}/{wanted}")
     paths = [str(root), str(root / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run([sys.executable, *command], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
     raise SystemExit(done.returncode)
+
+
+def repository(wanted: str) -> Path:
+    """The repository's checkout, by a file in it: where the user stands, or where this package's source lies."""
+    candidates = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[3]]
+    root = next((folder for folder in candidates if (folder / wanted).exists()), None)
+    if root is None:
+        raise UserError(f"this needs the repository (a folder with {wanted}); call it from inside a clone")
+    return root

@@ -32,7 +32,7 @@ def loss_over_training(tables: Tables, style: Style) -> tuple[Figure, pd.DataFra
         drawn.append(band.assign(optimizer=name))
     clip_to_start(axis, runs["val_loss"], runs.loc[runs["step"] == 0, "val_loss"])
     axis.set(xlabel="epoch", ylabel="validation loss", title=describe(runs))
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return figure, pd.concat(drawn, ignore_index=True)
 
 
@@ -90,7 +90,7 @@ def loss_by_batch_size(tables: Tables, style: Style, pairs: Mapping[str, str]) -
     axes[0, 0].set_ylim(0, 1.5 * start)
     for axis in list(axes.flat)[len(sizes) :]:
         axis.set_visible(False)
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(f"{describe(runs)} (curves that leave the top have diverged)", fontsize=style.font_size)
     return figure, pd.concat(drawn, ignore_index=True)
 
@@ -152,14 +152,15 @@ def rank_of_union(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     axes[0, 0].set(xlabel="step", ylabel="rank of [v, e]", title=title_of(measure))
     axes[0, 0].set_ylim(0, 2.6 * classes)
     early_steps(axes[0, 0])
-    axes[0, 0].legend(loc="lower left")
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 3, "fontsize": "x-small"}
+    axes[0, 0].legend(**below)
     steps = sorted(profile["step"].unique())
     for step, colour in zip(steps, style.sequence(len(steps)), strict=True):
         part = profile[profile["step"] == step]
         label = f"step {step}" if step in (steps[0], steps[len(steps) // 2], steps[-1]) else None
         axes[0, 1].plot(part["index"], part["value"] / part["value"].max(), color=colour, label=label)
     axes[0, 1].set(xlabel="index", ylabel="singular value / largest", yscale="log", title="singular values of [v, e]")
-    axes[0, 1].legend()
+    axes[0, 1].legend(**below)
     return figure, measure
 
 

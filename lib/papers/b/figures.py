@@ -258,7 +258,7 @@ def dominant_and_bulk(tables: Tables, style: Style, window: int = 25) -> tuple[F
         drawn += [right.assign(optimizer=name, quantity="val_accuracy")]
     axes[0, 0].set(xlabel="step", ylabel="minibatch loss", yscale="log")
     axes[0, 1].set(xlabel="step", ylabel="validation accuracy")
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     first = runs.iloc[0]
     figure.suptitle(f"{first['model']}, {first['dataset']}, batch {first['batch_size']}, η = {first['lr']:g}")
     return figure, pd.concat(drawn, ignore_index=True)

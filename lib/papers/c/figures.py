@@ -82,7 +82,7 @@ def _error_panels(tables: Tables, style: Style, x: str, label: str) -> tuple[Fig
         seeds = metrics["seed"].nunique()
         scale = f"{metrics['dataset'].iloc[0]}, {seeds} seed{'s' * (seeds > 1)}"
         axis.set(xlabel=label, ylabel="training error (%)", title=f"{network} ({scale})")
-        axis.legend()
+        axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.2))
     for axis in axes.flat[len(tables) :]:
         axis.set_visible(False)
     return figure, pd.concat(drawn, ignore_index=True)

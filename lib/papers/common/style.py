@@ -6,6 +6,8 @@ tables gives equal bytes and nothing downstream reruns.
 
 from __future__ import annotations
 
+import colorsys
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
 
 matplotlib.use("Agg")
 
@@ -38,6 +41,8 @@ GRID = {
     "legend.framealpha": 0.75,
     "legend.edgecolor": "none",
 }
+
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 
 
 def palette_colours(name: str, count: int | None = None) -> list[Colour]:
@@ -97,11 +102,23 @@ class Style:
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
     def colours(self, names: Iterable[Any]) -> dict[Any, Colour]:
-        """One colour for each name, in the order of their first appearance; for optimisers, classes, data sets."""
+        """One colour for each name, in the order of their first appearance; for optimisers, classes, data sets.
+
+        More names than the palette has colours: darker, then lighter ones of the same hues (see :meth:`looks`).
+        """
         distinct = list(dict.fromkeys(names))
         base = palette_colours(self.palette)
-        palette = base if len(distinct) <= len(base) else _spread("turbo", len(distinct))
-        return dict(zip(distinct, palette, strict=False))
+        shades = [_shade(base[i % len(base)], i // len(base)) for i in range(len(distinct))]
+        return dict(zip(distinct, shades, strict=True))
+
+    def looks(self, names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
+        """Colour and line style of each name, told apart by who sees no hue: dashes change where a hue comes again."""
+        colours = self.colours(names)
+        families = len(palette_colours(self.palette))
+        return {
+            name: {"colour": colour, "linestyle": DASHES[i // families % len(DASHES)]}
+            for i, (name, colour) in enumerate(colours.items())
+        }
 
     def sequence(self, count: int) -> list[Colour]:
         """Colours for ordered things (steps, learning rates, dimensions), dark to light."""
@@ -139,6 +156,33 @@ class Style:
             axis.set_title(f"({mark})", loc="left", fontsize=self.font_size, fontweight="bold")
 
 
+def _shade(colour: Colour, turn: int) -> Colour:
+    """The colour itself, then by turns darker and lighter ones of its hue, ever farther."""
+    if turn == 0:
+        return colour
+    hue, light, saturation = colorsys.rgb_to_hls(*colour)
+    away = 0.45 ** ((turn + 1) // 2)
+    return colorsys.hls_to_rgb(hue, light * away if turn % 2 else 1 - (1 - light) * away, saturation)
+
+
+def plain_ticks(figure: Figure) -> None:
+    """Logarithmic axes: 2, 5, 20 in place of 2 × 10⁰ on less than a decade and a half, else powers of ten alone.
+
+    An axis whose formatter a figure has chosen itself is left as it is.
+    """
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() != "log" or type(axis.get_major_formatter()) is not LogFormatterSciNotation:
+                continue
+            low, high = sorted(axis.get_view_interval())
+            if low <= 0 or math.log10(high / low) > 1.5:
+                axis.set_minor_formatter(NullFormatter())
+                continue
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low > 4 else (1.0, 1.5, *range(2, 10))))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+
+
 def _spread(name: str, count: int) -> list[Colour]:
     """So many colours from a colour map, its ends left out."""
     return [tuple(colour[:3]) for colour in matplotlib.colormaps[name](np.linspace(0.05, 0.92, count))]
@@ -147,6 +191,7 @@ def _spread(name: str, count: int) -> list[Colour]:
 def save(figure: Figure, table: pd.DataFrame, out: Path, dpi: int) -> list[Path]:
     """Writes the CSV ``out`` and beside it .png and .pdf; returns the three paths, PNG first."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    plain_ticks(figure)
     png, pdf, csv = (out.with_suffix(suffix) for suffix in (".png", ".pdf", ".csv"))
     figure.savefig(png, dpi=dpi, metadata={"Software": None})
     figure.set_layout_engine("none")  # the PDF in the PNG's layout, not computed again

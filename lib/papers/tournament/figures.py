@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,10 +27,9 @@ def curves(tables: Tables, style: Style, reference: str, column: str = "val_loss
     races = tables["races"]
     final = races[races["phase"] == "final"]
     networks = list(races.groupby(NETWORK, sort=False).groups)
-    colours = style.colours(races["optimizer"])
-    lines = dict(zip(colours, itertools.cycle(("-", "--")), strict=False))  # neighbouring colours are alike
+    looks = style.looks(races["optimizer"])
     goal = targets(races, reference, column)
-    figure, axes = style.panels(2, len(networks), height=2.7 + 0.09 * len(colours), sharey="col")
+    figure, axes = style.panels(2, len(networks), height=2.7 + 0.09 * len(looks), sharey="col")
     drawn = []
     for place, network in enumerate(networks):
         part = final[(final[NETWORK] == list(network)).all(axis=1)]
@@ -43,8 +41,7 @@ def curves(tables: Tables, style: Style, reference: str, column: str = "val_loss
                 # Seeds may pay differently for the same step: their evaluations meet at the mean of what it cost.
                 shown = own.assign(x=own.groupby("step")[x].transform("mean"))
                 shown = shown[shown[column] <= CLIP * start]
-                look = {"colour": colours[name], "linestyle": lines[name]}
-                band = style.band(axis, shown, "x", column, label=label, **look)
+                band = style.band(axis, shown, "x", column, label=label, **looks[name])
                 drawn.append(band.assign(optimizer=name, against=x, **_named(network)))
             if network in goal.index:
                 axis.axhline(goal[network], color="0.3", linestyle=":", linewidth=1)

@@ -1,0 +1,48 @@
+"""What all figures share: colours that stay apart, ticks that can be read."""
+
+from __future__ import annotations
+
+import colorsys
+
+import pytest
+
+from papers.common.style import Style, palette_colours, plain_ticks
+
+
+def test_few_names_have_the_palette_and_many_have_its_hues_again_with_dashes():
+    style, base = Style(), palette_colours("colorblind")
+    assert list(style.colours("abc").values()) == base[:3]
+    looks = style.looks(range(3 * len(base)))
+    assert len({(look["colour"], str(look["linestyle"])) for look in looks.values()}) == 3 * len(base)
+    hues = {round(colorsys.rgb_to_hls(*look["colour"])[0], 2) for look in looks.values()}
+    assert hues == {round(colorsys.rgb_to_hls(*colour)[0], 2) for colour in base}
+    for first in range(len(base)):  # one hue: told apart by lightness and by dashes
+        own = [looks[first + turn * len(base)] for turn in range(3)]
+        light = sorted(colorsys.rgb_to_hls(*look["colour"])[1] for look in own)
+        assert min(light[1] - light[0], light[2] - light[1]) > 0.1
+        assert len({str(look["linestyle"]) for look in own}) == 3
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.5, 9.0), (0.9, 2.3), (1.0, 25.0), (0.02, 0.3), (1e-4, 1e3)])
+def test_no_tick_of_a_logarithmic_axis_is_a_multiple_of_a_power(low, high):
+    style = Style()
+    with style.applied():
+        figure, axes = style.panels()
+        axes[0, 0].plot([0, 1], [low, high])
+        axes[0, 0].set_yscale("log")
+        plain_ticks(figure)
+        figure.draw_without_rendering()
+        axis = axes[0, 0].yaxis
+        texts = [tick.get_text() for tick in axis.get_ticklabels(which="both") if tick.get_text()]
+    assert len(texts) >= 2
+    assert not any("times" in text for text in texts)
+    if high / low < 20:
+        assert all(float(text) > 0 for text in texts)
+
+
+def test_ticks_that_a_figure_has_chosen_stay():
+    figure, axes = Style().panels()
+    axes[0, 0].set_xscale("log")
+    axes[0, 0].set_xticks([1, 3], ["one", "three"])
+    plain_ticks(figure)
+    assert [tick.get_text() for tick in axes[0, 0].get_xticklabels()] == ["one", "three"]
