@@ -14,7 +14,9 @@ def at_start(jobs: Iterable[Any], results: str) -> str:
     """How many jobs of each rule there are, and how long they take together if earlier ones are a guide."""
     jobs = list(jobs)
     counts = Counter(job.rule.name for job in jobs if job.benchmark)  # all rules that compute something
-    what = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing to do"
+    what = ", ".join(f"{count} {name}" for name, count in counts.items())
+    if not counts:
+        return "curvspace: nothing to compute"
     seconds = expected_seconds([(job.rule.name, _file(job)) for job in jobs if job.rule.name in counts], results)
     if seconds is None:
         return f"curvspace: {what}; no times recorded yet in {results}/benchmarks"
