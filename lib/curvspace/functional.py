@@ -187,13 +187,28 @@ def pull_back(
 
     ``batched``: m cotangents at once, stacked in front of each u. The options are those of ``torch.autograd.grad``.
     That takes cotangents as ``grad_outputs`` too, but imports sympy to compare shapes at its first use: half a second
-    of every process that multiplies with a Hessian. The result is the same, bit for bit.
+    of every process that multiplies with a Hessian. The result is the same, bit for bit, and may share memory with u
+    where J is the identity.
     """
     if batched:
         return torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
     with torch.enable_grad():
-        inner = flatten(outputs) @ flatten(cotangents)
+        inner = _InnerProduct.apply(len(outputs), *outputs, *cotangents)
     return torch.autograd.grad(inner, inputs, **options)
+
+
+class _InnerProduct(torch.autograd.Function):
+    """A scalar whose derivative in each output is its cotangent, as it stands: nothing is multiplied or copied."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[n:])
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        cotangents = ctx.saved_tensors
+        return (None, *cotangents, *[None] * len(cotangents))
 
 
 def require_second_derivatives(gradient: Sequence[Tensor | None]) -> None:

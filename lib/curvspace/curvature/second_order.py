@@ -1,4 +1,4 @@
-r"""Layers whose second derivatives are right, and as fast as the first: convolutions, weight normalisation.
+r"""Layers whose second derivatives are right, and as fast as the first: convolutions, batch and weight normalisation.
 
 A convolution :math:`x * w` is bilinear, so the derivatives of its backward pass are again convolutions of the three
 kinds that training uses (forward, gradient in the input, gradient in the weight). torch computes them by a generic
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from curvspace.curvature.batch_norm import batch_norm
 
 _forward = torch.ops.aten.convolution.default
 _backward = torch.ops.aten.convolution_backward.default
@@ -128,8 +130,9 @@ _PARSERS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 class SecondOrderLayers(TorchFunctionMode):
-    """While active, convolutions are recorded with the derivatives above, and weight normalisation by its formula
-    :math:`w = v\\,g/|v|`: the second derivative of torch's fused one takes the norms for constants.
+    """While active, convolutions are recorded with the derivatives above, batch normalisation with those of
+    :mod:`~curvspace.curvature.batch_norm`, and weight normalisation by its formula :math:`w = v\\,g/|v|`: the second
+    derivative of torch's fused one takes the norms for constants.
 
     Parameters
     ----------
@@ -149,6 +152,8 @@ class SecondOrderLayers(TorchFunctionMode):
             unusual = isinstance(bound.get("padding"), str) or bound["input"].ndim != bound["weight"].ndim
             if not unusual:
                 return _Convolution.apply(*_PARSERS[func](**bound), self.linear)
+        if func is torch.nn.functional.batch_norm:
+            return batch_norm(*args, **kwargs, linear=self.linear)
         if func in (torch._weight_norm, torch._weight_norm_interface):
             w, norm = _weight_norm(*args, **kwargs)
             return w if func is torch._weight_norm else (w, norm)
