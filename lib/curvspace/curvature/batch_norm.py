@@ -47,14 +47,14 @@ def batch_norm(
 ) -> Tensor:
     """As ``torch.nn.functional.batch_norm``.
 
-    ``linear``: its backward pass will be differentiated in the cotangent alone. Mixed types go to torch's own.
+    ``linear``: its backward pass will be differentiated in the cotangent alone. Mixed types, and what is an
+    error, go to torch's own.
     """
     types = {t.dtype for t in (x, running_mean, running_var, weight, bias) if t is not None}
     stored = running_mean is not None and running_var is not None
-    if not (training or stored) or types not in ({torch.float32}, {torch.float64}):
+    possible = x.numel() > x.shape[1] if training else stored
+    if not possible or types not in ({torch.float32}, {torch.float64}):
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training:
-        F._verify_batch_size(x.shape)
     w = x.new_ones(x.shape[1]) if weight is None else weight
     b = torch.zeros_like(w) if bias is None else bias
     return _BatchNorm.apply(x, w, b, running_mean, running_var, training, momentum, eps, linear)
