@@ -21,6 +21,11 @@ OPEN = ("datasets", "models", "optimizers", "studies")
 """Sections in which a function of the user's own may take options that no schema knows."""
 TEXT = (".kind", ".source", ".folder", ".family")
 """Options there that are text, whatever stands in them."""
+RENAMED = {
+    **{"eigenpairs": ("k",), "eigenvalues": ("k",), "count": ("k",)},
+    **{"state": ("batch_norm",), "method": ("batch_norm", "algorithm"), "lr_decay_per_epoch": ("schedule",)},
+}
+"""What keys of earlier configs are called now, where the block has the new one."""
 LARGEST = 2**32 - 1
 LARGEST_FLOAT = 3.4e38
 """Float32's range: what lies above is infinite in training."""
@@ -120,7 +125,8 @@ def _lines(error: ValidationError, root: str) -> Iterator[str]:
     if rule == "additionalProperties":
         known = sorted(part.get("properties", {}))
         for unknown in sorted(set(value) - set(known)):
-            guess = difflib.get_close_matches(str(unknown), known, 1)
+            renamed = [new for new in RENAMED.get(str(unknown), ()) if new in known]
+            guess = renamed or difflib.get_close_matches(str(unknown), known, 1)
             hint = f"did you mean {guess[0]}? " if guess else ""
             yield f"{_join(key, unknown)} is not a known key; {hint}allowed: {', '.join(known) or 'none'}"
     elif rule == "pattern" and key and part.get("title") == "key":

@@ -133,3 +133,13 @@ def test_two_declarations_of_one_name_are_refused():
 def test_a_number_in_a_path_reads_back(value, written):
     assert study.number_text(value) == written
     assert float(written) == value
+
+
+@pytest.mark.parametrize("old", ["eigenpairs", "eigenvalues"])
+def test_the_old_name_of_the_number_of_eigenpairs_is_refused_with_the_new_one(old):
+    changed = settings.laid_over(yaml.safe_load((ROOT / "config.yaml").read_text()))
+    assert checks.problems(changed) == []
+    changed["studies"]["b"][old] = changed["studies"]["b"].pop("k")
+    assert any(
+        line.startswith(f"studies.b.{old} is not a known key; did you mean k?") for line in checks.problems(changed)
+    )

@@ -19,7 +19,7 @@ def test_the_users_values_are_laid_over_the_settings_of_the_scale():
     whole = laid_over({"scale": "smoke", "studies": {"b": {"seed": 7}}, "datasets": {"digits": {"train": 30}}})
     assert whole["studies"]["b"]["seed"] == 7
     assert whole["studies"]["b"]["tol"] == 0.01  # smoke
-    assert whole["studies"]["b"]["eigenpairs"] == 20  # the default, which smoke is laid over
+    assert whole["studies"]["b"]["k"] == 20  # the default, which smoke is laid over
     assert whole["datasets"]["digits"] == {"source": "digits", "train": 30, "validation": 400}
     assert "rmsprop" not in whole["optimizers"]  # paper D's alone
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from papers.common.study import Artefact, Measure, Run, Study
+from papers.common.study import Artefact, Measure, Run, Study, published
 
 FIGURES = "papers.a.figures"
 TABLES = "papers.a.tables"
 MEASURES = "papers.a.measures"
+PUBLISHED = published(__file__)
 
 
 def declare(config: Mapping[str, Any]) -> Study:
@@ -52,6 +53,7 @@ def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
             "table",
             accuracy,
             {"runs": runs(block["lrs"], block["seeds"])},
+            spec={"published": PUBLISHED},
             paper="A",
             title="Validation accuracy by learning rate",
             labels=labels,
@@ -61,6 +63,7 @@ def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
             "table",
             f"{TABLES}:loss_by_lr",
             {"runs": runs(block["lrs"], block["seeds"])},
+            spec={"published": PUBLISHED},
             paper="A",
             title="Validation loss by learning rate",
             labels=labels,
@@ -105,7 +108,7 @@ def _subspaces(a: Mapping[str, Any]) -> list[Artefact]:
     block = a["subspace"]
     run = Run(block["dataset"], block["model"], a["first_order"], block["batch_size"], block["lr"], block["seed"])
     common = {"examples": block["examples"], "tol": block["tol"]}
-    spectrum = Measure("a/spectrum", f"{MEASURES}:spectrum", (run,), spec={**common, "k": block["eigenvalues"]})
+    spectrum = Measure("a/spectrum", f"{MEASURES}:spectrum", (run,), spec={**common, "k": block["k"]})
     span_spec = {**common, "minibatch": block["batch_size"], "tolerances": block["tolerances"]}
     span = Measure("a/span", f"{MEASURES}:span_along_training", (run,), spec=span_spec)
     cosines = Measure("a/cosines", f"{MEASURES}:cosines", (run,), spec=common)

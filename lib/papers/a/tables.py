@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
 from papers.common.runs import RUN, Tables, last_rows
 
-PAPER = {  # paper A, its two tables: (accuracy %, loss) by optimiser and learning rate
-    ("sgd", 0.1): (88.0, 0.3574),
-    ("sgd", 0.05): (87.0, 0.3985),
-    ("sgd", 0.01): (82.0, 0.5362),
-    ("class-gradient-newton", 0.1): (92.0, 0.3304),
-    ("class-gradient-newton", 0.05): (92.0, 0.3346),
-    ("class-gradient-newton", 0.01): (90.0, 0.3411),
-}
+Published = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""The paper's accuracy (%) and loss by optimiser and learning rate."""
 
 
 def last_evaluation(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -25,17 +21,19 @@ def last_evaluation(metrics: pd.DataFrame) -> pd.DataFrame:
     return last.assign(diverged=worse).reset_index()
 
 
-def accuracy_by_lr(tables: Tables) -> pd.DataFrame:
+def accuracy_by_lr(tables: Tables, published: Published) -> pd.DataFrame:
     """A-T1: final validation accuracy in %, mean and s.d. over seeds, by learning rate, beside the paper's."""
-    return _by_lr(tables["runs"], "val_accuracy", 100.0, "accuracy_percent", 0)
+    return _by_lr(tables["runs"], "val_accuracy", 100.0, "accuracy_percent", published, "accuracy")
 
 
-def loss_by_lr(tables: Tables) -> pd.DataFrame:
+def loss_by_lr(tables: Tables, published: Published) -> pd.DataFrame:
     """A-T2: final validation loss, mean and s.d. over seeds, by learning rate, beside the paper's."""
-    return _by_lr(tables["runs"], "val_loss", 1.0, "loss", 1)
+    return _by_lr(tables["runs"], "val_loss", 1.0, "loss", published, "loss")
 
 
-def _by_lr(metrics: pd.DataFrame, column: str, scale: float, name: str, place: int) -> pd.DataFrame:
+def _by_lr(
+    metrics: pd.DataFrame, column: str, scale: float, name: str, published: Published, printed: str
+) -> pd.DataFrame:
     last = last_evaluation(metrics)
     last[name] = scale * last[column]
     grouped = last.groupby(["dataset", "model", "optimizer", "lr"])
@@ -47,7 +45,9 @@ def _by_lr(metrics: pd.DataFrame, column: str, scale: float, name: str, place: i
         sd=(name, "std"),
     ).reset_index()
     table["paper"] = [
-        PAPER.get((o.removesuffix("-heavy-ball").removesuffix("-running-average"), lr), (None, None))[place]
+        published.get(o.removesuffix("-heavy-ball").removesuffix("-running-average"), {})
+        .get(f"{lr:g}", {})
+        .get(printed)
         for o, lr in zip(table.optimizer, table.lr, strict=True)
     ]
     table = table.rename(columns={"mean": f"{name}_mean", "sd": f"{name}_sd", "paper": f"paper_{name}"})

@@ -13,7 +13,7 @@ Block = Mapping[str, Any]
 
 def problems(block: Block) -> Iterator[str]:
     """One line for each wrong value."""
-    key, count, dimensions = "studies.b", block["eigenpairs"], block["dimensions"]
+    key, count, dimensions = "studies.b", block["k"], block["dimensions"]
     fc = block["networks"]["fc"]["steps"]
     yield from among(f"{key}.gradient_steps", block["gradient_steps"], fc, f"{key}.networks.fc.steps")
     for name in NETWORKS:
@@ -21,7 +21,7 @@ def problems(block: Block) -> Iterator[str]:
         place = f"{key}.networks.{name}"
         yield from among(f"{place}.starts", network.get("starts", ()), network["steps"], f"{place}.steps")
     if max(dimensions) > count:
-        yield f"{key}.dimensions has {max(dimensions)}, more than eigenpairs; allowed: at most {count}"
+        yield f"{key}.dimensions has {max(dimensions)}, more than k; allowed: at most {count}"
     for name in CHANGES:
-        if "eigenpairs" not in block["cases"][name]:
-            yield f"{key}.cases.{name}.eigenpairs is missing; it is: the number of top eigenpairs measured for B-F12"
+        if "k" not in block["cases"][name]:
+            yield f"{key}.cases.{name}.k is missing; it is: the number of top eigenpairs measured for B-F12"

@@ -40,7 +40,7 @@ def trajectory(
     *,
     examples: int | None,
     batch: int = 1000,
-    count: int = 20,
+    k: int = 20,
     starts: Sequence[int] = (),
     dimensions: Sequence[int] = (),
     steps: Sequence[int] | None = None,
@@ -48,30 +48,30 @@ def trajectory(
     batch_norm: BatchNorm = "batch",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The top ``count`` eigenpairs of one run at some ``steps`` (null: all checkpoints), and what follows from them.
+    """The top ``k`` eigenpairs of one run at some ``steps`` (null: all checkpoints), and what follows from them.
 
     Columns: identity, ``parameters``, ``examples``, ``batch_norm``, ``step``, ``quantity``, ``index``, ``start_step``,
     ``value``, ``null`` (expected of a random subspace), ``random`` (measured on one, drawn anew at each step).
-    Quantities, with k the number of classes:
+    Quantities, with C the number of classes:
 
     - ``loss``, ``accuracy``, ``products`` (Hessian products that the warm-started tracker took);
     - ``eigenvalue``, ``residual``, ``c2`` (eq. 12) of eigenvector ``index``, counted from 1;
-    - ``f_top`` (eq. 2), ``f_next``: share of the gradient in the eigenvectors 1..k, k+1..2k;
+    - ``f_top`` (eq. 2), ``f_next``: share of the gradient in the eigenvectors 1..C, C+1..2C;
     - ``f_class``: share in the span of the class gradients (paper A), ``class_overlap``: overlap of that span with
-      the top k eigenvectors (eq. 5);
+      the top C eigenvectors (eq. 5);
     - ``hg_overlap``: eq. 3, ``random`` for a random vector of the whole space; ``vertex_overlap``: eq. 4 with the
       measured eigenvalues, which a random vertex of the top subspace would give;
     - ``top_overlap``: eq. 5 between the top-``index`` subspaces at ``start_step`` and ``step``, for each of
-      ``starts`` and ``dimensions`` (k always); ``next_overlap``: the same for the next k eigenvectors.
+      ``starts`` and ``dimensions`` (C always); ``next_overlap``: the same for the next C eigenvectors.
     """
     (run,) = context.runs
     data = context.dataset(run)
     batches = batches_of(data, data.train, examples, batch)
-    tracker = SubspaceTracker(count, "LA", tol)
+    tracker = SubspaceTracker(k, "LA", tol)
     generator = torch.Generator().manual_seed(seed)
     kept: dict[int, Tensor] = {}
     rows: list[Row] = []
-    k = data.num_classes
+    classes = data.num_classes
     for step in context.progress(_reached(run, steps), "top subspace"):
         model = context.model(run, step)
         objective = Objective(model, batches, run.spec["task"]["loss"], batch_norm=batch_norm)
@@ -82,9 +82,9 @@ def trajectory(
         found = [
             *_progress(objective, model, batches, pairs),
             *_eigenpairs(pairs, g),
-            *_gradient_shares(g, hessian, pairs, k, generator),
-            *_class_span(model, batches, g, pairs, k, generator, batch_norm),
-            *_overlaps(kept, step, pairs.vectors, k, dimensions),
+            *_gradient_shares(g, hessian, pairs, classes, generator),
+            *_class_span(model, batches, g, pairs, classes, generator, batch_norm),
+            *_overlaps(kept, step, pairs.vectors, classes, dimensions),
         ]
         rows += [{"step": step, **row} for row in found]
     return tidy(run, rows, parameters=len(g), examples=sum(len(y) for _, y in batches), batch_norm=batch_norm)

@@ -21,7 +21,7 @@ def spectrum(
     context: Context,
     *,
     examples: int | None,
-    count: int = 30,
+    k: int = 30,
     batch: int = 1000,
     dense_up_to: int = 5000,
     probes: int = 4,
@@ -32,14 +32,14 @@ def spectrum(
     """The Hessian's spectrum at the end of each run (figure 4).
 
     With at most ``dense_up_to`` parameters the matrix is formed and all eigenvalues are listed (float64); otherwise
-    the top ``count`` ones and the density of the whole spectrum by stochastic Lanczos quadrature. Columns:
+    the top ``k`` ones and the density of the whole spectrum by stochastic Lanczos quadrature. Columns:
     identity, ``parameters``, ``examples``, ``batch_norm``, ``classes`` (distinct targets), ``step``, ``accuracy`` (on
     these examples), ``method`` ("dense" or "Lanczos"), ``quantity``, ``index``, ``eigenvalue``, ``value``.
     Quantities: ``eigenvalue`` (``index`` from 1, largest first; ``value`` is its residual), ``density`` (``value``
     per unit of ``eigenvalue``, integrates to 1).
     """
     tables = [
-        _one_spectrum(context, run, examples, count, batch, dense_up_to, probes, lanczos_steps, tol, batch_norm)
+        _one_spectrum(context, run, examples, k, batch, dense_up_to, probes, lanczos_steps, tol, batch_norm)
         for run in context.progress(context.runs, "spectra")
     ]
     return pd.concat(tables, ignore_index=True)
@@ -49,7 +49,7 @@ def _one_spectrum(
     context: Context,
     run: RunRecord,
     examples: int | None,
-    count: int,
+    k: int,
     batch: int,
     dense_up_to: int,
     probes: int,
@@ -68,7 +68,7 @@ def _one_spectrum(
         values = torch.linalg.eigvalsh(dense_matrix(hessian, limit=dense_up_to)).flip(0)
         rows = _listed(values, torch.zeros_like(values))
     else:
-        pairs = eigsh(hessian, k=count, tol=tol)
+        pairs = eigsh(hessian, k=k, tol=tol)
         rows = _listed(pairs.values, pairs.residuals)
         density = spectral_density(hessian, probes=probes, steps=lanczos_steps)
         rows += [
@@ -102,12 +102,12 @@ def edge(
     context: Context,
     *,
     examples: int | None,
-    count: int,
+    k: int,
     batch: int = 1000,
     tol: float = 1e-3,
     batch_norm: BatchNorm = "batch",
 ) -> pd.DataFrame:
-    """The top ``count`` eigenvalues at the end of one run (figure 5: one job for each initialisation).
+    """The top ``k`` eigenvalues at the end of one run (figure 5: one job for each initialisation).
 
     Columns: identity, ``parameters``, ``examples``, ``classes``, ``step``, ``index``, ``eigenvalue``, ``residual``.
     """
@@ -115,10 +115,10 @@ def edge(
     data, step = context.dataset(run), run.steps[-1]
     batches = batches_of(data, data.train, examples, batch)
     hessian = Objective(context.model(run, step), batches, batch_norm=batch_norm).hessian()
-    pairs = eigsh(hessian, k=count, tol=tol)
+    pairs = eigsh(hessian, k=k, tol=tol)
     table = pd.DataFrame(
         {
-            "index": range(1, count + 1),
+            "index": range(1, k + 1),
             "eigenvalue": pairs.values.tolist(),
             "residual": pairs.residuals.tolist(),
         }

@@ -55,8 +55,8 @@ def _measured(b: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
     return {"examples": block["examples"], "batch": block["microbatch"], "batch_norm": block["batch_norm"]}
 
 
-def _trajectory(b: Mapping[str, Any], name: str, block: Mapping[str, Any], count: int) -> Measure:
-    spec = {**_measured(b, block), "steps": block["steps"], "count": count, "tol": b["tol"]}
+def _trajectory(b: Mapping[str, Any], name: str, block: Mapping[str, Any], k: int) -> Measure:
+    spec = {**_measured(b, block), "steps": block["steps"], "k": k, "tol": b["tol"]}
     if block.get("starts"):
         spec |= {"starts": block["starts"], "dimensions": b["dimensions"]}
     return Measure(f"b/trajectory/{name}", f"{MEASURES}:trajectory", (_run(b, block),), spec=spec)
@@ -64,7 +64,7 @@ def _trajectory(b: Mapping[str, Any], name: str, block: Mapping[str, Any], count
 
 def _networks(b: Mapping[str, Any]) -> list[Artefact]:
     """What is read from the top eigenpairs along the training of the three networks."""
-    measures = {name: _trajectory(b, name, b["networks"][name], b["eigenpairs"]) for name in NETWORKS}
+    measures = {name: _trajectory(b, name, b["networks"][name], b["k"]) for name in NETWORKS}
     fc = {"fc": measures["fc"]}
     two = {name: measures[name] for name in ("fc", "resnet18")}
     dimensions = [d for d in PANEL_DIMENSIONS if d in b["dimensions"]]
@@ -125,7 +125,7 @@ def _cases(b: Mapping[str, Any]) -> list[Artefact]:
     for name in CHANGES:
         block = b["cases"][name]
         followed = {**block, "examples": block.get("early_examples", block["examples"])}
-        early[CASES[name]] = _trajectory(b, name, followed, block["eigenpairs"])
+        early[CASES[name]] = _trajectory(b, name, followed, block["k"])
     return [
         _table(
             "B-T1",
@@ -153,7 +153,7 @@ def _spectra(b: Mapping[str, Any]) -> list[Artefact]:
         spec = {
             **_measured(b, run),
             **{key: block[key] for key in keys},
-            "count": block["eigenvalues"],
+            "k": block["k"],
             "tol": b["tol"],
         }
         measures[label] = Measure(f"b/spectrum/{name}", f"{SPECTRA}:spectrum", (_run(b, run),), spec=spec)
@@ -166,7 +166,7 @@ def _spectra(b: Mapping[str, Any]) -> list[Artefact]:
 
 def _edge(b: Mapping[str, Any]) -> Artefact:
     block = b["edge"]
-    spec = {**_measured(b, block), "count": block["eigenvalues"], "tol": b["tol"]}
+    spec = {**_measured(b, block), "k": block["k"], "tol": b["tol"]}
     measures = tuple(
         Measure(f"b/edge/seed-{seed}", f"{SPECTRA}:edge", (_run(b, block, seed),), spec=spec) for seed in block["seeds"]
     )

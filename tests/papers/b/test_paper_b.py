@@ -58,7 +58,7 @@ def dense(context):
 @pytest.fixture(scope="module")
 def table(context):
     return paper_b.trajectory(
-        context, examples=EXAMPLES, batch=30, count=20, starts=[0, 10], dimensions=[2, 5, 20], tol=1e-5
+        context, examples=EXAMPLES, batch=30, k=20, starts=[0, 10], dimensions=[2, 5, 20], tol=1e-5
     )
 
 
@@ -119,10 +119,10 @@ def test_random_subspaces_hold_their_share():
 
 
 def test_steps_beyond_the_run_are_left_out(context):
-    table = paper_b.trajectory(context, examples=40, count=10, steps=[10, 50, 4000], tol=0.05)
+    table = paper_b.trajectory(context, examples=40, k=10, steps=[10, 50, 4000], tol=0.05)
     assert sorted(table["step"].unique()) == [10, 50]
     with pytest.raises(FileNotFoundError, match="step 7"):
-        paper_b.trajectory(context, examples=40, count=10, steps=[7])
+        paper_b.trajectory(context, examples=40, k=10, steps=[7])
 
 
 def test_overlaps_of_the_last_steps_on_both_splits(context, dense):
@@ -152,7 +152,7 @@ def test_top_eigenvector_is_listed_entry_by_entry(context, dense):
 
 
 def test_spectrum_dense_and_by_density_agree(context, dense):
-    settings = {"examples": EXAMPLES, "count": 12, "batch": 50}
+    settings = {"examples": EXAMPLES, "k": 12, "batch": 50}
     exact = spectra_b.spectrum(context, dense_up_to=5000, **settings)
     values = exact.sort_values("index")["eigenvalue"].to_numpy()
     np.testing.assert_allclose(values, dense[50][2].numpy(), atol=1e-5 * values[0])
@@ -162,7 +162,7 @@ def test_spectrum_dense_and_by_density_agree(context, dense):
     density = sampled[sampled["quantity"] == "density"]
     assert np.trapezoid(density["value"], density["eigenvalue"]) == pytest.approx(1.0, abs=1e-3)
     assert (exact["classes"] == 10).all()
-    edge = spectra_b.edge(context, examples=EXAMPLES, count=5)
+    edge = spectra_b.edge(context, examples=EXAMPLES, k=5)
     np.testing.assert_allclose(edge["eigenvalue"], values[:5], atol=5e-3 * values[0])
 
 
@@ -174,7 +174,7 @@ def test_batch_statistics_and_regression(digits_dir, tmp_path):
     task = {"epochs": 1, "checkpoints": [0]}
     context = run_context(digits_dir, tmp_path, **options, model=model, task=task)
     tables = {
-        state: paper_b.trajectory(context, examples=30, batch=30, count=10, steps=[3], tol=0.1, batch_norm=state)
+        state: paper_b.trajectory(context, examples=30, batch=30, k=10, steps=[3], tol=0.1, batch_norm=state)
         for state in ("batch", "running")
     }
     f_top = {state: table[table["quantity"] == "f_top"]["value"].to_numpy() for state, table in tables.items()}
