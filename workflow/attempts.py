@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 PASSING = re.compile(
-    r"MemoryError|OutOfMemory|out of memory|can't allocate memory"  # more memory
+    r"no memory left|MemoryError|OutOfMemory|out of memory|can't allocate memory"  # more memory
     r"|stopped|interrupted|SystemExit|KeyboardInterrupt"  # a time limit, a node that is taken away
-    r"|cannot be written|was taken over|OSError|ConnectionError|TimeoutError|CUDA error|has \d+ GPUs"  # another node
+    r"|cannot be written|mend that and run|was taken over|OSError|ConnectionError|TimeoutError"  # another node
+    r"|CUDA error|has \d+ GPUs"
 )
 """What the last line of a log says of a failure that another attempt may be spared."""
 

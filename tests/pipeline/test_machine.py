@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from curvspace.cli import failures
 from workflow import attempts, machine
 
 
@@ -79,6 +80,10 @@ TRACE = "step 3\nTraceback (most recent call last):\n  File x\n"
         ("curvspace train: stopped at step 3 of 9; the same command continues from there\n", False),
         ("curvspace train: x cannot be written: No space left on device; mend that\n", False),
         ("curvspace train: device = 'cuda', but this machine has 0 GPUs that torch can use\n", False),
+        (f"{TRACE}curvspace train: KeyError: 'width', at nets.py:12 (build)\n", True),
+        (f"{TRACE}curvspace train: {failures.line(MemoryError('Unable to allocate 8 GiB'))}\n", False),
+        (f"{TRACE}curvspace train: {failures.line(OSError(28, 'No space left on device'))}\n", False),
+        (f"curvspace measure: {failures.Told(15)}\n", False),
         ("step 3 of 9\n", False),  # killed
         ("", False),
     ],

@@ -1,4 +1,4 @@
-"""What the commands of all stages share: their options, one-line errors, and the record beside their outputs.
+"""What the commands of all stages share: their options, and the record beside their outputs.
 
 Nothing here imports torch: figures and tables are made without it.
 """
@@ -12,13 +12,12 @@ import json
 import os
 import platform
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from curvspace.cli.failures import one_line_errors as one_line_errors
 from curvspace.errors import UserError
 
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "matplotlib", "seaborn")
@@ -63,19 +62,6 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"a JSON object is wanted, got {type(value).__name__}")
     return value
-
-
-@contextmanager
-def one_line_errors(stage: str) -> Iterator[None]:
-    """Errors that the user can mend, as ``curvspace <stage>: what is wrong`` and exit status 1."""
-    try:
-        yield
-    except (UserError, FileNotFoundError) as error:
-        print(f"curvspace {stage}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print(f"curvspace {stage}: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def load_function(name: str) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from curvspace import datasets, files, models
 from curvspace.datasets import DataSet
+from curvspace.errors import UserError
 from curvspace.training import tensor_file
 
 _AGAIN = "remove the run's folder and train it again"
@@ -104,4 +105,7 @@ def initial_model(options: dict[str, Any], data: DataSet, seed: int) -> nn.Modul
     rest = {k: v for k, v in options.items() if k not in ("name", "kind")}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(seed, "init"))  # torch.manual_seed: those of all GPUs too
-        return models.build(options["kind"], rest, data.input_shape, data.num_classes)
+        model = models.build(options["kind"], rest, data.input_shape, data.num_classes)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model kind {options['kind']!r} returned {type(model).__name__}; a torch.nn.Module is wanted")
+    return model

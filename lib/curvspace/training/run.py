@@ -17,8 +17,10 @@ import torch
 
 from curvspace import datasets, files
 from curvspace.errors import UserError
+from curvspace.functional import call
 from curvspace.optim import registry
 from curvspace.optim.base import ModelOptimizer
+from curvspace.outputs import logits
 from curvspace.training import lock
 from curvspace.training.loop import FitState, fit
 from curvspace.training.record import RunRecord, initial_model
@@ -93,6 +95,7 @@ def _run(
     now = state.restore(model, optimizer, device)
     if now is None:
         model, optimizer = build()
+        _check_outputs(model, spec, data)
     state.devices += [spec.device] if state.devices[-1:] != [spec.device] else []
     last_save = time.monotonic()
 
@@ -121,6 +124,37 @@ def _run(
     )
     state.save(now, model, optimizer)
     return now
+
+
+@torch.no_grad()
+def _check_outputs(model: torch.nn.Module, spec: RunSpec, data: datasets.DataSet) -> None:
+    """The network takes the data set's examples and has an output for each class, tried on two of them.
+
+    Raises
+    ------
+    UserError
+        If the outputs are no tensor (N, C) with C at least the number of classes, or as many numbers as the
+        targets where these are no classes.
+    """
+    inputs, targets = data.normalise(data.train.inputs[:2]), data.train.targets[:2]
+    named = f"model {spec.model['name']} ({spec.model['kind']})"
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng(devices=[]):
+        try:
+            outputs = logits(call(model.eval(), inputs))
+        except Exception as error:
+            error.add_note(f"[{named}, on inputs of shape {tuple(inputs.shape)}]")
+            raise
+    for module, training in modes:
+        module.training = training
+    shape = tuple(outputs.shape)
+    if targets.is_floating_point():
+        fits, wanted = outputs.numel() == targets.numel(), f"as many numbers as the targets, {tuple(targets.shape)}"
+    else:
+        fits = len(shape) == 2 and shape[0] == len(targets) and shape[1] >= data.num_classes
+        wanted = f"({len(targets)}, {data.num_classes}), one output for each of the {data.num_classes} classes"
+    if not fits:
+        raise UserError(f"{named} has outputs of shape {shape} for {len(targets)} examples; wanted is {wanted}")
 
 
 def _key(spec: RunSpec, fingerprint: str, data: str) -> str:
