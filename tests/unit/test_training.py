@@ -16,7 +16,7 @@ from curvspace.training import loop
 from curvspace.training.loop import evaluate, minibatches
 from curvspace.training.record import RunRecord, initial_model
 from curvspace.training.run import Interrupted, train
-from curvspace.training.spec import RunSpec, Task, derived_seed
+from curvspace.training.spec import Block, RunSpec, Task, derived_seed
 
 OPTIMIZERS = [
     {"name": "sgd", "kind": "sgd", "momentum": 0.9},
@@ -221,3 +221,11 @@ def test_a_run_saved_between_two_readings_of_scalars_is_continued(digits_dir, tm
     monkeypatch.setitem(loop.LOG_INTERVAL, "cpu", 1)
     other = train(spec(OPTIMIZERS[3]), digits_dir, tmp_path / "other", progress=False)
     pd.testing.assert_frame_equal(without_clock(other.metrics), without_clock(whole.metrics), check_exact=True)
+
+
+def test_a_block_of_the_config_is_taken_apart_in_one_place():
+    block = Block.of({"name": "mine", "kind": "sgd", "momentum": 0.9})
+    assert (block.name, block.kind, block.options) == ("mine", "sgd", {"momentum": 0.9})
+    assert Block.of({"kind": "sgd"}).name == "sgd"
+    with pytest.raises(ValueError, match="needs a kind"):
+        Block.of({"name": "mine"})

@@ -24,7 +24,7 @@ from curvspace.device import use
 from curvspace.errors import UserError
 from curvspace.functional import batch_size, select
 from curvspace.training import tensor_file
-from curvspace.training.record import RunRecord
+from curvspace.training.record import RunRecord, data_options
 from curvspace.training.spec import derived_seed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -138,7 +138,7 @@ def _of_run(subject: Subject, folder: Path, device: torch.device) -> Loaded:
         steps = [int(subject.step)]
     else:
         raise UserError(f"{folder} has no checkpoint {subject.step!r}; it has {_some(record.steps)}, or: last, all")
-    block = {k: v for k, v in record.spec["dataset"].items() if k != "name"}
+    block = data_options(record.spec["dataset"])
     data = datasets.load(_folder(subject, datasets.folder_name(record.spec["dataset"]["name"], block)), block)
     batches = limited(data.batches("train", subject.batch_size), subject.batches, subject.examples or EXAMPLES)
     loss = _loss(subject.loss or record.spec.get("task", {}).get("loss", "cross_entropy"))

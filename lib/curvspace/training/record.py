@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from curvspace import datasets, files, models
 from curvspace.datasets import DataSet
 from curvspace.errors import UserError
 from curvspace.training import tensor_file
+from curvspace.training.spec import Block, derived_seed
 
 _AGAIN = "remove the run's folder and train it again"
 
@@ -84,8 +86,7 @@ class RunRecord:
 
     def dataset(self, data_dir: str | Path) -> DataSet:
         """The run's data set (its variant: subset, labels) from the prepared arrays in ``data_dir``."""
-        options = {k: v for k, v in self.spec["dataset"].items() if k != "name"}
-        return datasets.load(data_dir, options)
+        return datasets.load(data_dir, data_options(self.spec["dataset"]))
 
     def build_model(self, data: DataSet) -> nn.Module:
         """A fresh model of this run's kind, with its initial weights (the run's seed)."""
@@ -98,14 +99,17 @@ class RunRecord:
         return model.eval()
 
 
-def initial_model(options: dict[str, Any], data: DataSet, seed: int) -> nn.Module:
-    """The model of a config block on the CPU, initialised from ``seed`` alone; the generators are left as they were."""
-    from curvspace.training.spec import derived_seed
+def data_options(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`curvspace.datasets.load` is asked for by a ``datasets`` block of the config: all but its name."""
+    return {key: value for key, value in dataset.items() if key != "name"}
 
-    rest = {k: v for k, v in options.items() if k not in ("name", "kind")}
+
+def initial_model(options: Mapping[str, Any], data: DataSet, seed: int) -> nn.Module:
+    """The model of a config block on the CPU, initialised from ``seed`` alone; the generators are left as they were."""
+    block = Block.of(options)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(seed, "init"))  # torch.manual_seed: those of all GPUs too
-        model = models.build(options["kind"], rest, data.input_shape, data.num_classes)
+        model = models.build(block.kind, block.options, data.input_shape, data.num_classes)
     if not isinstance(model, nn.Module):
-        raise UserError(f"model kind {options['kind']!r} returned {type(model).__name__}; a torch.nn.Module is wanted")
+        raise UserError(f"model kind {block.kind!r} returned {type(model).__name__}; a torch.nn.Module is wanted")
     return model

@@ -23,8 +23,8 @@ from curvspace.optim.base import ModelOptimizer
 from curvspace.outputs import logits
 from curvspace.training import lock
 from curvspace.training.loop import FitState, fit
-from curvspace.training.record import RunRecord, initial_model
-from curvspace.training.spec import RunSpec
+from curvspace.training.record import RunRecord, data_options, initial_model
+from curvspace.training.spec import Block, RunSpec
 from curvspace.training.state import RECORD, State
 
 
@@ -59,7 +59,7 @@ def train(
         If a file cannot be written, or another process took over while this one stood still.
     """
     out, state_path, device = Path(out_dir), Path(state_dir or f"{out_dir}.state"), torch.device(spec.device)
-    data = datasets.load(data_dir, {k: v for k, v in spec.dataset.items() if k != "name"})
+    data = datasets.load(data_dir, data_options(spec.dataset))
     spec = spec.resolved(len(data.train))
     key = _key(spec, fingerprint, data.digest)
     with _stop_signals() as stop, lock.hold(state_path, lambda: stop.requested) as held:
@@ -83,7 +83,7 @@ def _run(
     total = spec.task.steps(len(data.train), batch_size)
 
     def build() -> tuple[torch.nn.Module, ModelOptimizer]:
-        model = initial_model(dict(spec.model), data, spec.seed).to(device)
+        model = initial_model(spec.model, data, spec.seed).to(device)
         if spec.task.memory_format == "channels-last":
             model = model.to(memory_format=torch.channels_last)
         optimizer = build_optimizer(spec, model, data.num_classes)
@@ -174,12 +174,12 @@ def _finished(out: Path, key: str) -> RunRecord | None:
 
 def build_optimizer(spec: RunSpec, model: torch.nn.Module, num_classes: int) -> ModelOptimizer:
     """The optimiser of a run's config block, at the run's learning rate."""
-    options = {k: v for k, v in spec.optimizer.items() if k not in ("name", "kind")}
-    optimizer = registry.build(spec.optimizer["kind"], options, model, num_classes, spec.lr, spec.task.loss)
+    block = Block.of(spec.optimizer)
+    optimizer = registry.build(block.kind, block.options, model, num_classes, spec.lr, spec.task.loss)
     if optimizer.couples_parameters and (spec.task.compile or spec.task.precision != "float32"):
         option = "compile = true" if spec.task.compile else f"precision = {spec.task.precision}"
         raise UserError(
-            f"task.{option} is for first-order optimisers: {spec.optimizer['kind']} needs curvature in full precision "
+            f"task.{option} is for first-order optimisers: {block.kind} needs curvature in full precision "
             "and derivatives of derivatives, which compiled kernels do not have; leave the option out"
         )
     return optimizer

@@ -16,6 +16,26 @@ MEMORY_FORMATS = ("contiguous", "channels-last")
 
 
 @dataclass(frozen=True)
+class Block:
+    """A model or optimiser as the config has it: its ``name`` there, its ``kind`` and that kind's ``options``.
+
+    ``{name: mine, kind: sgd, momentum: 0.9}`` -> ``Block("mine", "sgd", {"momentum": 0.9})``.
+    """
+
+    name: str
+    kind: str
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Block:
+        """From the config's mapping; a block that was never named has the name of its kind."""
+        if "kind" not in values:
+            raise ValueError(f"a block of the config needs a kind, got {dict(values)!r}")
+        rest = {key: value for key, value in values.items() if key not in ("name", "kind")}
+        return cls(values.get("name", values["kind"]), values["kind"], rest)
+
+
+@dataclass(frozen=True)
 class Task:
     """How long a (data set, model) pair is trained, and what is recorded on the way.
 

@@ -154,17 +154,18 @@ def step_costs(
 
     from curvspace import models
     from curvspace.optim import registry
+    from curvspace.training.spec import Block
 
     data = context.dataset(dataset)
     x = data.normalise(data.train.inputs[:batch_size])
     y = data.train.targets[:batch_size]
     built = {}
-    options = {k: v for k, v in model.items() if k not in ("kind", "name")}
-    for name, block in optimizers.items():
+    net = Block.of(model)
+    for name, values in optimizers.items():
         torch.manual_seed(seed)
-        network = models.build(model["kind"], options, data.input_shape, data.num_classes).to(context.device)
-        rest = {k: v for k, v in block.items() if k != "kind"}
-        built[name] = registry.build(block["kind"], rest, network, data.num_classes, lr.get(name, lr["default"]))
+        network = models.build(net.kind, net.options, data.input_shape, data.num_classes).to(context.device)
+        block, rate = Block.of(values), lr.get(name, lr["default"])
+        built[name] = registry.build(block.kind, block.options, network, data.num_classes, rate)
     rows = []
     for round_ in context.progress(range(-1, rounds), "step costs"):
         for name, optimizer in built.items():
@@ -181,7 +182,7 @@ def step_costs(
     return table.assign(
         relative=table["step_s"] / usual,
         parameter_copies=table["optimizer"].map(copies),
-        model=model.get("name", model["kind"]),
+        model=net.name,
         dataset=dataset,
         batch_size=batch_size,
     )

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from curvspace import datasets
 from curvspace.datasets import DataSet
-from curvspace.training.record import RunRecord
+from curvspace.training.record import RunRecord, data_options
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Context:
             known = {run.spec["dataset"]["name"]: run.spec["dataset"] for run in self.runs} | dict(self.settings)
             if key not in known:
                 raise KeyError(f"the measure declares no data set {key!r}; it has {', '.join(sorted(known)) or 'none'}")
-            options = {k: v for k, v in known[key].items() if k != "name"}
+            options = data_options(known[key])
             self._loaded[key] = datasets.load(self.data_dir / datasets.folder_name(key, options), options).to(
                 self.device
             )

@@ -22,7 +22,7 @@ from curvspace.functional import call
 from curvspace.optim import registry
 from curvspace.training.loop import fit
 from curvspace.training.record import initial_model
-from curvspace.training.spec import Task
+from curvspace.training.spec import Block, Task
 from papers.common.context import Context
 
 NEVER = 10**9
@@ -111,7 +111,7 @@ def quasi_random(search: Mapping[str, Sequence[float]], trials: int) -> list[dic
 
 def with_values(block: Mapping[str, Any], values: Mapping[str, float]) -> tuple[float, dict[str, Any]]:
     """The learning rate, and an optimiser's options with a trial's values set at their dotted places."""
-    options: dict[str, Any] = deepcopy({k: v for k, v in block.items() if k not in ("name", "kind")})
+    options = deepcopy(Block.of(block).options)
     for name, value in values.items():
         if name == "lr":
             continue
@@ -137,7 +137,7 @@ def _train(
     """One run from scratch: its hyper-parameters, and where it ended."""
     data = context.dataset(dataset)
     lr, options = with_values(optimizer, values)
-    network = initial_model(dict(model), data, seed).to(context.device)
+    network = initial_model(model, data, seed).to(context.device)
     opt = registry.build(optimizer["kind"], options, network, data.num_classes, lr, task.get("loss", "cross_entropy"))
     state = fit(network, opt, data, Task(**task), batch_size, seed, progress=False)
     last = state.rows[-1]
