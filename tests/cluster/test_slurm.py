@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,17 +31,19 @@ pytestmark = pytest.mark.skipif(bool(one_node.missing()), reason=one_node.missin
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Slurm; that of ``one_node.py start`` if it runs already."""
+    """A Slurm; that of ``one_node.py start`` if it runs already. One at a time on a machine: other tests wait."""
     pytest.importorskip("snakemake_executor_plugin_slurm")
-    if one_node.state():
-        yield
-        return
-    folder = tmp_path_factory.mktemp("slurm")
-    try:
-        one_node.start(folder)
-        yield
-    finally:
-        one_node.stop(folder)
+    with (Path(tempfile.gettempdir()) / "one-node-slurm.lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        if one_node.state():
+            yield
+            return
+        folder = tmp_path_factory.mktemp("slurm")
+        try:
+            one_node.start(folder)
+            yield
+        finally:
+            one_node.stop(folder)
 
 
 def study(folder: Path, epochs: int = 2, lrs: str = "[0.1]", runtime: int = 30) -> Project:
