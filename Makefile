@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores all --resources gpu=1 --rerun-incomplete --show-failed-logs
+SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores all --resources gpu=1 --rerun-incomplete
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke paper test test-quick lint report verify reference-claims bench gpu-check docs lock clean
+.PHONY: help run smoke paper test test-quick lint report verify unlock reference-claims bench gpu-check docs lock clean
 
 $(READY): envs/requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -66,6 +66,9 @@ reference-claims: $(READY)  ## one ledger of all reference results: results/refe
 
 verify: $(READY)  ## which results are stale, whatever Snakemake remembers (seconds)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m workflow.verify
+
+unlock: $(READY)  ## after a Snakemake that was killed, when none runs here: take its lock away, of all presets
+	$(SNAKEMAKE) --unlock
 
 bench: $(READY)  ## speed of ours and of other libraries, side by side
 	$(PIP) "$(CURDIR)[bench]"

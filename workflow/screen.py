@@ -1,8 +1,10 @@
-"""What a person reads at the start and at the end of a run: how much there is to do, and where the results are."""
+"""What a person reads at the start and at the end of a run: how much there is to do, where results are, what failed."""
 
 from __future__ import annotations
 
 import csv
+import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -55,6 +57,31 @@ def at_end(results: str) -> str:
     lines = [f"  {name:17} {place}" for name, place in places.items() if place.exists()]
     lines.append("  one page of all   the same command with --report report.html (make report)")
     return "\n".join(["curvspace: done", *lines])
+
+
+def at_error(snakemake_logs: str | Iterable[str]) -> str:
+    """One line for each job that failed, as the end of its log has it; the logs are named in Snakemake's own."""
+    files = [snakemake_logs] if isinstance(snakemake_logs, str) else snakemake_logs
+    said = "".join(Path(file).read_text("utf-8", "replace") for file in files if Path(file).is_file())
+    named = re.findall(r"^ +log: (.+) \(check log file\(s\) for error details\)$", said, re.M)
+    logs = list(dict.fromkeys(log for names in named for log in names.split(", ")))
+    if not logs:
+        return "curvspace: stopped; what Snakemake says above is all that is known"
+    return "\n".join(["curvspace: failed", *(f"  {_end_of(Path(log))}\n    all of it: {log}" for log in logs)])
+
+
+def _end_of(log: Path) -> str:
+    """The last line of a job's log; where its command did not come to tell its end, that."""
+    try:
+        text = log.read_text("utf-8", "replace")
+    except OSError:
+        text = ""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    if lines and (lines[-1].startswith("curvspace ") or any(line.startswith("Traceback") for line in lines)):
+        return lines[-1]
+    free = shutil.disk_usage(next(folder for folder in log.absolute().parents if folder.is_dir())).free
+    why = f"killed (no memory, a time limit), or it could not write its log ({free / 1e9:.1f} GB are free)"
+    return f"ended without a word: {why}" + (f"; last: {lines[-1]}" if lines else "")
 
 
 def _file(job: Any) -> str:
