@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,51 @@ def test_convnet_options_stand_where_they_are_said_to():
     assert [layer.p for layer in full if isinstance(layer, nn.Dropout)] == [0.25, 0.25, 0.5, 0.5]
     assert sum(isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d) for layer in full) == 6
     assert [layer.out_features for layer in full if isinstance(layer, nn.Linear)] == [512, 128, 10]
+    for before, after in pairwise(full):  # normalised before the activation, never after it
+        if isinstance(after, nn.BatchNorm2d | nn.BatchNorm1d):
+            assert isinstance(before, nn.Conv2d | nn.Linear)
+        if isinstance(before, nn.BatchNorm2d | nn.BatchNorm1d):
+            assert isinstance(after, nn.ReLU)
 
 
 def test_initialisations_on_request():
     torch.manual_seed(0)
     weights = build("mlp-tanh", {}, MNIST, 10)[1].weight
     assert weights.std().item() == pytest.approx(1.0, abs=0.01)
-    assert all(not p.any() for p in build("softmax", {"zero_init": True}, MNIST, 10).parameters())
+    assert all(not p.any() for p in build("softmax", {"initialisation": "zero"}, MNIST, 10).parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "input_shape"),
+    [
+        ("fc", {}, MNIST),
+        ("softmax", {}, MNIST),
+        ("convnet", {"batch_norm": True, "dense": 256, "extra_dense": 64}, CIFAR),
+    ],
+)
+def test_glorot_is_keras_default(kind: str, options: dict[str, Any], input_shape: tuple[int, ...]):
+    """Uniform within ±sqrt(6/(fan_in + fan_out)), fans as Keras counts them; biases 0; batch normalisation 1 and 0."""
+    torch.manual_seed(0)
+    kernels = 0
+    for layer in build(kind, {**options, "initialisation": "glorot"}, input_shape, 10).modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            kernels += 1
+            if isinstance(layer, nn.Conv2d):
+                area = layer.kernel_size[0] * layer.kernel_size[1]
+                fans = area * layer.in_channels + area * layer.out_channels
+            else:
+                fans = layer.in_features + layer.out_features
+            bound, w = (6 / fans) ** 0.5, layer.weight.detach()
+            assert w.abs().max() <= bound
+            assert w.abs().max() > 0.99 * bound
+            spread = bound / 3**0.5  # s.d. of the uniform distribution; that of its estimate is 0.45/sqrt(n) of it
+            assert w.std().item() == pytest.approx(spread, rel=5 * 0.45 / w.numel() ** 0.5)
+            assert abs(w.mean().item()) < 5 * spread / w.numel() ** 0.5
+            assert layer.bias is not None
+            assert not layer.bias.any()
+        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert (layer.weight == 1).all()
+    assert kernels == {"fc": 3, "softmax": 1, "convnet": 7}[kind]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +186,8 @@ def test_initialisations_on_request():
         ("fc", {"activation": "swish"}, MNIST, ["'swish'", "relu"]),
         ("fc", {"widths": [0]}, MNIST, ["[0]"]),
         ("mlp-tanh", {"init_std": 0.0}, MNIST, ["init_std", "0.0"]),
+        ("fc", {"initialisation": "he"}, MNIST, ["torch, glorot", "'he'"]),
+        ("convnet", {"initialisation": "zero"}, CIFAR, ["torch, glorot", "'zero'"]),
         ("cnn-60k", {}, (1, 8, 8), ["16×16", "8×8", "resize"]),
         ("lenet", {}, (1000,), ["(1000,)"]),
         ("no_such_module:net", {}, MNIST, ["no_such_module"]),

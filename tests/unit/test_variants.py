@@ -12,10 +12,19 @@ from torch import Tensor
 
 from curvspace.datasets import DataSet, load
 from curvspace.datasets.augment import crop_flip
+from curvspace.datasets.store import Arrays, make_card, save
 
 
 def rows(inputs: Tensor) -> set[bytes]:
     return {row.numpy().tobytes() for row in inputs}
+
+
+def coloured() -> Arrays:
+    """Random images of three channels of different brightness."""
+    generator = np.random.default_rng(0)
+    images = (generator.integers(256, size=(60, 3, 4, 4)) * np.array([1, 0.5, 0.2])[:, None, None]).astype(np.uint8)
+    targets = generator.integers(3, size=60)
+    return Arrays(images[:40], targets[:40], images[40:], targets[40:], num_classes=3)
 
 
 def variant(folder: Path, **options: Any) -> DataSet:
@@ -85,6 +94,29 @@ def test_normalised_training_images_have_mean_0_and_deviation_1(digits_dir: Path
 def test_unit_normalisation(digits_dir: Path):
     data = variant(digits_dir, normalisation="unit", dtype="float64")
     torch.testing.assert_close(data.normalise(data.train.inputs), data.train.inputs.double() / 255)
+
+
+def test_centred_normalisation_takes_one_mean_of_all_pixels_and_channels(digits_dir: Path, tmp_path: Path):
+    data = variant(digits_dir, normalisation="centred", dtype="float64")
+    pixels = data.train.inputs.double()
+    torch.testing.assert_close(data.normalise(data.train.inputs), (pixels - pixels.mean()) / 255)
+    save(tmp_path, arrays := coloured(), make_card("coloured", arrays, "test", {}))
+    data = load(tmp_path, {"normalisation": "centred", "dtype": "float64"})
+    mean = arrays.train_inputs.mean()  # the channels' means differ
+    expected = (data.train.inputs.double() - mean) / 255
+    torch.testing.assert_close(data.normalise(data.train.inputs), expected)
+
+
+def test_random_labels_are_drawn_anew_with_every_class_as_likely(digits_dir: Path):
+    true, drawn, again = (variant(digits_dir, labels=labels) for labels in ("true", "random", "random"))
+    assert torch.equal(drawn.train.targets, again.train.targets)
+    assert not torch.equal(drawn.train.targets, variant(digits_dir, labels="random", label_seed=1).train.targets)
+    assert torch.equal(drawn.test.targets, true.test.targets)
+    counts, n = drawn.train.targets.bincount(minlength=10), len(drawn.train)
+    assert ((counts - n / 10).abs() < 5 * (0.09 * n) ** 0.5).all()  # five s.d. of a binomial count
+    assert not torch.equal(counts, true.train.targets.bincount(minlength=10))  # a permutation would keep them
+    agree = (drawn.train.targets == true.train.targets).float().mean().item()
+    assert agree == pytest.approx(0.1, abs=5 * (0.09 / n) ** 0.5)
 
 
 def test_resized_images_fit_the_larger_networks(digits_dir: Path):

@@ -18,8 +18,9 @@ from torch.nn.functional import interpolate
 
 from curvspace.datasets.store import ARRAYS, Arrays, channel_statistics, load_raw
 
+NORMALISATIONS = ("standard", "unit", "centred")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-LABELS = ("true", "permuted", "even-odd")
+LABELS = ("true", "permuted", "random", "even-odd")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class DataSet:
     """A variant of a data set.
 
     num_classes: number of classes; of outputs where the targets are numbers (``is_regression``).
-    mean, std: (C, 1, 1) on the scale 0 to 1, of the training images; None where inputs are floats already.
+    mean, std: (C, 1, 1) on the scale 0 to 1, that inputs are normalised by; None where inputs are floats already.
     input_shape: shape of one example. dtype: of what :meth:`normalise` gives.
     digest: SHA-256 of the prepared arrays that it is a variant of; empty for data made otherwise.
     """
@@ -116,12 +117,15 @@ class Variant:
     test: how many test examples; None for all.
     subset_seed: the training set's order before it is split (validation is taken from the end of that order, so that
         it stays the same for any ``train``), and the test set's; None keeps the original order.
-    labels: "true"; "permuted": a random permutation of the training split's labels with ``label_seed`` (validation
-        and test keep theirs); "even-odd": class modulo 2, in every split.
+    labels: "true"; "permuted": a random permutation of the training split's labels with ``label_seed``; "random":
+        drawn anew for each training example, every class as likely, with ``label_seed`` (validation and test keep
+        theirs in both cases); "even-odd": class modulo 2, in every split.
     imbalance: how many times fewer training examples the last class has than the first; from class to class their
         number falls by the same factor. Each class's first examples are kept. 1: all of them.
     resize: images are scaled to resize × resize pixels (bilinear).
-    normalisation: "standard": by mean and s.d. of the training images; "unit": to 0…1 only.
+    normalisation: "standard": by each channel's mean and s.d. of the training images; "unit": x/255, to 0…1 only;
+        "centred": (x − mean over all training images, channels and pixels)/255. Of the whole training set as it was
+        prepared; with ``resize`` of the training split.
     dtype: "float32" or "float64", of normalised inputs and numeric targets.
     """
 
@@ -138,7 +142,7 @@ class Variant:
 
     def __post_init__(self) -> None:
         _one_of("labels", self.labels, LABELS)
-        _one_of("normalisation", self.normalisation, ("standard", "unit"))
+        _one_of("normalisation", self.normalisation, NORMALISATIONS)
         _one_of("dtype", self.dtype, tuple(DTYPES))
         if isinstance(self.validation, str):
             _one_of("validation", self.validation, ("test",))
@@ -187,6 +191,11 @@ def load(folder: str | Path, options: Mapping[str, Any] | None = None) -> DataSe
     if variant.labels == "permuted":
         shuffle = np.random.default_rng([variant.label_seed, 1]).permutation(len(train))
         train = Split(train.inputs, train.targets[torch.from_numpy(shuffle)])
+    elif variant.labels == "random":
+        if train.targets.is_floating_point():
+            raise ValueError("labels: random needs classes, but this data set's targets are numbers")
+        drawn = np.random.default_rng([variant.label_seed, 2]).integers(card["num_classes"], size=len(train))
+        train = Split(train.inputs, torch.from_numpy(drawn))
     validation = (
         test
         if validation_index is None
@@ -289,6 +298,8 @@ def _statistics(
         mean, std = channel_statistics(train.inputs.numpy())
     if variant.normalisation == "unit":
         mean, std = [0.0] * len(mean), [1.0] * len(std)
+    elif variant.normalisation == "centred":  # every channel has as many pixels: the mean of means is that of all
+        mean, std = [sum(mean) / len(mean)] * len(mean), [1.0] * len(std)
     dtype = DTYPES[variant.dtype]
     std = [value or 1.0 for value in std]  # a constant channel: 0 after the mean is taken off
     return torch.tensor(mean, dtype=dtype).view(-1, 1, 1), torch.tensor(std, dtype=dtype).view(-1, 1, 1)

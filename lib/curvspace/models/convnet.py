@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from curvspace.models.layers import check_image, feature_count
+from curvspace.models.layers import check_image, feature_count, initialise
 
 
 def convnet(
@@ -15,6 +15,7 @@ def convnet(
     extra_dense: int = 0,
     dense: int = 512,
     width: int = 32,
+    initialisation: str = "torch",
 ) -> nn.Module:
     """Two 3×3 conv 32, pool, two 3×3 conv 64, pool, dense 512, linear: 1,250,858 parameters on CIFAR-10. H ≥ 16.
 
@@ -31,9 +32,11 @@ def convnet(
     extra_dense
         Width of one more hidden layer after the first dense one; 0 for none.
     dense
-        Width of the dense layer: 512 in the example.
+        Width of the dense layer: 512 in the example, 256 in the program of paper B's authors.
     width
         Channels of the first two convolutions, half those of the other two: 32 in the example.
+    initialisation
+        ``"torch"``, or Keras' ``"glorot"`` (:func:`curvspace.models.layers.initialise`).
     """
     channels, _, _ = check_image("convnet", input_shape, smallest=16)
     features: list[nn.Module] = []
@@ -53,7 +56,7 @@ def convnet(
         if dropout:
             head.append(nn.Dropout(0.5))
         width = hidden
-    return nn.Sequential(*features, *head, nn.Linear(width, num_classes))
+    return initialise(nn.Sequential(*features, *head, nn.Linear(width, num_classes)), initialisation)
 
 
 def _conv(inputs: int, outputs: int, padding: int, batch_norm: bool) -> list[nn.Module]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 
-import torch
 from torch import nn
 
 from curvspace.models.layers import activation as make_activation
+from curvspace.models.layers import initialise
 
 
 def fc(
@@ -18,16 +18,17 @@ def fc(
     widths: Sequence[int] = (100, 100),
     activation: str = "relu",
     bias: bool = True,
+    initialisation: str = "torch",
 ) -> nn.Module:
     """Hidden layers of the given widths, each followed by the activation, then a linear layer.
 
-    FC(100,100) on MNIST has 89,610 parameters, FC(32,32) 26,506. The weights follow torch's default initialisation;
-    paper B does not name its own.
+    FC(100,100) on MNIST has 89,610 parameters, FC(32,32) 26,506. ``initialisation``: ``"torch"``, or
+    ``"glorot"``, which is Keras' and so that of paper B's authors (:func:`curvspace.models.layers.initialise`).
 
     Raises
     ------
     ValueError
-        If a width is not positive or the activation unknown.
+        If a width is not positive, or the activation or the initialisation unknown.
     """
     if any(width < 1 for width in widths):
         raise ValueError(f"fc: every width must be at least 1, got {list(widths)}")
@@ -35,20 +36,18 @@ def fc(
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs, bias=bias), make_activation(activation)]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes, bias=bias))
+    return initialise(nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes, bias=bias)), initialisation)
 
 
-def softmax(input_shape: tuple[int, ...], num_classes: int, bias: bool = True, zero_init: bool = False) -> nn.Module:
+def softmax(
+    input_shape: tuple[int, ...], num_classes: int, bias: bool = True, initialisation: str = "torch"
+) -> nn.Module:
     """Softmax regression: one linear layer (the softmax is in the loss). MNIST: 7,850 parameters, 7,840 without bias.
 
-    ``zero_init`` starts at θ = 0 instead of torch's default initialisation.
+    ``initialisation``: ``"torch"``, ``"glorot"`` (Keras') or ``"zero"``, which starts at θ = 0.
     """
-    linear = nn.Linear(prod(input_shape), num_classes, bias=bias)
-    if zero_init:
-        with torch.no_grad():
-            for parameter in linear.parameters():
-                parameter.zero_()
-    return nn.Sequential(nn.Flatten(), linear)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(prod(input_shape), num_classes, bias=bias))
+    return initialise(model, initialisation, allowed=("torch", "glorot", "zero"))
 
 
 def mlp_tanh(

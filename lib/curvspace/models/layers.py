@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -13,6 +16,12 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "linear": nn.Identity,
 }
+
+INITIALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "glorot": partial(nn.init.xavier_uniform_, gain=1.0),
+    "zero": nn.init.zeros_,
+}
+"""How kernels are drawn, by name, where that is not torch's default; biases are 0 with each of these."""
 
 
 def activation(name: str) -> nn.Module:
@@ -26,6 +35,31 @@ def activation(name: str) -> nn.Module:
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}; known are {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]()
+
+
+def initialise(model: nn.Module, name: str, allowed: tuple[str, ...] = ("torch", "glorot")) -> nn.Module:
+    r"""The same network with the parameters of its linear layers and convolutions drawn anew; others stay.
+
+    ``"torch"`` leaves torch's defaults: kernels and biases uniform within :math:`\pm 1/\sqrt{n_{in}}`. ``"glorot"`` is
+    Keras' default: kernels uniform within :math:`\pm\sqrt{6/(n_{in}+n_{out})}` (Glorot and Bengio 2010, eq. 16), biases
+    0; of a convolution with C maps in, K out and r × r weights each, :math:`n_{in}=r^2C` and :math:`n_{out}=r^2K`.
+    ``"zero"``: all 0.
+
+    Raises
+    ------
+    ValueError
+        If the name is none of ``allowed``.
+    """
+    if name not in allowed:
+        raise ValueError(f"initialisation must be one of {', '.join(allowed)}, got {name!r}")
+    if name == "torch":
+        return model
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            INITIALISATIONS[name](layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return model
 
 
 def check_image(kind: str, input_shape: tuple[int, ...], smallest: int) -> tuple[int, int, int]:
