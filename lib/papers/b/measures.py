@@ -177,7 +177,7 @@ def overlaps(
     context: Context,
     *,
     examples: int | None,
-    last: int,
+    last: int | None,
     batch: int = 1000,
     splits: Sequence[str] = ("train",),
     batch_norm: BatchNorm = "batch",
@@ -185,14 +185,15 @@ def overlaps(
 ) -> pd.DataFrame:
     """Eq. 3 at the checkpoints of the last ``last`` steps of one run (table 1), on training and other examples.
 
-    Columns: identity, ``parameters``, ``examples``, ``batch_norm``, ``step``, ``split``, ``loss``, ``hg_overlap``,
-    ``random`` (the same for a random vector).
+    Columns: identity, ``parameters``, ``examples``, ``batch_norm``, ``step``, ``epoch`` (so many, with the fraction),
+    ``split``, ``loss``, ``hg_overlap``, ``random`` (the same for a random vector). ``last`` null: all checkpoints.
     """
     (run,) = context.runs
     data = context.dataset(run)
     generator = torch.Generator().manual_seed(seed)
     rows: list[Row] = []
-    window = [s for s in run.steps if s > run.steps[-1] - last]
+    window = [s for s in run.steps if last is None or s > run.steps[-1] - last]
+    epoch = -(-len(data.train) // run.spec["batch_size"])  # steps: the last minibatch of an epoch may be smaller
     for step in context.progress(window, "gradient and Hessian-gradient product"):
         model = context.model(run, step)
         for split in splits:
@@ -207,7 +208,7 @@ def overlaps(
                 "parameters": len(g),
                 "examples": sum(len(y) for _, y in batches),
             }
-            rows.append({"step": step, "split": split, **found})
+            rows.append({"step": step, "epoch": step / epoch, "split": split, **found})
     return tidy(run, rows, batch_norm=batch_norm)
 
 

@@ -33,7 +33,16 @@ def declare(config: Mapping[str, Any]) -> Study:
     """B-F1 … B-X2 at the scale of ``studies.b``."""
     b = config["studies"]["b"]
     return Study(
-        artefacts=[*_networks(b), *_eigenvectors(b), *_cases(b), *_spectra(b), _edge(b), *_toy(b), _learning(b)]
+        artefacts=[
+            *_networks(b),
+            *_eigenvectors(b),
+            *_cases(b),
+            _variants(b),
+            *_spectra(b),
+            _edge(b),
+            *_toy(b),
+            _learning(b),
+        ]
     )
 
 
@@ -142,6 +151,27 @@ def _cases(b: Mapping[str, Any]) -> list[Artefact]:
             spec={"order": [CASES[name] for name in CHANGES]},
         ),
     ]
+
+
+def _variants(b: Mapping[str, Any]) -> Artefact:
+    """Rows of table 1 again with one thing changed at a time: inputs, initialisation, labels, epochs."""
+    block = b["variants"]
+    spec = {**_measured(b, block), "last": None, "splits": ["train"]}
+    measures = {
+        name: tuple(
+            Measure(f"b/variants/{name}/seed-{s}", f"{MEASURES}:overlaps", (_run(b, {**block, **row}, s),), spec=spec)
+            for s in row["seeds"]
+        )
+        for name, row in block["runs"].items()
+    }
+    paper = {name: PAPER_OVERLAPS[CASES[row["row"]]] for name, row in block["runs"].items() if row.get("row")}
+    return _table(
+        "B-T6",
+        "overlaps_by_epoch",
+        measures,
+        "Overlap of gradient and Hessian-gradient product by inputs, initialisation and epochs",
+        spec={"paper": paper, "last": b["last"], "order": list(measures)},
+    )
 
 
 def _spectra(b: Mapping[str, Any]) -> list[Artefact]:

@@ -45,6 +45,42 @@ def mean_overlaps(tables: Tables, paper: Mapping[str, float], order: Sequence[st
     return pd.DataFrame(rows)
 
 
+def overlaps_by_epoch(tables: Tables, paper: Mapping[str, float], last: int, order: Sequence[str] = ()) -> pd.DataFrame:
+    """B-T6: the mean of overlap(g, Hg) over the last ``last`` steps, had training ended after each whole epoch.
+
+    One row an input and number of epochs. ``overlap_min`` and ``overlap_max`` are the least and the largest mean of
+    one seed; ``overlap_sd`` is the standard deviation over checkpoints. An epoch's row is there if the run has a
+    checkpoint after the epoch before it.
+    """
+    rows = []
+    for label, table in in_order(tables, order).items():
+        last_epoch = int(np.ceil(table["epoch"].max()))
+        for epochs in range(1, last_epoch + 1):
+            until = table[table["epoch"] <= epochs]
+            if until["epoch"].max() <= epochs - 1:
+                continue
+            end = (until["step"] / until["epoch"]).max() * epochs
+            window = until[until["step"] > end - last]
+            means = window.groupby("seed")["hg_overlap"].mean()
+            rows.append(
+                {
+                    "variant": label,
+                    **table[SETTING].iloc[0].to_dict(),
+                    "epochs": epochs,
+                    "paper": paper.get(label, np.nan),
+                    "overlap": means.mean(),
+                    "overlap_min": means.min(),
+                    "overlap_max": means.max(),
+                    "overlap_sd": window["hg_overlap"].std(),
+                    "loss": until.loc[until["step"] == until["step"].max(), "loss"].mean(),
+                    "checkpoints": window["step"].nunique(),
+                    "seeds": len(means),
+                    "examples": table["examples"].iloc[0],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def outlier_count(eigenvalues: Sequence[float] | pd.Series, most: int = 30) -> int:
     """How many eigenvalues stand out: the i up to ``most`` with the largest ratio of the i-th to the next.
 
