@@ -217,6 +217,36 @@ def test_tables_put_measured_beside_paper(context, table):
     assert counted["gap_at_k"] == pytest.approx(values[9] / values[10])
 
 
+def test_overlaps_by_epoch_are_what_a_shorter_run_would_have_given(context):
+    every = paper_b.overlaps(context, examples=EXAMPLES, last=None)
+    assert every["step"].tolist() == context.runs[0].steps == [0, 10, 50]
+    assert every["epoch"].tolist() == [0, 1, 5]  # 200 examples, minibatches of 20
+    found = tables_b.overlaps_by_epoch({"fc": every}, paper={"fc": 0.96}, last=45)
+    assert found["epochs"].tolist() == [1, 5], "the epochs after which there is a checkpoint"
+    whole = tables_b.mean_overlaps({"fc": paper_b.overlaps(context, examples=EXAMPLES, last=45)}, paper={})
+    assert found["overlap"].iloc[-1] == pytest.approx(whole["overlap"].iloc[0], rel=1e-6)
+    assert found["paper"].tolist() == [0.96, 0.96]
+
+
+def test_overlaps_by_epoch_are_means_over_seeds():
+    def table(seed: int, values: list[float]) -> pd.DataFrame:
+        steps = [50, 100, 150, 200]
+        run = {"dataset": "d", "model": "m", "optimizer": "o", "batch_size": 2, "lr": 0.1, "seed": seed, "examples": 9}
+        rows = [
+            {**run, "step": s, "epoch": s / 100, "loss": 1.0, "hg_overlap": v}
+            for s, v in zip(steps, values, strict=True)
+        ]
+        return pd.DataFrame(rows)
+
+    both = pd.concat([table(0, [0.1, 0.3, 0.5, 0.9]), table(1, [0.3, 0.5, 0.7, 0.7])])
+    found = tables_b.overlaps_by_epoch({"v": both}, paper={}, last=60).set_index("epochs")
+    assert found.loc[1, ["overlap", "overlap_min", "overlap_max"]].tolist() == pytest.approx([0.3, 0.2, 0.4])
+    assert found.loc[2, ["overlap", "overlap_min", "overlap_max"]].tolist() == pytest.approx([0.7, 0.7, 0.7])
+    assert found["seeds"].tolist() == [2, 2]
+    assert found["checkpoints"].tolist() == [2, 2]
+    assert found["paper"].isna().all()
+
+
 def test_kink_is_where_the_mean_overlap_is_largest():
     rows = [
         {
