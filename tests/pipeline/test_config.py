@@ -62,7 +62,11 @@ WRONG = {
     "an optimiser's option": ("momentum: 0.9", "momentun: 0.9", ["optimizers.sgd.momentun", "did you mean momentum"]),
     "an option's range": ("momentum: 0.9", "momentum: 1.9", ["optimizers.sgd.momentum", "1.9", "less than 1"]),
     "a kind": ("kind: curveball", "kind: curvebal", ["optimizers.curveball.kind", "curvebal", "curveball, "]),
-    "a model's option": ("widths: [8]", "width: 8", ["models.small.width", "allowed: activation, bias, initialisation, widths"]),
+    "a model's option": (
+        "widths: [8]",
+        "width: 8",
+        ["models.small.width", "allowed: activation, bias, initialisation, widths"],
+    ),
     "an optimiser that no block describes": ("[sgd, curveball]", "[sgd, adam]", ["optimizers has no 'adam'", "sgd"]),
     "a run without a task": ("  digits/conv: {epochs: 1}\n", "", ["tasks has no 'digits/conv'"]),
     "an unknown source of data": ("source: digits", "source: digit", ["datasets.digits.source", "digits"]),
