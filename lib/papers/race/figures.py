@@ -73,7 +73,7 @@ def horizons(tables: Tables, style: Style, families: Families) -> tuple[Figure, 
         axis.minorticks_off()
         axis.set(title=_title(workload), xlabel="length of training (1: whole budget)", ylabel="final validation loss")
     handles, labels = _legend(axes[0])
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(workloads) == 1 else 4)
     return figure, pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame(columns=[*NETWORK, "horizon"])
 
 
@@ -111,7 +111,7 @@ def _dots(axis: Axes, rows: pd.DataFrame, names: Sequence[str], look: Mapping[st
     axis.set_xscale("log")
     axis.axvline(1.0, color="0.3", linewidth=1)
     low, high = axis.get_xlim()
-    ticks = [t for t in (0.25, 0.5, 0.67, 1, 1.5, 2, 3, 4) if min(low, 0.9) <= t <= max(high, 1.1)]
+    ticks = [t for t in (0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4) if min(low, 0.9) <= t <= max(high, 1.1)]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.minorticks_off()
 
@@ -146,7 +146,7 @@ def tuning(tables: Tables, style: Style, families: Families) -> tuple[Figure, pd
         ends = [float(f"{own['lr'].min():.1g}"), float(f"{own['lr'].max():.1g}")] if len(own) else []
         axis.set_xticks(ends, [f"{end:g}" for end in ends])
         axis.minorticks_off()
-        axis.set_title(name if row == 0 else "", fontsize="small")
+        axis.set_title(name.replace("-", "-\n", 1) if row == 0 else "", fontsize="small")
         if row == len(workloads) - 1:
             axis.set_xlabel("learning rate")
         if column == 0:
