@@ -70,7 +70,7 @@ def test_momentum_without_span_is_torch_sgd_and_adam() -> None:
     ]:
         ours, plain = small_network(), small_network()
         reference = kind(plain.parameters(), **options)
-        # PastUpdates has no direction at its first refresh, and never another refresh: all is co-space.
+        # PastUpdates has no direction at its first refresh, and never another refresh: all is orthogonal complement.
         optimizer = SubspaceNewton(ours, PastUpdates(1), Drop(), outside, refresh_every=1000)
         for x, y in batches(5):
             reference.zero_grad()

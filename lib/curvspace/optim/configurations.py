@@ -105,7 +105,7 @@ def rayleigh_ritz_newton(
     .. math:: d = \alpha\,Q\,(Q^\top G Q + \delta I)^{-1} Q^\top g + \eta\,(\text{momentum of } (I - QQ^\top) g)
 
     ``scale`` is :math:`\alpha`; ``fraction`` the share of the minibatch on which G is measured;
-    ``past_updates`` adds so many past steps to the span; ``cospace="adam"`` puts Adam in the co-space
+    ``past_updates`` adds so many past steps to the span; ``cospace="adam"`` puts Adam in the orthogonal complement
     (``momentum`` is then its :math:`\beta_1`); ``damping="adaptive"`` follows the Levenberg-Marquardt rule. The
     defaults are those of the tournament (A-X2): less damping lets through the noise of small minibatches.
     """

@@ -1,4 +1,4 @@
-"""The rule that does nothing, for the span or for the co-space."""
+"""The rule that does nothing, for the span or for the orthogonal complement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from curvspace.optim.span import Span
 class Drop(Inside, Outside):
     """No step: within the span as ``inside=Drop()``, outside of it as ``outside=Drop()``.
 
-    In the co-space, ``lr`` and ``momentum`` still name the learning rate of a :class:`~curvspace.optim.inside.Scale`
+    Outside the span ``lr`` and ``momentum`` still name the learning rate of a :class:`~curvspace.optim.inside.Scale`
     step and the momentum of the whole step.
     """
 

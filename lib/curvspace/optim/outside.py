@@ -1,4 +1,4 @@
-r"""Rules for the co-space: what is done with :math:`g - QQ^\top g`.
+r"""Rules for the orthogonal complement: what is done with :math:`g - QQ^\top g`.
 
 A rule gives the step d (P,) that is *subtracted* from the parameters. Its learning rate (and momentum) stand in the
 optimiser's param group, where schedulers find them.
@@ -17,7 +17,7 @@ from curvspace.optim.span import Span
 
 
 class Outside:
-    """Base of the co-space rules. ``defaults`` enter the param group; state is flat vectors in ``state``.
+    """Base of these rules. ``defaults`` enter the param group; state is flat vectors in ``state``.
 
     ``heavy_ball``: the rule reads the group's ``momentum``, which may therefore act on the whole step instead.
     ``whole``: the rule is given the whole gradient. ``proposed``: what a basis of past steps is told of in place of the
@@ -36,7 +36,7 @@ class Outside:
         self.state: dict[str, Any] = {}
 
     def step(self, gradient: Tensor, group: dict[str, Any], span: Span | None) -> Tensor:
-        """The step (P,) from the co-space gradient (P,); it has no part in an orthonormal span."""
+        """The step (P,) from the gradient outside the span (P,); it has no part in an orthonormal span."""
         raise NotImplementedError
 
     def moved(self, span: Span) -> None:
@@ -71,7 +71,7 @@ class GradientDescent(Outside):
 
 
 class Adam(Outside):
-    r"""Adam on the co-space gradient; its step, which scales each coordinate, is projected back on the co-space.
+    r"""Adam on the gradient outside the span; its step, which scales each coordinate, is projected out of it again.
 
     :math:`m \leftarrow \beta_1 m + (1-\beta_1) g,\; v \leftarrow \beta_2 v + (1-\beta_2) g^2,\;
     d = (I - QQ^\top)\, \eta \hat m/(\sqrt{\hat v} + \epsilon)`.
@@ -100,8 +100,8 @@ class Rescaled(Outside):
 
     .. math:: d' = a\,QQ^\top d + b\,(I - QQ^\top)\,d
 
-    The rule keeps its own momentum, which is not projected, and is given the co-space gradient or, with ``whole``, the
-    whole one. ``within=0`` projects its step alone.
+    The rule keeps its own momentum, which is not projected, and is given the gradient outside the span or, with
+    ``whole``, the whole one. ``within=0`` projects its step alone.
 
     Parameters
     ----------

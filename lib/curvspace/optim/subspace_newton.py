@@ -1,4 +1,4 @@
-r"""One optimiser for all: any basis, any rule within its span, any rule in the co-space."""
+r"""One optimiser for all: any basis, any rule within its span, any rule outside it."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class SubspaceNewton(ModelOptimizer):
     loss
         ``"cross_entropy"``, ``"mse"`` or a callable(outputs, targets) -> mean loss.
     momentum_on
-        ``"cospace"``: the co-space rule's own momentum, on its part alone. ``"step"``: on the whole step (how we read
-        paper A), :math:`b \leftarrow \mu b + (1 - \tau)\,d,\; \theta \leftarrow \theta - b`, with the co-space
+        ``"cospace"``: the outside rule's own momentum, on its part alone. ``"step"``: on the whole step (how we read
+        paper A), :math:`b \leftarrow \mu b + (1 - \tau)\,d,\; \theta \leftarrow \theta - b`, with the outside
         rule's momentum :math:`\mu` and dampening :math:`\tau`; b is d at first.
     refresh_every
         Steps between refreshes of the basis and of the curvature in it (default: the basis's own wish, else 1).
     first_refresh
-        The step (from 0) of the first refresh; before it all of the gradient goes to the co-space rule.
+        The step (from 0) of the first refresh; before it all of the gradient goes to the outside rule.
     lr
-        Overrides the co-space rule's learning rate, which otherwise is the param group's.
+        Overrides the outside rule's learning rate, which otherwise is the param group's.
 
     Raises
     ------
@@ -70,7 +70,7 @@ class SubspaceNewton(ModelOptimizer):
         require(first_refresh >= 0, "first_refresh", first_refresh, "at least 0")
         require(lr is None or lr >= 0, "lr", lr, "at least 0")
         if momentum_on == "step" and not outside.heavy_ball:
-            raise ValueError(f"momentum_on='step' needs a co-space rule with momentum, got {type(outside).__name__}")
+            raise ValueError(f"momentum_on='step' needs an outside rule with momentum, got {type(outside).__name__}")
         super().__init__(model, {**outside.defaults, **({} if lr is None else {"lr": lr})}, loss)
         self.basis, self.inside, self.outside = basis, inside, outside
         self.momentum_on = momentum_on
@@ -106,7 +106,7 @@ class SubspaceNewton(ModelOptimizer):
         if self.momentum_on == "step":
             group["momentum"] = 0.0
         span = self.basis.span
-        if span is None:  # no direction known yet: all of it is co-space
+        if span is None:  # no direction known yet: all of it is orthogonal complement
             step, taken = self.outside.step(gradient, group, None), None
         else:
             coordinates = span.coordinates(gradient)
