@@ -14,7 +14,7 @@ CODE = Code(ROOT / "lib", ROOT)
 
 
 def modules(package: str, base: Path = ROOT / "lib") -> list[str]:
-    files = sorted((base / package).rglob("*.py"))
+    files = sorted(f for f in (base / package).rglob("*.py") if "study_template" not in f.parts)  # a user's, to be
     return [".".join(file.relative_to(base).with_suffix("").parts).removesuffix(".__init__") for file in files]
 
 

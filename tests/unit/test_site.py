@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MKDOCS = Path(sys.executable).parent / "mkdocs"
 pytest.importorskip("mkdocstrings", reason="the docs extra is not installed: pip install 'curvspace[docs]'")
+for package in ("lightning", "transformers"):  # the reference has the monitors' classes, which import these
+    pytest.importorskip(package, reason="the monitor extra is not installed: pip install 'curvspace[monitor]'")
 
 
 def module(name: str) -> ModuleType:
