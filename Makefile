@@ -35,10 +35,10 @@ help:  ## this list
 	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "times: two cores, with a little other work beside; snakemake itself: $(BIN)/snakemake"
 
-run: $(READY)  ## the default study on real MNIST and CIFAR-10, no GPU needed (about 21 minutes)
+run: $(READY)  ## the default study on real MNIST and CIFAR-10, no GPU needed (about 21 minutes before the last studies came in)
 	$(SNAKEMAKE)
 
-smoke: $(READY)  ## the whole graph on embedded digits, no network (2.6 minutes)
+smoke: $(READY)  ## the whole graph on embedded digits, no network (3 to 5 minutes)
 	$(SNAKEMAKE) --configfile workflow/presets/smoke.yaml
 
 paper: $(READY)  ## the papers' own scale; wants a GPU (not timed as a whole yet)
