@@ -98,7 +98,7 @@ def test_a_lock_without_signs_of_life_is_taken_after_the_stated_time(tmp_path, c
         assert 0.5 < time.monotonic() - start < 5
         held.check()
     assert len(caplog.messages) == 1
-    if "31" in content:
+    if '"job": "31"' in content:
         assert "node7 (to stop it: Slurm job 31: scancel 31)" in caplog.text
 
 
