@@ -32,3 +32,7 @@ def problems(block: Block) -> Iterator[str]:
         annealing = block["annealing"]
         where = f"{key}.annealing.optimizers"
         yield from among(f"{key}.annealing.reference", [annealing["reference"]], annealing["optimizers"], where)
+        if "switching" in block:
+            yield from among(
+                f"{key}.switching.optimizers", block["switching"]["optimizers"], annealing["optimizers"], where
+            )

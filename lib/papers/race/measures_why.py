@@ -6,6 +6,7 @@ Pure functions from the checkpoints of runs at a constant rate to tidy tables.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from curvspace import Objective, class_gradients, eigsh
+from curvspace.datasets import DataSet
 from curvspace.functional import trainable_parameters
+from curvspace.optim.base import ModelOptimizer
 from curvspace.optim.mean_directions import MeanSpan, mean_span
 from curvspace.subspace import gradient_fraction, orthonormal_basis
 from curvspace.training.loop import evaluate, minibatches
@@ -92,6 +95,46 @@ def annealed(context: Context, steps: int) -> pd.DataFrame:
 
 
 def _branch(context: Context, run: RunRecord, step: int, steps: int) -> Row:
+    at = resumed(context, run, step)
+    spec = at.spec
+
+    def losses() -> tuple[float, float, float]:
+        validation, accuracy = evaluate(at.model, at.data, at.data.validation, at.optimizer.loss)
+        train, _ = evaluate(at.model, at.data, at.data.train, at.optimizer.loss, spec.task.evaluate_train)
+        at.model.train()
+        return validation, accuracy, train
+
+    before = losses()
+    for i in range(steps):
+        for group in at.optimizer.param_groups:
+            group["lr"] = spec.lr * (1 - (i + 1) / (steps + 1))
+        at.step(i)
+    names = ("val_loss", "val_accuracy", "train_loss")
+    annealed = {f"annealed_{name}": value for name, value in zip(names, losses(), strict=True)}
+    return {**dict(zip(names, before, strict=True)), **annealed}
+
+
+@dataclass
+class Resumed:
+    """A run as it was at a checkpoint, its optimiser's state and the order of its minibatches included."""
+
+    spec: RunSpec
+    data: DataSet
+    model: nn.Module
+    optimizer: ModelOptimizer
+    start: int
+    batches: Iterator[tuple[Tensor, Tensor]]
+
+    def step(self, i: int) -> tuple[Tensor, Tensor]:
+        """The run's step ``start + i``; gives the minibatch it was taken on."""
+        batch = next(self.batches)
+        torch.manual_seed(self.start + i)
+        self.optimizer.step(*batch)
+        return batch
+
+
+def resumed(context: Context, run: RunRecord, step: int) -> Resumed:
+    """The run as it went on after ``step`` steps, in training mode."""
     data = context.dataset(run)
     spec = RunSpec.from_dict(run.spec).resolved(len(data.train))
     saved = run.checkpoint(step, context.device)
@@ -99,18 +142,6 @@ def _branch(context: Context, run: RunRecord, step: int, steps: int) -> Row:
     optimizer = build_optimizer(spec, model, data.num_classes)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    before, accuracy = evaluate(model, data, data.validation, optimizer.loss)
-    train_before, _ = evaluate(model, data, data.train, optimizer.loss, spec.task.evaluate_train)
     model.train()
     batches = minibatches(data, spec.task, int(spec.batch_size), spec.seed, step)
-    for i in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = spec.lr * (1 - (i + 1) / (steps + 1))
-        torch.manual_seed(step + i)
-        optimizer.step(*next(batches))
-    after, accuracy_after = evaluate(model, data, data.validation, optimizer.loss)
-    train_after, _ = evaluate(model, data, data.train, optimizer.loss, spec.task.evaluate_train)
-    return {
-        **{"val_loss": before, "val_accuracy": accuracy, "train_loss": train_before},
-        **{"annealed_val_loss": after, "annealed_val_accuracy": accuracy_after, "annealed_train_loss": train_after},
-    }
+    return Resumed(spec, data, model, optimizer, step, batches)

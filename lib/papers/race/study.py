@@ -12,6 +12,8 @@ TABLES = "papers.race.tables"
 MEASURES = "papers.race.measures"
 WHY = "papers.race.measures_why"
 WHY_FIGURES = "papers.race.figures_why"
+DYNAMICS = "papers.race.measures_dynamics"
+DYNAMICS_FIGURES = "papers.race.figures_dynamics"
 
 
 def declare(config: Mapping[str, Any]) -> Study:
@@ -31,7 +33,7 @@ def declare(config: Mapping[str, Any]) -> Study:
         artefact("X-R3", "figure", "tuning", "What each optimiser was tried with", {"families": families}),
         artefact("X-R4", "table", "results", "Final loss, accuracy and cost of all optimisers", {}),
     ]
-    return Study(artefacts=[*compared, *_explained(r)])
+    return Study(artefacts=[*compared, *_explained(r), *_dynamics(r, config["optimizers"])])
 
 
 def _explained(r: Mapping[str, Any]) -> list[Artefact]:
@@ -50,17 +52,41 @@ def _explained(r: Mapping[str, Any]) -> list[Artefact]:
         )
     if "annealing" in r:
         block = r["annealing"]
-        runs = tuple(
-            Run(block["dataset"], block["model"], name, block["batch"], lr, seed)
-            for name, lr in block["optimizers"].items()
-            for seed in block["seeds"]
-        )
-        measure = Measure("race/annealed", f"{WHY}:annealed", runs, spec={"steps": block["steps"]})
+        measure = Measure("race/annealed", f"{WHY}:annealed", _constant(block), spec={"steps": block["steps"]})
         title = "What is left of the lead when the rate goes to zero"
         spec = {"reference": block["reference"]}
         function = f"{WHY_FIGURES}:annealed"
         found.append(Artefact("X-R6", "figure", function, {"branches": (measure,)}, spec=spec, paper="X", title=title))
     return found
+
+
+def _dynamics(r: Mapping[str, Any], optimizers: Mapping[str, Any]) -> list[Artefact]:
+    """What single steps do, and what a change of the optimiser does, from the runs that are annealed."""
+    found = []
+    if "windows" in r:
+        measure = Measure("race/windows", f"{DYNAMICS}:windows", _constant(r["annealing"]), spec=r["windows"])
+        title = "What steps do in a span and outside it"
+        function = f"{DYNAMICS_FIGURES}:windows"
+        found.append(Artefact("X-R7", "figure", function, {"windows": (measure,)}, paper="X", title=title))
+    if "switching" in r:
+        block = dict(r["switching"])
+        names = block.pop("optimizers")
+        spec = {**block, "optimizers": {name: optimizers[name] for name in names}}
+        runs = tuple(run for run in _constant(r["annealing"]) if run.optimizer in names)
+        measure = Measure("race/switched", f"{DYNAMICS}:switched", runs, spec=spec)
+        title = "The largest eigenvalue after the filter is switched on or off"
+        function = f"{DYNAMICS_FIGURES}:switched"
+        found.append(Artefact("X-R8", "figure", function, {"switched": (measure,)}, paper="X", title=title))
+    return found
+
+
+def _constant(block: Mapping[str, Any]) -> tuple[Run, ...]:
+    """The runs at constant rates that studies.race.annealing names."""
+    return tuple(
+        Run(block["dataset"], block["model"], name, block["batch"], lr, seed)
+        for name, lr in block["optimizers"].items()
+        for seed in block["seeds"]
+    )
 
 
 def _entrants(r: Mapping[str, Any], workload: Mapping[str, Any]) -> list[str]:
