@@ -43,9 +43,12 @@ def of_job(job: Job, folder: str) -> str:
     return path
 
 
-def write(stem: str, text: str) -> str:
-    """The path ``{stem}-{digest}.json`` of a file with this text."""
-    path = Path(f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json")
+def write(folder: str, text: str) -> str:
+    """The path ``{folder}/{digest}.json`` of a file with this text.
+
+    A folder for each job: Snakemake remembers what it once saw in a folder, and would miss a file of the next job's.
+    """
+    path = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     with writing(path):
         if not path.exists() or path.stat().st_size != len(text.encode()):
             path.parent.mkdir(parents=True, exist_ok=True)

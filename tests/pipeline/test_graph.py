@@ -73,6 +73,15 @@ def test_a_run_that_no_study_asks_for_can_be_asked_for_by_its_path(finished):
     assert finished.planned(path) == {"train digits/conv/curveball, batch 32, learning rate 0.5, seed 7"}
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_several_things_can_be_asked_for_at_once_before_there_is_any(project, absolute):
+    results = project.folder / "others" if absolute else "others"
+    runs = [f"{results}/runs/digits/conv/curveball/bs32-lr0.5-seed{seed}/metrics.csv" for seed in (7, 8)]
+    planned = project.planned(*runs, "--config", f"results={results}")
+    wanted = {f"train digits/conv/curveball, batch 32, learning rate 0.5, seed {seed}" for seed in (7, 8)}
+    assert wanted <= planned
+
+
 def test_the_workflow_is_planned_without_importing_torch():
     code = (
         "import sys, yaml; from pathlib import Path;"
