@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from curvspace.functional import trainable_parameters
-from curvspace.optim.forward_mode import DoubleBackward, ForwardMode, linearise
+from curvspace.optim.forward_mode import DoubleBackward, ForwardMode, Linearisation, linearise
 
 
 class Residual(nn.Module):
@@ -159,3 +159,19 @@ def test_the_models_own_errors_pass_through() -> None:
     model = nn.Sequential(nn.Linear(5, 3))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         linearise(model, torch.randn(8, 4), zeros(model))
+
+
+@pytest.mark.parametrize("layer", [nn.Tanh, nn.GELU])
+def test_a_linearisation_made_by_its_name_pushes_central_differences(layer):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 5), layer(), nn.Linear(5, 2)).double(), torch.randn(4, 3).double()
+    tangents = [torch.randn_like(p) for p in model.parameters()]
+    point = Linearisation(model, x, tangents)
+
+    def outputs(h: float) -> torch.Tensor:
+        moved = {n: p + h * t for (n, p), t in zip(model.named_parameters(), tangents, strict=True)}
+        return torch.func.functional_call(model, moved, (x,)).detach()
+
+    expected = (outputs(1e-6) - outputs(-1e-6)) / 2e-6
+    torch.testing.assert_close(point.first, expected, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(point.push(tangents), expected, rtol=1e-7, atol=1e-8)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from curvspace.functional import Inputs
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer, require
-from curvspace.optim.forward_mode import ForwardMode, Linearisation, linearise
+from curvspace.optim.forward_mode import ForwardMode, Linearised, linearise
 
 Rate = float | Literal["auto"]
 
@@ -98,7 +98,7 @@ class CurveBall(ModelOptimizer):
             "damping_in_model": damping_in_model,
         }
         super().__init__(model, defaults, loss)
-        self._way: type[Linearisation] = ForwardMode
+        self._way: type[Linearised] = ForwardMode
         start = (1.0 if _has_batch_norm(model) else 10.0) if damping == "auto" else damping
         nan = float("nan")
         self._load_extra_state({"damping": start, "rho": nan, "beta": nan, "ratio": nan, "anomalies": 0})
@@ -160,7 +160,7 @@ class CurveBall(ModelOptimizer):
         self.costs.products += 1
         return loss
 
-    def _loss_of(self, point: Linearisation) -> Loss:
+    def _loss_of(self, point: Linearised) -> Loss:
         """The loss as a function of the outputs as one tensor."""
         return self.loss if self.loss.closed_form else Loss(lambda z, targets: self.loss(point.unpack(z), targets))
 

@@ -1,7 +1,7 @@
 r"""Products with the Jacobian of one network at one point, which share their primal pass.
 
 With outputs :math:`z = \phi(\theta, x)` and Jacobian :math:`J = \partial z/\partial\theta`, a
-:class:`Linearisation` gives
+:class:`Linearised` gives
 
 - ``outputs``: z, with the graph that a backward pass needs, and ``first``: :math:`J t_0` from the same pass;
 - ``push(t)``: :math:`J t` for another direction at the same point.
@@ -181,7 +181,7 @@ def _unpack(tensor: Any) -> tuple[Any, Any]:
     return dual.primal, dual.tangent
 
 
-class Linearisation:
+class Linearised:
     r"""The network at its present parameters on one batch: :math:`z`, :math:`J t_0`, ``push(t)`` :math:`= J t`.
 
     The first pass acts as the model's own call does: it moves running statistics (once, and without a tangent)
@@ -241,7 +241,7 @@ class Linearisation:
         return {name: b.clone() for name, b in self._buffers.items()}
 
 
-class ForwardMode(Linearisation):
+class ForwardMode(Linearised):
     """By dual numbers: the cheapest way, where every layer has a forward-mode rule."""
 
     def _begin(self, tangents: Sequence[Tensor]) -> None:
@@ -268,7 +268,7 @@ class ForwardMode(Linearisation):
         return pull_back([self.outputs], list(self.parameters.values()), [cotangent], materialize_grads=True)
 
 
-class DoubleBackward(Linearisation):
+class DoubleBackward(Linearised):
     r"""By reverse mode alone: :math:`J t` is the derivative of the linear map :math:`u \mapsto J^\top u`.
 
     The graph of that map is kept, so that this costs more memory, and about one backward pass more, than dual numbers;
@@ -306,9 +306,9 @@ def linearise(
     model: nn.Module,
     inputs: Inputs,
     tangents: Sequence[Tensor],
-    way: type[Linearisation] = ForwardMode,
+    way: type[Linearised] = ForwardMode,
     taken: Callable[[Any], Any] = lambda raw: raw,
-) -> Linearisation:
+) -> Linearised:
     """The model linearised by ``way``, or by :class:`DoubleBackward` where a layer has no forward-mode rule.
 
     Buffers and generators move once, whichever way it goes.
@@ -331,3 +331,7 @@ def linearise(
             buffer.copy_(value)
     set_random_state(before, device)
     return DoubleBackward(model, inputs, tangents, taken)
+
+
+Linearisation = linearise
+"""The same by the name of what it gives: ``Linearisation(model, x, tangents).push(t)``."""
