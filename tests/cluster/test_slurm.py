@@ -155,7 +155,7 @@ def lose_the_node(project: Project, head: subprocess.Popen[bytes]) -> subprocess
     update = ["scontrol", "update", f"nodename={node}"]
     subprocess.run([*update, "state=down", "reason=test"], check=True)
     wait(lambda: not training(project)[0], "the job's end with its node")
-    subprocess.run([*update, "state=resume"], check=True)
+    subprocess.run([*update, "state=resume"], check=False)  # refused where the node has come back by itself
     return head
 
 
@@ -180,12 +180,12 @@ def test_a_disturbed_study_ends_in_the_tables_of_an_undisturbed_one(slurm, undis
 
 @pytest.mark.slurm
 def test_a_time_limit_is_doubled_and_the_run_goes_on_where_it_was(slurm, tmp_path):
-    project = study(tmp_path / "cluster", epochs=2000, runtime=1)
+    project = study(tmp_path / "cluster", epochs=900, runtime=1)
     ended(project, begin(project, "slurm"))
     log = (project.folder / "head.log").read_text()
     assert "TIMEOUT" in log
     assert "runtime=2" in log
-    assert tables(project) == local(tmp_path / "local", epochs=2000)
+    assert tables(project) == local(tmp_path / "local", epochs=900)
 
 
 @pytest.mark.slurm
