@@ -50,6 +50,16 @@ BOUNDS = {
 }
 
 
+def _whole(_: Any, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_Validator: Any = extend(
+    Draft202012Validator, type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", _whole)
+)
+"""JSON Schema takes 64.0 and 1.0e+30 for whole numbers; a seed, a size, a number of steps is none of these."""
+
+
 @cache
 def schema() -> dict[str, Any]:
     """The whole schema: the workflow's own part, and each study's block from the study's folder."""
@@ -103,7 +113,7 @@ def _with_references(config: Mapping[str, Any]) -> Any:
             hint = f"did you mean {guess[0]}? " if guess else ""
             yield ValidationError(f"{section} has no {name!r}; {hint}there are: {', '.join(known) or 'none'}")
 
-    return extend(Draft202012Validator, {"refers": refers})
+    return extend(_Validator, {"refers": refers})
 
 
 def _section(config: Mapping[str, Any], path: str) -> list[str]:
@@ -111,7 +121,7 @@ def _section(config: Mapping[str, Any], path: str) -> list[str]:
     found: Any = config
     for step in path.split("."):
         found = found.get(step, {}) if isinstance(found, Mapping) else {}
-    return [name for name in found if isinstance(name, str)]
+    return [name for name in found if isinstance(name, str)] if isinstance(found, Mapping) else []
 
 
 def _lines(error: ValidationError, root: str) -> Iterator[str]:
@@ -193,7 +203,7 @@ def _number_hint(value: Any, part: Mapping[str, Any]) -> str:
 
 def _fits(part: Mapping[str, Any], number: float) -> bool:
     """Whether a schema, with the definitions of the whole one, allows a number."""
-    return Draft202012Validator({**part, "$defs": schema()["$defs"]}).is_valid(number)
+    return _Validator({**part, "$defs": schema()["$defs"]}).is_valid(number)
 
 
 def _yaml_number(number: float) -> str:

@@ -97,7 +97,7 @@ def _place(error: Exception, text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check ``config.yaml`` with the files given over it, down to the plan of all jobs."""
-    from workflow import settings, specs
+    from workflow import built_checks, settings, specs
 
     root = Path(__file__).parents[1]
     names = sys.argv[1:] if arguments is None else arguments
@@ -106,7 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"config: {error}")
     plan = specs.load(settings.whole(written), root)
-    print(f"config: nothing wrong; {sum(1 for _ in plan.jobs())} jobs")
+    jobs = list(plan.jobs())
+    if lines := built_checks.said_of(plan, jobs):
+        sys.exit("\n".join(lines))
+    print(f"config: nothing wrong; {len(jobs)} jobs")
 
 
 if __name__ == "__main__":

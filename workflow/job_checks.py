@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from papers.common.study import Measure, Run, Study
@@ -12,6 +12,8 @@ from workflow.data_facts import Facts
 STEPS = ("steps", "starts", "top_steps", "bottom_steps", "step")
 """Options of measures that name steps of a run."""
 SMALLEST_CROP = 5
+MOST_STEPS = 10**9
+"""Eleven days at a thousand steps a second."""
 
 
 def problems(config: Mapping[str, Any], study: Study) -> Iterator[str]:
@@ -21,6 +23,8 @@ def problems(config: Mapping[str, Any], study: Study) -> Iterator[str]:
         facts = known.get(key.partition("/")[0])
         if facts and key in config["tasks"]:
             yield from _task(f"tasks.{key}", config["tasks"][key], facts)
+            batches = [run.batch for run in study.runs if f"{run.dataset}/{run.model}" == key]
+            yield from _ends(f"tasks.{key}", config["tasks"][key], facts, batches)
     for measure in study.measures:
         yield from _own_task(measure, known)
         for run in measure.runs:
@@ -44,12 +48,23 @@ def _task(key: str, task: Mapping[str, Any], facts: Facts) -> Iterator[str]:
         )
 
 
+def _ends(key: str, task: Mapping[str, Any], facts: Facts, batches: Iterable[int | str]) -> Iterator[str]:
+    """Runs end some day."""
+    for batch in dict.fromkeys(batches):
+        if (total := last_step(task, facts.train, batch)) > MOST_STEPS:
+            yield (
+                f"{key}: {total:.3g} steps of {batch} examples are not allowed; allowed: at most {MOST_STEPS:,} "
+                "(epochs, min_steps, max_steps)"
+            )
+
+
 def _own_task(measure: Measure, known: Mapping[str, Facts | None]) -> Iterator[str]:
     """A measure that trains by itself has a task among its options."""
     facts = known.get(str(measure.spec.get("dataset")))
     if facts and isinstance(task := measure.spec.get("task"), Mapping):
         place = measure.name.rpartition("/")[0]
         yield from _task(f"the task of {place}", task, facts)
+        yield from _ends(f"the task of {place}", task, facts, [measure.spec.get("batch_size", "full")])
 
 
 def _measure(measure: Measure, run: Run, task: Mapping[str, Any], facts: Facts) -> Iterator[str]:

@@ -37,9 +37,12 @@ def whole(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_file(name: str) -> None:
-    """End the program with one line, file and line number first, if a config file cannot be read."""
+    """End the program with one line, file and line number first, if a YAML file of config has a fault.
+
+    Snakemake has read it by then, but takes a key that stands twice, or that is no text, without a word.
+    """
     try:
-        if Path(name).exists():
+        if Path(name).suffix in (".yaml", ".yml") and Path(name).exists():
             config_files.read(Path(name))
     except UserError as error:
         sys.exit(f"config: {error}")

@@ -151,6 +151,10 @@ class Plan:
         """Folder of the prepared arrays of a ``datasets`` entry."""
         return f"data/{folder_name(name, self._block('datasets', name))}"
 
+    def runs_of(self, name: str) -> tuple[Run, ...]:
+        """The runs that a measure looks at."""
+        return tuple(self._listed(self._measures, name, "measure").runs)
+
     def measured(self, name: str) -> list[str]:
         """What a measure reads: all of its runs, and the cards of its data sets, which hold the arrays' checksum."""
         measure = self._listed(self._measures, name, "measure")

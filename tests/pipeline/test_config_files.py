@@ -15,6 +15,7 @@ from curvspace.errors import UserError
 from curvspace.models.layers import ACTIVATIONS
 from curvspace.training.spec import Task
 from papers import registry
+from tests.pipeline.conftest import copy
 from workflow import checks, config_files, data_facts, job_checks, settings
 from workflow.specs import load
 
@@ -68,6 +69,16 @@ def test_merged_keys_do_not_stand_twice(tmp_path):
     assert config_files.read(file)["b"] == {"x": 3, "y": 2}
 
 
+def test_a_preset_is_read_with_care_too(tmp_path):
+    """Snakemake reads it first, and would let the last of two equal keys count."""
+    project = copy(tmp_path / "project")
+    (project.folder / "mine.yaml").write_text("style: {dpi: 90}\nthreads: 1\nstyle: {dpi: 80}\n")
+    done = project.snakemake("-n", "--configfile", "mine.yaml")
+    assert done.returncode == 1
+    assert "mine.yaml:3: style stands twice" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def smoke() -> dict[str, Any]:
     return settings.whole(settings.files([ROOT / "config.yaml", ROOT / "workflow" / "presets" / "smoke.yaml"]))
@@ -104,6 +115,13 @@ CROSS = {
     "a timed network": ("studies.c.timed", "vgg", ["studies.c.timed", "studies.c.networks has no 'vgg'"]),
     "paths recorded": ("studies.c.small.traced", 10**6, ["studies.c.small.traced", "at most runs"]),
     "a seed twice": ("studies.b.edge.seeds", [0, 0], ["studies.b.edge.seeds", "0"]),
+    "a run without end": ("tasks.digits/fc-small.epochs", 1e30, ["tasks.digits/fc-small", "steps", "at most"]),
+    "a measure's run without end": ("studies.tournament.stability.epochs", 1e30, ["tournament", "steps", "at most"]),
+    "a whole float": ("studies.b.seed", 1.0, ["studies.b.seed = 1.0", "a whole number"]),
+    "a huge whole float": ("datasets.digits.train", 1e20, ["datasets.digits.train = 1e+20", "a whole number"]),
+    "no section": ("datasets", 5, ["datasets = 5", "a block of keys"]),
+    "nothing to measure": ("studies.a.subspace.tolerances", [], ["studies.a.subspace.tolerances", "at least 1"]),
+    "huge images": ("datasets.digits.resize", 10**7, ["datasets.digits.resize", "at most 4096"]),
     "infinity": ("studies.a.subspace.lr", float("inf"), ["studies.a.subspace.lr = inf", "finite"]),
     "no number": ("tasks.digits/fc-small.epochs", float("nan"), ["tasks.digits/fc-small.epochs = nan", "finite"]),
     "a huge number": ("threads", 10**30, ["threads = 1000", "4294967295"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,10 @@ def test_a_new_study_runs_end_to_end_in_a_folder_with_an_odd_name(tmp_path):
     record = json.loads((folder / "results/runs/spirals/network/dropped/bs100-lr0.1-seed0/run.json").read_text())
     assert record["status"] == "finished"
     verified = snakemake(folder, *usual, "--", "verify")
+    assert "5 current, 0 stale, 0 missing" in verified.stdout, verified.stdout + verified.stderr
+    twin = tmp_path / "copy"  # new dates, and nothing that Snakemake remembers
+    shutil.copytree(folder, twin, copy_function=shutil.copy, ignore=shutil.ignore_patterns(".snakemake"))
+    verified = snakemake(twin, *usual, "--", "verify")
     assert "5 current, 0 stale, 0 missing" in verified.stdout, verified.stdout + verified.stderr
     optimiser = folder / "optimiser.py"  # code of the user's own is watched like ours
     optimiser.write_text(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import yaml
 import papers
 from curvspace.errors import UserError
 from papers import registry
+from workflow import settings as workflow_settings
 from workflow.settings import files, laid_over
+from workflow.specs import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,3 +79,17 @@ def test_one_name_with_two_values_is_an_error(tmp_path, monkeypatch):
         laid_over({"studies": ["one", "two"]})
     with pytest.raises(UserError, match="study one has no settings at scale 'smoke'"):
         laid_over({"studies": {"one": "smoke"}})
+
+
+@pytest.mark.parametrize("scale", sorted(registry.scales()))
+@pytest.mark.parametrize("name", registry.folders())
+def test_every_study_alone_plans_at_every_scale(name, scale):
+    plan = load(laid_over({**files([ROOT / "config.yaml"]), "scale": scale, "studies": {name: {}}}), ROOT)
+    assert len(list(plan.jobs())) > 10
+
+
+def test_studies_at_any_scales_are_laid_beside_each_other(monkeypatch):
+    monkeypatch.setattr(workflow_settings, "at_scale", cache(workflow_settings.at_scale))
+    for (one, scale), (other, its) in combinations(product(registry.folders(), sorted(registry.scales())), 2):
+        if one != other:
+            assert set(laid_over({"studies": {one: scale, other: its}})["studies"]) == {one, other}

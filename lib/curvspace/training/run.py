@@ -126,9 +126,22 @@ def _run(
     return now
 
 
-@torch.no_grad()
 def _check_outputs(model: torch.nn.Module, spec: RunSpec, data: datasets.DataSet) -> None:
-    """The network takes the data set's examples and has an output for each class, tried on two of them.
+    """The network fits the data set, tried on two of its examples in eval mode; its state stays as it was."""
+    inputs, targets = data.normalise(data.train.inputs[:2]), data.train.targets[:2]
+    named = f"model {spec.model['name']} ({spec.model['kind']})"
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng(devices=[]):
+        check_outputs(model.eval(), named, inputs, targets, data.num_classes)
+    for module, training in modes:
+        module.training = training
+
+
+@torch.no_grad()
+def check_outputs(
+    model: torch.nn.Module, named: str, inputs: torch.Tensor, targets: torch.Tensor, num_classes: int
+) -> None:
+    """The network takes these examples and has an output for each class; ``named`` is what to call it.
 
     Raises
     ------
@@ -136,23 +149,17 @@ def _check_outputs(model: torch.nn.Module, spec: RunSpec, data: datasets.DataSet
         If the outputs are no tensor (N, C) with C at least the number of classes, or as many numbers as the
         targets where these are no classes.
     """
-    inputs, targets = data.normalise(data.train.inputs[:2]), data.train.targets[:2]
-    named = f"model {spec.model['name']} ({spec.model['kind']})"
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices=[]):
-        try:
-            outputs = logits(call(model.eval(), inputs))
-        except Exception as error:
-            error.add_note(f"[{named}, on inputs of shape {tuple(inputs.shape)}]")
-            raise
-    for module, training in modes:
-        module.training = training
+    try:
+        outputs = logits(call(model, inputs))
+    except Exception as error:
+        error.add_note(f"[{named}, on inputs of shape {tuple(inputs.shape)}]")
+        raise
     shape = tuple(outputs.shape)
     if targets.is_floating_point():
         fits, wanted = outputs.numel() == targets.numel(), f"as many numbers as the targets, {tuple(targets.shape)}"
     else:
-        fits = len(shape) == 2 and shape[0] == len(targets) and shape[1] >= data.num_classes
-        wanted = f"({len(targets)}, {data.num_classes}), one output for each of the {data.num_classes} classes"
+        fits = len(shape) == 2 and shape[0] == len(targets) and shape[1] >= num_classes
+        wanted = f"({len(targets)}, {num_classes}), one output for each of the {num_classes} classes"
     if not fits:
         raise UserError(f"{named} has outputs of shape {shape} for {len(targets)} examples; wanted is {wanted}")
 
