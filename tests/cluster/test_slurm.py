@@ -25,6 +25,7 @@ PROFILES = {
     "cluster-generic": ("--seconds-between-status-checks", "3"),
 }
 PATIENCE_S = 900
+HEADS: list[subprocess.Popen[bytes]] = []
 
 pytestmark = pytest.mark.skipif(bool(one_node.missing()), reason=one_node.missing())
 
@@ -61,7 +62,20 @@ def begin(project: Project, profile: str, *options: str) -> subprocess.Popen[byt
     command += [*PROFILES[profile], *options, *TARGETS]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with (project.folder / "head.log").open("a") as log:
-        return subprocess.Popen(command, cwd=project.folder, stdout=log, stderr=log, env=environment)
+        head = subprocess.Popen(command, cwd=project.folder, stdout=log, stderr=log, env=environment)
+    HEADS.append(head)
+    return head
+
+
+@pytest.fixture(autouse=True)
+def no_head_is_left() -> Iterator[None]:
+    """A test that fails leaves no Snakemake behind, whose jobs would hold the node."""
+    yield
+    while HEADS:
+        head = HEADS.pop()
+        if head.poll() is None:
+            head.terminate()
+            head.wait(PATIENCE_S)
 
 
 def wait(condition: Callable[[], object], what: str) -> None:
@@ -155,7 +169,9 @@ def lose_the_node(project: Project, head: subprocess.Popen[bytes]) -> subprocess
     update = ["scontrol", "update", f"nodename={node}"]
     subprocess.run([*update, "state=down", "reason=test"], check=True)
     wait(lambda: not training(project)[0], "the job's end with its node")
-    subprocess.run([*update, "state=resume"], check=False)  # refused where the node has come back by itself
+    if one_node.state() == "down":  # it may have come back by itself
+        subprocess.run([*update, "state=resume"], check=False)
+    wait(lambda: one_node.state() in ("idle", "mixed", "allocated"), "the node's return")
     return head
 
 
@@ -180,12 +196,12 @@ def test_a_disturbed_study_ends_in_the_tables_of_an_undisturbed_one(slurm, undis
 
 @pytest.mark.slurm
 def test_a_time_limit_is_doubled_and_the_run_goes_on_where_it_was(slurm, tmp_path):
-    project = study(tmp_path / "cluster", epochs=900, runtime=1)
-    ended(project, begin(project, "slurm"))
+    project = study(tmp_path / "cluster", epochs=2000, runtime=1)
+    ended(project, begin(project, "slurm", "--retries", "5"))  # 63 minutes in all: a busy machine may need them
     log = (project.folder / "head.log").read_text()
     assert "TIMEOUT" in log
     assert "runtime=2" in log
-    assert tables(project) == local(tmp_path / "local", epochs=900)
+    assert tables(project) == local(tmp_path / "local", epochs=2000)
 
 
 @pytest.mark.slurm
