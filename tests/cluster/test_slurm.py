@@ -24,7 +24,7 @@ PROFILES = {
     "slurm": ("--slurm-init-seconds-before-status-checks", "5"),
     "cluster-generic": ("--seconds-between-status-checks", "3"),
 }
-PATIENCE_S = 900
+PATIENCE_S = 3600
 HEADS: list[subprocess.Popen[bytes]] = []
 
 pytestmark = pytest.mark.skipif(bool(one_node.missing()), reason=one_node.missing())
