@@ -3,7 +3,7 @@
 A reference piece is a folder below ``results/reference`` with ``config.yaml``, laid over the project's, and the tables
 of that run that were kept, each where the run had it (``tables/…``, ``figures/…``, ``measures/…``, ``runs/…``). Adding
 a piece is adding its folder. Written are ``claims.csv`` and ``claims.md``; beside the verdict stands that
-of the default run: from ``--default``, else as it stood.
+of the default run, the piece ``default``.
 """
 
 from __future__ import annotations
@@ -40,21 +40,31 @@ COLUMNS = (
 )
 
 NONE = (False, 0.0)
+DEFAULT = "default"
+"""The piece that is a run of the default study."""
+HEAD = """Each verdict is that of the largest scale that was run; the last column has the default run's.
+
+**What a verdict needs.** A claim about a number that a paper prints, or about whole training runs on whole data sets,
+is judged at that scale alone. A claim about a structure or a phenomenon (the gradient moves into few directions, both
+methods diverge, one overtakes the other) is judged on the paper's data set or a part of it, and on its kind of
+network, be it narrower; "scale" says which data, how many examples, which width and how many epochs, and the verdict
+is about that scale. Where a network that was run at both scales shows that the smaller one itself moves the number
+(B1, B11), the larger is asked for. "Not tested" means that what the claim is about was not run: another data set,
+another kind of network, fewer seeds than it asks for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m workflow.reference", description=__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "results" / "reference", help="folder of the pieces")
-    parser.add_argument("--default", type=Path, help="claims.csv of the default run (default: what stood there before)")
     options = parser.parse_args(arguments)
     with common.one_line_errors("reference"):
-        table = judged(options.folder, default_verdicts(options.folder, options.default))
+        table = judged(options.folder)
         with writing(options.folder / "claims.csv"):
             table.to_csv(options.folder / "claims.csv", index=False)
             (options.folder / "claims.md").write_text(markdown(table), encoding="utf-8")
 
 
-def judged(folder: Path, default: Mapping[str, str]) -> pd.DataFrame:
+def judged(folder: Path) -> pd.DataFrame:
     """The ledger: one row a claim, from the piece of the largest scale among those that give it a verdict."""
     found: dict[str, list[tuple[tuple[bool, float], dict[str, Any]]]] = {}
     for piece in sorted(file.parent for file in folder.glob("*/config.yaml")):
@@ -64,7 +74,8 @@ def judged(folder: Path, default: Mapping[str, str]) -> pd.DataFrame:
     for claim in ledger.load(registry.claim_files().values()):
         nothing = ledger.row(claim, {}) | {"measured": "no reference piece has its tables", "piece": ""}
         row = max(found.get(claim.id, []), key=lambda pair: pair[0], default=(NONE, nothing))[1]
-        chosen.append(row | {"default": default.get(claim.id, "")})
+        default = [other["verdict"] for _, other in found.get(claim.id, []) if other["piece"] == DEFAULT]
+        chosen.append(row | {"default": "" if row["piece"] == DEFAULT else "".join(default)})
     return pd.DataFrame(chosen, columns=list(COLUMNS))
 
 
@@ -106,19 +117,10 @@ def whole(piece: Path) -> dict[str, Any]:
     return settings.laid_over(config)
 
 
-def default_verdicts(folder: Path, default: Path | None) -> dict[str, str]:
-    """Verdicts by claim of the default run."""
-    file, column = (default, "verdict") if default else (folder / "claims.csv", "default")
-    if not file.is_file():
-        return {}
-    table = pd.read_csv(file, keep_default_na=False)
-    return dict(zip(table["id"], table[column], strict=True))
-
-
 def markdown(table: pd.DataFrame) -> str:
     """The ledger for reading, one section a paper."""
     lines = ["# The claims, by the reference results", "", "Made by `make reference-claims`.", ""]
-    lines += [ledger.summary(table), ""]
+    lines += [ledger.summary(table), "", HEAD, ""]
     for paper, part in table.groupby("paper", sort=False):
         lines += [f"## Paper {paper}" if paper != "X" else "## Our own", ""]
         lines += ["| | statement | paper | measured | seeds | scale | verdict | default scale |", "|" + " --- |" * 8]

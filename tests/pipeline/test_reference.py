@@ -72,15 +72,35 @@ def test_a_tables_row_is_judged_at_the_scale_of_that_row(tmp_path: Path) -> None
     assert verdict(tmp_path, "B7")["measured"] == "no row with case ConvNet, random labels"
 
 
-def test_a_claim_without_a_piece_says_so_and_the_default_verdict_stays(tmp_path: Path) -> None:
+def test_the_default_runs_verdict_stands_beside_that_of_a_larger_piece(tmp_path: Path) -> None:
+    piece(tmp_path, "default", "default", 0.5)
+    alone = verdict(tmp_path)
+    assert (alone["verdict"], alone["piece"], alone["default"]) == ("fails", "default", "")
+    piece(tmp_path, "large", "paper", 0.93)
+    both = verdict(tmp_path)
+    assert (both["verdict"], both["piece"], both["default"]) == ("holds", "large", "fails")
+
+
+def test_a_claim_without_a_piece_says_so(tmp_path: Path) -> None:
     piece(tmp_path, "small", "default", 0.93)
-    ledger = tmp_path / "run.csv"
-    pd.DataFrame({"id": ["B15", "D1"], "verdict": ["inconclusive", "holds"]}).to_csv(ledger, index=False)
-    reference.main(["--folder", str(tmp_path), "--default", str(ledger)])
-    assert verdict(tmp_path)["default"] == "inconclusive"  # a second time, without the default run
     untested = verdict(tmp_path, "D1")
-    assert (untested["verdict"], untested["default"], untested["piece"]) == ("not tested at this scale", "holds", "")
+    assert (untested["verdict"], untested["default"], untested["piece"]) == ("not tested at this scale", "", "")
     assert untested["measured"] == "no reference piece has its tables"
+
+
+def test_a_narrower_network_of_the_same_kind_decides_a_phenomenon_and_its_width_stands_there(tmp_path: Path) -> None:
+    piece(tmp_path, "small", "default", 0.93)
+    (tmp_path / "small" / "figures").mkdir()
+    runs = [("mnist-10k", "fc-100x100"), ("cifar10-5k-16px", "resnet18-narrow")]
+    pd.concat(
+        pd.DataFrame({"dataset": data, "model": model, "seed": 0, "dimension": range(2, 21)}).assign(
+            value=[1 - 0.05 * max(0, d - 9) for d in range(2, 21)]
+        )
+        for data, model in runs
+    ).to_csv(tmp_path / "small/figures/B-F3.csv")
+    found = verdict(tmp_path, "B12")
+    assert found["verdict"] == "holds"
+    assert "ResNet-18 of width 6 on 5,000 examples of CIFAR-10 at 16 × 16 pixels" in found["scale"]
 
 
 def test_a_config_that_cannot_be_read_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

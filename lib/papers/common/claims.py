@@ -135,12 +135,14 @@ def _data(name: str, config: Mapping[str, Any]) -> str:
     block = config["datasets"][name]
     size = f"{block['train']:,} examples of " if isinstance(block.get("train"), int) else ""
     labels = "" if block.get("labels", "true") in ("true", True) else f" ({block['labels']} labels)"
-    return f"{size}{WORDS.get(block['source'], block['source'])}{labels}"
+    pixels = f" at {block['resize']} × {block['resize']} pixels" if block.get("resize") else ""
+    return f"{size}{WORDS.get(block['source'], block['source'])}{pixels}{labels}"
 
 
 def _model(name: str, config: Mapping[str, Any]) -> str:
-    kind = config["models"][name]["kind"]
-    return WORDS.get(kind, name)
+    block = config["models"][name]
+    width = f" of width {block['width']}" if "width" in block else ""
+    return f"{WORDS[block['kind']]}{width}" if block["kind"] in WORDS else name
 
 
 def _words(datasets: Iterable[str], models: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:

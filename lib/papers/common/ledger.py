@@ -79,8 +79,9 @@ def entries(file: Path) -> Any:
     """The content of a file of claims, each entry with ``each`` in as many as it stands for.
 
     ``each`` has lists of mappings, of which every combination is one claim; ``published`` is a path, a/b/c, in the
-    ``published.yaml`` beside the file. Their names, and ``number``, from 1, stand in braces in the entry's texts; a
-    text that is such a name alone becomes its value.
+    ``published.yaml`` beside the file, or / for all of it. Their names, and ``number``, from 1, stand in braces in the
+    entry's texts ({mean}, or {sums[0][value]} of what lies deeper); a text that is such a name alone becomes its value.
+    An entry with neither is taken as it stands.
     """
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(written, list):
@@ -90,17 +91,17 @@ def entries(file: Path) -> Any:
 
 
 def _expanded(entry: Any, numbers: Mapping[str, Any]) -> list[Any]:
-    if not isinstance(entry, Mapping) or "each" not in entry:
+    if not isinstance(entry, Mapping) or not {"each", "published"} & set(entry):
         return [entry]
     rest = {key: value for key, value in entry.items() if key not in ("each", "published")}
     found = []
-    for place, parts in enumerate(itertools.product(*entry["each"].values()), start=1):
+    for place, parts in enumerate(itertools.product(*entry.get("each", {}).values()), start=1):
         names: dict[str, Any] = {"number": place}
         for part in parts:
             names |= part
-        cell: Any = numbers
-        for key in entry.get("published", "").format(**names).split("/"):
-            cell = cell[key] if key else {}
+        cell: Any = numbers if "published" in entry else {}
+        for key in filter(None, entry.get("published", "").format(**names).split("/")):
+            cell = cell[key]
         found.append(_filled(rest, names | cell))
     return found
 

@@ -139,12 +139,16 @@ def threshold(
     ignore: Sequence[str] = (),
     at_least: float | None = None,
     at_most: float | None = None,
+    around: float | None = None,
+    tolerance: float = 0.0,
     margin: float = 0.0,
 ) -> Outcome:
-    """One number a run, its mean over seeds against the allowed range.
+    """One number a run, its mean over seeds against the allowed range, which may be ``around`` ± ``tolerance``.
 
     ``statistic`` reduces a run's rows (``STATISTICS``). A count that must be exact is a range of ± 0.5 around it.
     """
+    if around is not None:
+        at_least, at_most = around - tolerance, around + tolerance
     runs = per_run(pick(tables, table, where), column, statistic, by, ignore)
     found = []
     for name, part in cases_of(runs, by):

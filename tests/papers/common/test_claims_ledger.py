@@ -13,7 +13,7 @@ from curvspace.errors import UserError
 from papers import registry
 from papers.cli import claims as command
 from papers.common import claims as binding
-from papers.common import ledger
+from papers.common import ledger, verdicts
 from papers.common.outcomes import UNTESTED, VERDICTS
 from papers.common.study import Artefact, Measure, Run, Study
 
@@ -216,3 +216,23 @@ def test_one_entry_stands_for_the_cells_of_a_published_table(tmp_path: Path) -> 
     assert (first.id, second.id, third.id) == ("Z1", "Z2", "Z3")
     assert second.statement == "Method B takes 40 ± 2 iterations"
     assert first.options == {"at_least": 3, "where": {"solver": "a"}}
+
+
+def test_one_claim_reads_the_papers_numbers_from_any_depth(tmp_path: Path) -> None:
+    (tmp_path / "published.yaml").write_text("sums: [{value: 0.20}, {value: 0.94}]\nbest: {cosine: 0.36}")
+    deep = {"id": "Z1", "published": "/", "statement": "{sums[0][value]:.2f}, then {sums[1][value]}"}
+    alone = {"id": "Z2", "published": "best", "options": {"around": "{cosine}", "tolerance": 0.1}}
+    plain = {"id": "Z3", "statement": "as {it} stands"}
+    written = [ENTRY | part for part in (deep, alone, plain)]
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump(written))
+    first, second, third = ledger.load([tmp_path / "claims.yaml"])
+    assert first.statement == "0.20, then 0.94"
+    assert second.options == {"around": 0.36, "tolerance": 0.1}
+    assert third.statement == "as {it} stands"
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.4, "holds"), (0.5, "fails"), (0.45, "inconclusive")])
+def test_a_range_can_be_a_number_and_its_tolerance(value: float, expected: str) -> None:
+    table = pd.DataFrame({"value": [value]})
+    outcome = verdicts.threshold({"": table}, around=0.36, tolerance=0.1, margin=0.02)
+    assert outcome.verdict == expected
