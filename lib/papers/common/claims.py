@@ -24,7 +24,7 @@ PAGES = {"figure": ".png", "table": ".html"}
 
 def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str, Any]) -> dict[str, Any]:
     """The spec of the ledger's job: ``sources`` (tables below the results folder), and by claim ``scale``, ``size``
-    (training examples times epochs, of the largest run), ``models`` (what was run of each network), ``words``
+    (training examples times epochs, of the largest run; else how often a problem is repeated), ``models`` (what was run of each network), ``words``
     (networks and data sets as a reader knows them), ``short`` and ``link``.
 
     A source that the graph does not have is left out. ``short`` says which part of a claim's ``requires`` this config
@@ -44,7 +44,7 @@ def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str
         runs, datasets = _behind(behind)
         parts = [*_scale(runs, config), *_own_training(behind, config), *_examples(behind)]
         spec["scale"][entry["id"]] = f"{config['scale']}: {'; '.join(parts) or 'generated data'}"
-        spec["size"][entry["id"]] = max((_size(run, config) for run in runs), default=0.0)
+        spec["size"][entry["id"]] = max((_size(run, config) for run in runs), default=_repeats(behind))
         models = {run.model: [r for r in runs if r.model == run.model] for run in runs}
         spec["models"][entry["id"]] = {model: _scale(part, config) for model, part in models.items()}
         own = [s.spec["model"]["name"] for s in behind if isinstance(s, Measure) and "task" in s.spec]
@@ -150,6 +150,11 @@ def _words(datasets: Iterable[str], models: Iterable[str], config: Mapping[str, 
     named = {name: _data(name, config) for name in datasets} | {name: _model(name, config) for name in models}
     known = Counter(named.values())
     return {name: words for name, words in named.items() if known[words] == 1 and words != name}
+
+
+def _repeats(sources: Iterable[Source]) -> float:
+    """How often the measures that need no run repeat what they do."""
+    return max((float(s.spec.get("runs", 0)) for s in sources if isinstance(s, Measure)), default=0.0)
 
 
 def _size(run: Run, config: Mapping[str, Any]) -> float:
