@@ -24,8 +24,9 @@ PAGES = {"figure": ".png", "table": ".html"}
 
 def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str, Any]) -> dict[str, Any]:
     """The spec of the ledger's job: ``sources`` (tables below the results folder), and by claim ``scale``, ``size``
-    (training examples times epochs, of the largest run; else how often a problem is repeated), ``models`` (what was run of each network), ``words``
-    (networks and data sets as a reader knows them), ``short`` and ``link``.
+    (training examples times epochs, of the largest run; without runs, how often a problem is repeated), ``models``
+    (what was run of each network), ``words`` (networks and data sets as a reader knows them), ``short`` and
+    ``link``.
 
     A source that the graph does not have is left out. ``short`` says which part of a claim's ``requires`` this config
     does not reach.
