@@ -50,6 +50,7 @@ def expected_seconds(jobs: Iterable[tuple[str, str]], results: str) -> float | N
 def at_end(results: str) -> str:
     """Where to look, of what is there."""
     places = {
+        "front page": Path(results, "front.html"),
         "figures": Path(results, "figures"),
         "tables": Path(results, "tables"),
         "ledger of claims": Path(results, "claims.html"),
@@ -90,7 +91,9 @@ def _file(job: Any) -> str:
 
 def _pattern(rule: str) -> str:
     return (
-        f"benchmarks/{rule}.tsv" if rule == "claims" else f"benchmarks/{rule}{'' if rule == 'train' else 's'}/**/*.tsv"
+        f"benchmarks/{rule}.tsv"
+        if rule in ("claims", "front")
+        else f"benchmarks/{rule}{'' if rule == 'train' else 's'}/**/*.tsv"
     )
 
 

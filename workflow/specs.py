@@ -28,12 +28,13 @@ from workflow.invalidation import Code, CodeError
 from workflow.spec_files import canonical
 
 PAPERS = {
-    "A": "A: class-gradient Newton",
-    "B": "B: tiny subspace",
-    "C": "C: CurveBall",
-    "D": "D: negative curvature",
-    "X": "Across the papers",
+    "A": "Paper A: class-gradient Newton",
+    "B": "Paper B: tiny subspace",
+    "C": "Paper C: CurveBall",
+    "D": "Paper D: negative curvature",
+    "X": "Race and tournament",
 }
+"""The report's headings; it sorts them, Findings first and the Statements of the ledger last."""
 WRAPPER = "curvspace.optim.first_order:FirstOrder"
 REGISTRIES = {"optimizers": "curvspace.optim.registry", "models": "curvspace.models.registry"}
 
@@ -139,6 +140,8 @@ class Plan:
         yield from (self.measure(measure.name) for measure in self.study.measures)
         yield from (self.artefact(artefact.id) for artefact in self.study.artefacts)
         yield self.claims
+        if self.pictures:
+            yield self.front
 
     @cached_property
     def datasets(self) -> dict[str, str]:
@@ -258,6 +261,26 @@ class Plan:
         own = [entry["rule"] for entry in entries if ":" in entry.get("rule", "")]
         code = self.code.hash("papers.cli.claims", *registry.verdict_modules(), *own)
         return Job("claims", "claims", spec, code, self._path("claims"))
+
+    @cached_property
+    def pictures(self) -> list[dict[str, Any]]:
+        """What the report's front page shows: the studies' choice, of figures that this config makes."""
+        return [
+            {"claims": [], **one, "figure": f"{artefact.path}.png", "caption": artefact.caption}
+            for one in registry.pictures(self.config)
+            if (artefact := self._artefacts.get(one["figure"]))
+        ]
+
+    @property
+    def front_pictures(self) -> list[str]:
+        """The files of the front page's pictures."""
+        return [f"{self.results}/{one['figure']}" for one in self.pictures]
+
+    @cached_property
+    def front(self) -> Job:
+        """The report's front page."""
+        spec = {"claims": "claims.csv", "pictures": self.pictures}
+        return Job("front", "front", spec, self.code.hash("papers.cli.front"), self._path("front"))
 
     def train_at(self, parts: Any) -> Job:
         """The training job that the wildcards of a path name; it need not be one that a study asks for."""

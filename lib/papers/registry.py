@@ -1,7 +1,8 @@
 """The folders of this package, each a paper or a study of our own, found by its ``study.py``: no list to keep.
 
-A folder may have beside it ``claims.yaml``, ``captions.yaml``, ``schema.yaml`` (what its block of the config may hold),
-``checks.py`` (what a schema cannot say of it) and ``settings/{scale}.yaml``.
+A folder may have beside it ``claims.yaml``, ``captions.yaml``, ``front.yaml`` (what the report shows first),
+``schema.yaml`` (what its block of the config may hold), ``checks.py`` (what a schema cannot say of it) and
+``settings/{scale}.yaml``.
 """
 
 from __future__ import annotations
@@ -76,7 +77,13 @@ def declare(config: Mapping[str, Any]) -> Study:
     return total.close()
 
 
-def _content(file: Path) -> dict[str, Any]:
+def pictures(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the enabled studies put on the report's front page: ``question``, ``figure`` and ``claims`` of each."""
+    enabled = [name for name, block in (config.get("studies") or {}).items() if block.get("enabled", True)]
+    return [one for name in enabled for one in _content(folders()[name] / "front.yaml") or []]
+
+
+def _content(file: Path) -> Any:
     """A YAML file's content; empty where there is no file. What it names twice by an anchor is two things here."""
     found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
     return json.loads(json.dumps(found or {}))

@@ -87,6 +87,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project.edit("lib/papers/mini/study.py", "artefacts=[\n", f"artefacts=[\n            {entry}\n")
     # a claim: one entry of the folder's file
     add(project, "lib/papers/mini/claims.yaml", CLAIM)
+    # a picture on the report's front page: one line of the folder's file
+    add(project, "lib/papers/mini/front.yaml", '- {question: "What is counted?", figure: M-F4, claims: [M1]}\n')
     own = f"{RESULTS}/runs/moons/small/halved/bs16-lr0.5-seed0/metrics.csv"
     made = project.snakemake("--show-failed-logs", "all", own)
     assert made.returncode == 0, (made.stdout + made.stderr)[-6000:]
@@ -127,10 +129,18 @@ def test_in_an_odd_place_nothing_escapes_and_nothing_is_left_to_do(done):
     page = (done.folder / "report.html").read_text()
     assert "The loss of all runs." in page
     assert "M-F4" in page
+    assert all(name in page for name in ("Findings", "Statements, judged"))  # first and last: the report sorts them
+
+
+def test_the_front_page_has_the_picture_and_the_claim(done):
+    page = (done.folder / RESULTS / "front.html").read_text()
+    assert "What is counted?" in page
+    assert "data:image/png;base64," in page
+    assert 'href="claims.html#M1"' in page
 
 
 def test_rules_are_one_a_stage(done):
     drawn = done.snakemake("--rulegraph")
     assert drawn.returncode == 0
     names = {line.split('"')[1] for line in drawn.stdout.splitlines() if "label" in line and "style" in line}
-    assert names == {"all", "data", "train", "measure", "figure", "table", "claims"}
+    assert names == {"all", "data", "train", "measure", "figure", "table", "claims", "front"}

@@ -10,7 +10,7 @@ rule claims:
         html=report(
             f"{RESULTS}/claims.html",
             caption="../report/claims.rst",
-            category="Claims",
+            category="Statements, judged",
             labels={"id": "claims", "title": "What held of the papers' statements"},
         ),
         record=f"{RESULTS}/claims.run.json",

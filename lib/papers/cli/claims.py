@@ -14,7 +14,7 @@ from pathlib import Path
 from curvspace.cli import common
 from curvspace.files import write_record, writing
 from papers import registry
-from papers.common import ledger, tables
+from papers.common import ledger, pages, tables
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,7 +52,7 @@ def make(spec: dict, code: str, files: Sequence[Path], results: Path, out: Path)
         out.parent.mkdir(parents=True, exist_ok=True)
         judged.to_csv(outputs[0], index=False)
         outputs[1].write_text(ledger.markdown(judged), encoding="utf-8")
-        outputs[2].write_text(ledger.page(judged), encoding="utf-8")
+        outputs[2].write_text(pages.ledger_page(ledger.records(judged), ledger.summary(judged)), encoding="utf-8")
     write_record(out.with_suffix(".run.json"), common.provenance(spec, code), outputs)
 
 

@@ -6,7 +6,6 @@ A claim is data (one entry of a ``claims.yaml``); its verdict is a rule of :mod:
 
 from __future__ import annotations
 
-import html
 import importlib
 import itertools
 import math
@@ -28,7 +27,6 @@ COLUMNS = (
     *("id", "paper", "where", "statement", "reference", "measured", "value", "low", "high"),
     *("seeds", "scale", "verdict", "needs", "figure"),
 )
-COLOURS = {"holds": "#d5efd5", "fails": "#f6d5d3", "inconclusive": "#fbefc5", UNTESTED: "#e8e8e8"}
 
 
 @dataclass(frozen=True)
@@ -276,29 +274,3 @@ def _verdict(claim: Mapping[str, Any]) -> str:
 def plain(value: Any) -> str:
     """One line without a bar that would end the cell."""
     return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def page(ledger: pd.DataFrame) -> str:
-    """The ledger as one HTML page without outside resources."""
-    head = "".join(f"<th>{c}</th>" for c in ("id", *COLUMNS[1:6], "seeds", "scale", "verdict"))
-    body = "\n".join(_html_row(claim) for claim in records(ledger))
-    style = (
-        "body{font:14px/1.4 sans-serif;margin:1.5em;color:#222}table{border-collapse:collapse}"
-        "th,td{padding:.35em .7em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}"
-        "thead th{border-bottom:2px solid #222;position:sticky;top:0;background:#fff}"
-        + "".join(f".v{i}{{background:{COLOURS[v]}}}" for i, v in enumerate(VERDICTS))
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Claims ledger</title>'
-        f"<style>{style}</style></head><body><h1>Claims ledger</h1><p>{summary(ledger)}</p>\n"
-        f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></body></html>\n"
-    )
-
-
-def _html_row(claim: Mapping[str, Any]) -> str:
-    name = html.escape(str(claim["id"]))
-    link = f'<a href="{html.escape(str(claim["figure"]))}">{name}</a>' if claim["figure"] else name
-    keys = (*COLUMNS[1:6], "seeds", "scale")
-    cells = "".join(f"<td>{html.escape(str(claim[key]))}</td>" for key in keys)
-    tone = VERDICTS.index(claim["verdict"])
-    return f'<tr><td>{link}</td>{cells}<td class="v{tone}">{html.escape(_verdict(claim))}</td></tr>'
