@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import importlib
 import inspect
@@ -44,9 +45,21 @@ def public(module: ModuleType) -> list[str]:
 
 
 def home(module: ModuleType, name: str) -> str:
-    """Where a public name is defined: ``curvspace.curvature.eigensolver.eigsh`` for ``curvspace.eigsh``."""
-    value = getattr(module, name)
+    """Where a public name is defined: ``curvspace.curvature.eigensolver.eigsh`` for ``curvspace.eigsh``.
+
+    A name whose optional package is not installed is looked up in the module's imports for type checkers.
+    """
+    try:
+        value = getattr(module, name)
+    except ImportError:
+        return _imported_for_types(module)[name]
     return f"{getattr(value, '__module__', module.__name__)}.{getattr(value, '__qualname__', name)}"
+
+
+def _imported_for_types(module: ModuleType) -> dict[str, str]:
+    """Name -> full name of all that a module imports with ``from … import``, wherever that stands."""
+    found = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.ImportFrom)]
+    return {part.asname or part.name: f"{node.module}.{part.name}" for node in found for part in node.names}
 
 
 def pages() -> dict[str, list[tuple[str, list[str]]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,45 +12,36 @@ from matplotlib.figure import Figure
 
 from papers.a.tables import crossovers
 from papers.common.runs import Tables
-from papers.common.style import Style
+from papers.common.style import Style, below, early_steps, legend_below
 
 QUANTITIES = {
     "share of gradient": "|g|²",
     "share of trace G": "Tr G",
     "share of trace H": "Tr H",
 }
+RUN = ["dataset", "model", "optimizer", "batch_size", "lr"]
 
 
 def loss_over_training(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     """A-F1: validation loss over epochs, one line an optimiser (median over seeds, band their range)."""
-    runs = tables["runs"].dropna(subset=["val_loss"])
+    runs = known_or_diverged(tables["runs"], "val_loss")
+    limit = 1.5 * runs.loc[runs["step"] == 0, "val_loss"].median()
     figure, axes = style.panels()
     axis = axes[0, 0]
     drawn = []
     for name, colour in style.colours(runs["optimizer"]).items():
         part = runs[runs["optimizer"] == name]
-        band = style.band(axis, part, "epoch", "val_loss", label=name, colour=colour, marker="o")
+        band = style.band(axis, part, "epoch", "val_loss", label=name, colour=colour, limit=limit, marker="o")
         drawn.append(band.assign(optimizer=name))
-    clip_to_start(axis, runs["val_loss"], runs.loc[runs["step"] == 0, "val_loss"])
-    axis.set(xlabel="epoch", ylabel="validation loss", title=describe(runs))
-    figure.legend(loc="outside lower center", ncols=2)
+    axis.set(xlabel="epoch", ylabel="validation loss", title=describe(runs), ylim=(0, limit))
+    legend_below(figure, ncols=2)
     return figure, pd.concat(drawn, ignore_index=True)
 
 
-def clip_to_start(axis: Axes, values: pd.Series, start: pd.Series) -> None:
-    """Keep the scale readable when a run blows up: no more than three times the untrained loss is shown."""
-    limit = 3 * start.median()
-    if (values > limit).any() or values.isna().any():
-        axis.set_ylim(0, limit)
-        axis.annotate(
-            "curves that leave the top have diverged",
-            (0.98, 0.98),
-            xycoords="axes fraction",
-            ha="right",
-            va="top",
-            fontsize="small",
-            color="0.35",
-        )
+def known_or_diverged(runs: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The rows in which a loss was evaluated; a run's last row counts as infinite if its loss is no number there."""
+    last = runs["step"] == runs.groupby([*RUN, "seed"], dropna=False)["step"].transform("max")
+    return runs[runs[column].notna() | last].fillna({column: math.inf})
 
 
 def describe(runs: pd.DataFrame) -> str:
@@ -69,7 +61,8 @@ def loss_by_batch_size(tables: Tables, style: Style, pairs: Mapping[str, str]) -
 
     ``pairs``: method -> SGD with the same momentum. A dotted line stands where SGD falls below its method for good.
     """
-    runs = tables["runs"].dropna(subset=["eval_train_loss"])
+    runs = known_or_diverged(tables["runs"], "eval_train_loss")
+    limit = 1.5 * runs.loc[runs["step"] == 0, "eval_train_loss"].median()
     sizes = sorted(runs["batch_size"].unique())
     colours = style.colours(name for method, sgd in pairs.items() for name in (sgd, method))
     figure, axes = style.panels(2, -(-len(sizes) // 2), sharey=True)
@@ -78,7 +71,7 @@ def loss_by_batch_size(tables: Tables, style: Style, pairs: Mapping[str, str]) -
         part = runs[runs["batch_size"] == size]
         for name, colour in colours.items():
             one = part[part["optimizer"] == name]
-            band = style.band(axis, one, "step", "eval_train_loss", label=name, colour=colour)
+            band = style.band(axis, one, "step", "eval_train_loss", label=name, colour=colour, limit=limit)
             drawn.append(band.assign(batch_size=size, optimizer=name))
         notes = [_mark_crossover(axis, part, sgd, method, colours[method]) for method, sgd in pairs.items()]
         full = part.loc[part["step"] > 0, "epoch"].min() == part.loc[part["step"] > 0, "step"].min()
@@ -86,12 +79,11 @@ def loss_by_batch_size(tables: Tables, style: Style, pairs: Mapping[str, str]) -
         axis.set_title(f"batch {size}{' (full)' if full else ''}: {note}")
         axis.set(xlabel="step", ylabel="training loss")
         axis.set_xlim(left=0)
-    start = runs.loc[runs["step"] == 0, "eval_train_loss"].median()
-    axes[0, 0].set_ylim(0, 1.5 * start)
+    axes[0, 0].set_ylim(0, limit)
     for axis in list(axes.flat)[len(sizes) :]:
         axis.set_visible(False)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle(f"{describe(runs)} (curves that leave the top have diverged)", fontsize=style.font_size)
+    legend_below(figure, ncols=2)
+    figure.suptitle(describe(runs), fontsize=style.font_size)
     return figure, pd.concat(drawn, ignore_index=True)
 
 
@@ -116,7 +108,7 @@ def top_eigenvalues(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]
     largest = int(values["index"].iloc[int(np.argmax(gaps))])
     axis.set(xlabel="index of the eigenvalue", ylabel="eigenvalue of the Hessian", yscale="log")
     axis.set_title(f"{title_of(values)}\nlargest gap after eigenvalue {largest}")
-    axis.legend()
+    below(axis)
     return figure, values
 
 
@@ -127,12 +119,6 @@ def title_of(measure: pd.DataFrame) -> str:
     if measure["step"].nunique() == 1:
         text += f", step {first['step']}"
     return f"{text}, {first['examples']} examples"
-
-
-def early_steps(axis: Axes) -> None:
-    """An axis of steps which gives the first ones room: linear to 10, logarithmic from there."""
-    axis.set_xscale("symlog", linthresh=10)
-    axis.set_xlim(left=0)
 
 
 def rank_of_union(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
@@ -152,15 +138,14 @@ def rank_of_union(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     axes[0, 0].set(xlabel="step", ylabel="rank of [v, e]", title=title_of(measure))
     axes[0, 0].set_ylim(0, 2.6 * classes)
     early_steps(axes[0, 0])
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 3, "fontsize": "x-small"}
-    axes[0, 0].legend(**below)
+    below(axes[0, 0], ncols=3, fontsize="x-small")
     steps = sorted(profile["step"].unique())
     for step, colour in zip(steps, style.sequence(len(steps)), strict=True):
         part = profile[profile["step"] == step]
         label = f"step {step}" if step in (steps[0], steps[len(steps) // 2], steps[-1]) else None
         axes[0, 1].plot(part["index"], part["value"] / part["value"].max(), color=colour, label=label)
     axes[0, 1].set(xlabel="index", ylabel="singular value / largest", yscale="log", title="singular values of [v, e]")
-    axes[0, 1].legend(**below)
+    below(axes[0, 1], ncols=3, fontsize="x-small")
     return figure, measure
 
 
@@ -192,7 +177,7 @@ def diagnosis(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     measure = tables["measure"]
     keys = measure[["dataset", "model", "optimizer"]].drop_duplicates().itertuples(index=False)
     networks = [tuple(key) for key in keys]
-    figure, axes = style.panels(len(networks), 4, height=2.7)
+    figure, axes = style.panels(len(networks), 4, height=2.7, sharey="col")
     for row, (dataset, model, optimizer) in zip(axes, networks, strict=True):
         part = measure[(measure["dataset"] == dataset) & (measure["model"] == model)]
         part = part[part["optimizer"] == optimizer]
@@ -204,40 +189,38 @@ def diagnosis(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
         for axis in row:
             early_steps(axis)
             axis.set_xlabel("step")
+    for axis in axes[-1]:
+        below(axis, fontsize="x-small")
     return figure, measure
 
 
 def _ratio_panel(axis: Axes, part: pd.DataFrame, style: Style) -> None:
     ratios = part[part["quantity"] == "ratio"]
-    axis.plot(ratios["step"], ratios["value"], ".", color="0.6", markersize=3)
-    style.band(axis, ratios, "step", "value", label="median over classes", low=0.25, high=0.75)
+    axis.plot(ratios["step"], ratios["value"], ".", color="0.6", markersize=3, label="each class")
+    style.band(axis, ratios, "step", "value", label="median, quartiles", low=0.25, high=0.75)
     axis.axhline(1, color="0.3", linestyle=":")
     axis.set(ylabel=r"$\lambda_k\,/\,v_k^\top G v_k$", yscale="log")
-    axis.legend()
 
 
 def _cosine_panel(axis: Axes, part: pd.DataFrame) -> None:
     cosines = part[part["quantity"] == "cosine"]
-    axis.plot(cosines["step"], cosines["value"], ".", color="0.6", markersize=3)
+    axis.plot(cosines["step"], cosines["value"], ".", color="0.6", markersize=3, label="each pair")
     axis.plot(cosines.groupby("step")["value"].median(), label="median over pairs")
     axis.axhline(0, color="0.3", linestyle=":")
     axis.set(ylabel=r"$v_j^\top v_k$", ylim=(-1, 1))
-    axis.legend()
 
 
 def _share_panel(axis: Axes, part: pd.DataFrame, style: Style) -> None:
     for quantity, name in QUANTITIES.items():
         one = part[part["quantity"] == quantity]
         axis.plot(one["step"], one["value"], "o-", label=name)
-        axis.plot(one["step"], one["null"], ":", color="0.4")
+        axis.plot(one["step"], one["null"], ":", color="0.4", label="random span" if name == "|g|²" else None)
     axis.set(ylabel="share in the span", ylim=(0, 1.02))
-    axis.legend(title="dotted: random span")
 
 
 def _angle_panel(axis: Axes, part: pd.DataFrame, style: Style) -> None:
     for quantity in ("angle to H", "angle to G"):
         one = part[part["quantity"] == quantity]
-        label = f"top-C space of {quantity[-1]}"
+        label = f"to top-C space of {quantity[-1]}"
         style.band(axis, one, "step", "value", label=label, low=0.0, high=1.0)
     axis.set(ylabel="principal angles (degrees)", ylim=(0, 92))
-    axis.legend(title="median and range")

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from papers.b.tables import in_order
 from papers.common.runs import Tables
-from papers.common.style import Style
+from papers.common.style import Style, below, beside, early_steps, legend_below
 
 NULL: dict[str, Any] = {"color": "0.55", "linestyle": ":", "linewidth": 1.0}
 """How the level of chance is drawn."""
@@ -32,6 +32,11 @@ def quantity(table: pd.DataFrame, name: str, index: int | None = None) -> pd.Dat
     return (found if index is None else found[found["index"] == index]).sort_values("step")
 
 
+def _first(table: pd.DataFrame) -> float:
+    """The first step after the start that was measured."""
+    return float(table.loc[table["step"] > 0, "step"].min())
+
+
 def classes(table: pd.DataFrame) -> int:
     """k, the number of classes: the dimension that f_top is measured in."""
     return int(quantity(table, "f_top")["index"].iloc[0])
@@ -46,10 +51,11 @@ def f_top_with_training(tables: Tables, style: Style, order: Sequence[str] = ())
         drawn.append(_fractions(column[0], table, ("f_top", "f_next")))
         column[0].set_title(scale(table), fontsize="small")
         drawn += [_training(column[1], table)]
+        early_steps(column[0], _first(table))
     axes[0, 0].set_ylabel("share of squared gradient")
-    axes[0, 0].legend(loc="center right", bbox_to_anchor=(1.0, 0.4))
     axes[1, 0].set_ylabel("loss, accuracy")
-    axes[1, 0].legend(loc="center right")
+    for axis in axes[:, -1]:
+        beside(axis, fontsize="x-small")
     return figure, pd.concat(drawn, ignore_index=True)
 
 
@@ -95,7 +101,8 @@ def subspace_overlaps(tables: Tables, style: Style, order: Sequence[str] = ()) -
             drawn.append(_overlap_lines(axis, quantity(table, name, k), style))
         column[0].set_title(scale(table), fontsize="small")
         column[1].set_xlabel("step t₂")
-        column[1].legend(title="step t₁", fontsize="x-small", ncols=2, loc="upper right")
+        early_steps(column[1], _first(table))
+        below(column[1], title="step t₁", fontsize="x-small", ncols=3)
     axes[0, 0].set_ylabel("overlap, top k")
     axes[1, 0].set_ylabel("overlap, next k")
     return figure, pd.concat(drawn, ignore_index=True)
@@ -128,7 +135,7 @@ def overlap_by_dimension(tables: Tables, style: Style, order: Sequence[str] = ()
         axis.set(xlabel="dimension of the subspace (dashed: k − 1)", ylim=(-0.03, 1.03))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(scale(table), fontsize="small")
-        axis.legend(title="step t₁", fontsize="x-small", ncols=2, loc="upper right")
+        below(axis, title="step t₁", fontsize="x-small", ncols=3)
         drawn.append(means)
     axes[0, 0].set_ylabel("mean overlap over t₂")
     return figure, pd.concat(drawn, ignore_index=True)
@@ -153,7 +160,8 @@ def overlaps_of_dimensions(tables: Tables, style: Style, dimensions: Sequence[in
         axis.set_xlabel("step t₂")
     for axis in axes[:, 0]:
         axis.set_ylabel("overlap")
-    axes[0, -1].legend(title="step t₁", loc="upper left", bbox_to_anchor=(1, 1))
+    early_steps(axes[0, 0], _first(table))
+    legend_below(figure, ncols=6, title="step t₁")
     figure.suptitle(scale(table), fontsize="small")
     return figure, pd.concat(drawn, ignore_index=True)
 
@@ -166,6 +174,7 @@ def largest_eigenvalue(tables: Tables, style: Style) -> tuple[Figure, pd.DataFra
         part = quantity(table, "eigenvalue", 1)
         axis.plot(part["step"], part["value"], marker="o")
         axis.set(xlabel="step", ylabel="λ₁ of the Hessian", yscale="log")
+        early_steps(axis, _first(table))
         axis.set_title(scale(table), fontsize="small")
         drawn.append(part)
     return figure, pd.concat(drawn, ignore_index=True)
@@ -175,7 +184,7 @@ def gradient_by_eigenvector(tables: Tables, style: Style, steps: Sequence[int]) 
     """B-F11: c_i² (eq. 12) for the first 2k eigenvectors after some numbers of steps."""
     (table,) = tables.values()
     k = classes(table)
-    figure, axes = style.panels(2, -(-len(steps) // 2), sharex=True)
+    figure, axes = style.panels(2, -(-len(steps) // 2), sharex=True, sharey=True)
     drawn = []
     for axis, step in zip(axes.flat, steps, strict=False):
         part = quantity(table, "c2")
@@ -188,6 +197,7 @@ def gradient_by_eigenvector(tables: Tables, style: Style, steps: Sequence[int]) 
         axis.set_xlabel("eigenvector i, largest eigenvalue first")
     for axis in axes[:, 0]:
         axis.set_ylabel("cᵢ²")
+    axes[0, 0].set(yscale="log", ylim=(1e-4, 1))
     figure.suptitle(scale(table), fontsize="small")
     return figure, pd.concat(drawn, ignore_index=True)
 
@@ -203,7 +213,7 @@ def f_top_under_changes(tables: Tables, style: Style, order: Sequence[str] = ())
         axis.set_xlabel("step")
     for axis in axes[:, 0]:
         axis.set_ylabel("f_top")
-    axes[0, 0].legend(loc="center right")
+    legend_below(figure)
     return figure, pd.concat(drawn, ignore_index=True)
 
 
@@ -220,10 +230,11 @@ def nulls(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Figu
         column[0].set_yscale("log")
         column[1].set_yscale("log")
         column[-1].set_xlabel("step")
+        early_steps(column[-1], _first(table))
     for axis, label in zip(axes[:, 0], ("share of gradient", "subspace overlap", "overlap(g, Hg)"), strict=True):
         axis.set_ylabel(label)
-    for axis in axes[:, 0]:
-        axis.legend(fontsize="x-small")
+    for axis in axes[:, -1]:
+        beside(axis, fontsize="x-small")
     return figure, pd.concat(drawn, ignore_index=True)
 
 
@@ -258,7 +269,8 @@ def dominant_and_bulk(tables: Tables, style: Style, window: int = 25) -> tuple[F
         drawn += [right.assign(optimizer=name, quantity="val_accuracy")]
     axes[0, 0].set(xlabel="step", ylabel="minibatch loss", yscale="log")
     axes[0, 1].set(xlabel="step", ylabel="validation accuracy")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    legend_below(figure)
     first = runs.iloc[0]
-    figure.suptitle(f"{first['model']}, {first['dataset']}, batch {first['batch_size']}, η = {first['lr']:g}")
+    title = f"{first['model']}, {first['dataset']}, batch {first['batch_size']}, η = {first['lr']:g}"
+    figure.suptitle(title, fontsize=style.font_size)
     return figure, pd.concat(drawn, ignore_index=True)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from papers.b.tables import in_order, outlier_count
 from papers.common.runs import Tables
-from papers.common.style import Style
+from papers.common.style import Style, below
 
 
 def spectra(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:
@@ -66,8 +66,11 @@ def right_edge(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     axis = axes[0, 0]
     axis.stairs(density, edges, fill=True, alpha=0.7)
     k = int(table["classes"].iloc[0])
-    mean = np.log10(positive.loc[positive["index"] == k, "eigenvalue"]).mean()
+    places = np.log10(positive.loc[positive["index"] == k, "eigenvalue"])
+    mean = places.mean()
     axis.axvline(mean, color="C3", linestyle="--", linewidth=1.0, label=f"mean place of eigenvalue {k}")
+    each = {"linestyle": "none", "marker": "|", "color": "C3", "markersize": 12, "label": "in each initialisation"}
+    axis.plot(places, np.zeros(len(places)), clip_on=False, **each)
     row = table.iloc[0]
     axis.set(xlabel="log₁₀ of the eigenvalue", ylabel="density")
     axis.set_title(
@@ -75,7 +78,7 @@ def right_edge(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
         f"top {table['index'].max()} eigenvalues, {row['examples']:,} examples, {seeds} initialisations",
         fontsize="small",
     )
-    axis.legend()
+    below(axis, ncols=2)
     drawn = pd.DataFrame({"low": edges[:-1], "high": edges[1:], "density": density})
     return figure, drawn.assign(dataset=row["dataset"], model=row["model"], seeds=seeds, classes=k, mark=mean)
 
@@ -98,7 +101,8 @@ def eigenvector_entries(tables: Tables, style: Style) -> tuple[Figure, pd.DataFr
         axis.set_xticks([])
     for axis in axes[:, 0]:
         axis.set_ylabel("entry of v₁")
-    axes[0, -1].legend(markerscale=3, fontsize="x-small")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, markerscale=3)
     figure.suptitle(_subject(table), fontsize="small")
     return figure, table
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from papers.common.runs import Tables
-from papers.common.style import Style
+from papers.common.style import Style, below
 
 
 def toy_model(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
@@ -39,7 +39,7 @@ def _eigenvalues(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFrame:
     late = one[one["time"] >= 3]
     axis.plot(late["time"], 1 / late["time"], "k:", label="1/(ηt)")
     axis.set(xscale="log", yscale="log", xlabel="time ηt", ylabel="top eigenvalues")
-    axis.legend()
+    below(axis, fontsize="x-small", ncols=2)
     return first
 
 
@@ -54,8 +54,7 @@ def _errors(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFrame:
         axis.plot(part["time"], (part["value"] * part["time"] - 1).abs(), ":", color=colour, label=f"k = {k}, 1/(ηt)")
     axis.axhline(0.01, color="0.6", linewidth=0.8, linestyle="--")
     axis.set(xscale="log", yscale="log", xlabel="time ηt", ylabel="relative error of λ₁")
-    axis.set_ylim(top=30)  # room for the legend
-    axis.legend(fontsize="x-small", ncols=2, loc="upper right")
+    below(axis, fontsize="x-small", ncols=2)
     return top
 
 
@@ -65,7 +64,7 @@ def _gradient_in_top(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFr
         row = one.iloc[0]
         axis.plot(one["time"], one["value"], marker="o", label=f"k = {row['classes']}, σ = {row['sigma']:g}")
     axis.set(xscale="log", xlabel="time ηt", ylabel="f_top", ylim=(-0.03, 1.03))
-    axis.legend()
+    below(axis, fontsize="x-small", ncols=2)
     return part
 
 
@@ -83,7 +82,7 @@ def _bulk_by_sigma(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFram
     sigmas = sorted(part["sigma"].unique())
     axis.set_xticks(sigmas, [f"{sigma:g}" for sigma in sigmas])
     axis.set_xticks([], minor=True)
-    axis.legend(title="ηt", fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    below(axis, title="ηt", fontsize="x-small", ncols=3)
     return part
 
 
@@ -98,7 +97,7 @@ def _bias(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFrame:
         values = values.pivot_table(index="time", columns="index", values="value")
         axis.plot(values.index, values[k] / values[k - 1], ":", color=colours[case], label=f"k = {k}: λₖ/λₖ₋₁")
     axis.set(xscale="log", xlabel="time ηt", ylabel="with biases: share of gradient", ylim=(-0.03, 1.03))
-    axis.legend(fontsize="x-small")
+    below(axis, fontsize="x-small")
     return part
 
 
@@ -109,5 +108,5 @@ def _dominance(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFrame:
         limit = k / (k + (k - 2))  # k eigenvalues pq and k(k - 2) eigenvalues q/k, p -> 1
         axis.axhline(limit, color=line.get_color(), linestyle=":", linewidth=1.0)
     axis.set(xscale="log", xlabel="time ηt", ylabel="share of trace in top k", ylim=(0, 1))
-    axis.legend(title="dotted: limit")
+    below(axis, title="dotted: limit", fontsize="x-small", ncols=2)
     return part.assign(limit=np.where(part["classes"] > 0, part["classes"] / (2 * part["classes"] - 2), np.nan))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from papers.c.tables import ROWS, best_settings
 from papers.common.runs import Tables
-from papers.common.style import Style
+from papers.common.style import Style, below, legend_below, rate
 
 LABELS = {
     "curveball": "CurveBall, λ adapted",
@@ -42,8 +42,7 @@ def trajectories(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
         row[0].set(xlim=(-2, 2), ylim=(-1, 3), xlabel="u", ylabel="v", title=f"Rosenbrock, {problem}")
         row[1].axhline(part["tolerance"].iloc[0], color="0.4", linestyle=":", linewidth=1)
         row[1].set(xscale="log", yscale="log", ylim=(1e-6, 1e3), xlabel="iteration + 1", ylabel="objective at ε = 1")
-    handles, labels = axes[0, 1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    legend_below(figure)
     return figure, drawn.dropna(axis=1, how="all").drop(columns=["stage"])
 
 
@@ -66,7 +65,7 @@ def error_by_time(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
 
 def _error_panels(tables: Tables, style: Style, x: str, label: str) -> tuple[Figure, pd.DataFrame]:
     columns = min(len(tables), 2)
-    figure, axes = style.panels(-(-len(tables) // columns), columns)
+    figure, axes = style.panels(-(-len(tables) // columns), columns, sharey=True)
     colours = style.colours(dict.fromkeys([*LABELS, *(o for t in tables.values() for o in t["optimizer"])]))
     drawn = []
     for axis, (network, metrics) in zip(axes.flat, tables.items(), strict=False):
@@ -76,13 +75,16 @@ def _error_panels(tables: Tables, style: Style, x: str, label: str) -> tuple[Fig
             keys = ["dataset", "model", "optimizer", "lr", "step"]
             rows = rows.assign(wall_s=rows.groupby(keys)["wall_s"].transform("median"))
         for optimizer, part in rows.groupby("optimizer", sort=False):
-            name = f"{LABELS.get(str(optimizer), optimizer)} (lr {part['lr'].iloc[0]:g})"
+            lr = rate(part["lr"].iloc[0], metrics.loc[metrics["optimizer"] == optimizer, "lr"])
+            name = f"{LABELS.get(str(optimizer), optimizer)} (η = {lr})"
             band = style.band(axis, part, x, "train_error_percent", label=name, colour=colours[optimizer], marker="o")
             drawn.append(band.assign(network=network, optimizer=optimizer, lr=part["lr"].iloc[0]))
         seeds = metrics["seed"].nunique()
         scale = f"{metrics['dataset'].iloc[0]}, {seeds} seed{'s' * (seeds > 1)}"
-        axis.set(xlabel=label, ylabel="training error (%)", title=f"{network} ({scale})")
-        axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        axis.set(xlabel=label, title=f"{network} ({scale})", ylim=(0, None))
+        below(axis, fontsize="x-small")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("training error (%)")
     for axis in axes.flat[len(tables) :]:
         axis.set_visible(False)
     return figure, pd.concat(drawn, ignore_index=True)

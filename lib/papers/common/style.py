@@ -23,6 +23,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 matplotlib.use("Agg")
 
@@ -135,25 +136,79 @@ class Style:
         colour: Any = None,
         low: float = 0.0,
         high: float = 1.0,
+        limit: float = math.inf,
         **options: Any,
     ) -> pd.DataFrame:
         """Median of ``y`` over the rows of equal ``x`` (the seeds) as a line, quantiles low..high as a band.
 
+        Where fewer seeds are left than elsewhere, the marker is hollow. A median above ``limit``, or infinite, is no
+        part of the line but a cross at the limit: the run has diverged there.
         Returns what was drawn: columns x, median, low, high, n.
         """
         groups = table.dropna(subset=[y]).groupby(x)[y]
-        drawn = pd.DataFrame(
-            {"median": groups.median(), "low": groups.quantile(low), "high": groups.quantile(high), "n": groups.size()}
-        ).reset_index()
-        (line,) = axes.plot(drawn[x], drawn["median"], label=label, color=colour, **options)
+        ends = {"low": low, "high": high}
+        quantiles = {name: groups.quantile(share, interpolation="nearest") for name, share in ends.items()}
+        drawn = pd.DataFrame({"median": groups.median(), **quantiles, "n": groups.size()}).reset_index()
+        gone = ~(drawn["median"] <= limit) | np.isinf(drawn["median"])
+        (line,) = axes.plot(drawn[x], drawn["median"].mask(gone), label=label, color=colour, **options)
+        colour, place = line.get_color(), line.get_zorder()
         if (drawn["n"] > 1).any():
-            axes.fill_between(drawn[x], drawn["low"], drawn["high"], color=line.get_color(), alpha=0.2, linewidth=0)
+            band = drawn[["low", "high"]].clip(upper=limit).where(np.isfinite)
+            axes.fill_between(drawn[x], band["low"], band["high"], color=colour, alpha=0.2, linewidth=0)
+        fewer = drawn[(drawn["n"] < drawn["n"].max()) & ~gone]
+        axes.plot(fewer[x], fewer["median"], "o", color=colour, markerfacecolor="white", zorder=place + 0.1)
+        if gone.any():
+            top = limit if np.isfinite(limit) else drawn.loc[~gone, "median"].max()
+            marks = np.full(int(gone.sum()), top)
+            axes.plot(drawn.loc[gone, x], marks, "x", color=colour, markersize=6, clip_on=False, zorder=place + 0.1)
         return drawn
 
     def letter(self, axes: Iterable[Axes], letters: Sequence[str] = "abcdefghijklmnopqrstuvwxyz") -> None:
         """Marks panels (a), (b), … at their upper left."""
         for axis, mark in zip(axes, letters, strict=False):
             axis.set_title(f"({mark})", loc="left", fontsize=self.font_size, fontweight="bold")
+
+
+def legend_below(figure: Figure, *, ncols: int = 3, title: str | None = None) -> None:
+    """One legend for all panels, below them: each label once, as its first panel draws it."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=ncols, title=title)
+
+
+def beside(axes: Axes, **options: Any) -> None:
+    """A panel's legend right of it, outside the data."""
+    axes.legend(**{"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0, **options})
+
+
+def below(axes: Axes, **options: Any) -> None:
+    """A panel's own legend below its label, outside the data."""
+    figure = axes.get_figure()
+    assert figure is not None
+    place = axes.transAxes + ScaledTranslation(0, -38 / 72, figure.dpi_scale_trans)
+    axes.legend(**{"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": place, **options})
+
+
+def early_steps(axes: Axes, linear: float = 10.0) -> None:
+    """An axis of steps which gives the first ones room: linear to ``linear``, logarithmic from there."""
+    axes.set_xscale("symlog", linthresh=linear, linscale=0.4)
+    axes.set_xlim(left=0)
+    last = axes.get_xlim()[1]
+    decades = [10.0**power for power in range(1, 8) if linear <= 10.0**power <= last]
+    axes.set_xticks([0, *decades], ["0", *(f"{decade:,.0f}" for decade in decades)])
+
+
+def line_through(count: int) -> str:
+    """The line style of so many measured points: two points are no curve, and are not joined."""
+    return "-" if count > 2 else "none"
+
+
+def rate(lr: float, grid: Iterable[float]) -> str:
+    """A learning rate in words, with † where it is an end of the grid of several that it was chosen from."""
+    tried = sorted(set(grid))
+    return f"{lr:g}" + ("†" if len(tried) > 1 and lr in (tried[0], tried[-1]) else "")
 
 
 def _shade(colour: Colour, turn: int) -> Colour:

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from papers.common.intervals import interval
 from papers.common.runs import Tables
-from papers.common.style import Style
+from papers.common.style import Style, below, legend_below, line_through, rate
 from papers.d.tables import (
     RUN,
     at_budget,
@@ -22,6 +23,12 @@ from papers.d.tables import (
 )
 
 Drawn = tuple[Figure, pd.DataFrame]
+KINDS = {
+    "LA": "largest eigenvalues",
+    "SA": "most negative eigenvalues",
+    "class gradient": "class gradients",
+    "random": "random directions",
+}
 NEGATIVE = "C3"
 """Colour of whatever belongs to the most negative curvature, in all of these figures."""
 
@@ -36,8 +43,7 @@ def spectrum(tables: Tables, style: Style) -> Drawn:
         indices = sorted(top["index"].unique())
         for colour, index in zip(style.sequence(len(indices)), indices, strict=True):
             line = top[top["index"] == index]
-            label = rf"$\lambda_{{{index}}}$" if index in (1, indices[-1]) else None
-            axis.plot(line["step"], line["eigenvalue"].abs(), color=colour, label=label)
+            axis.plot(line["step"], line["eigenvalue"].abs(), color=colour, label=rf"$\lambda_{{{index}}}$")
         bottom = part[(part["end"] == "SA") & (part["index"] == 1)]
         axis.plot(bottom["step"], bottom["eigenvalue"].abs(), color=NEGATIVE, label=r"$|\lambda_d|$, the most negative")
         loss = part.drop_duplicates("step")
@@ -45,7 +51,7 @@ def spectrum(tables: Tables, style: Style) -> Drawn:
         axis.set(yscale="log", xlabel="step")
         axis.set_title(f"{dataset}, {model}, {part['examples'].iloc[0]} examples")
     axes[0, 0].set_ylabel("|eigenvalue|, loss")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    legend_below(figure, ncols=4)
     return figure, table
 
 
@@ -67,13 +73,13 @@ def fixed_directions(tables: Tables, style: Style) -> Drawn:
         label = rf"${name}(t_0)^\top H(t)\, {name}(t_0)$"
         axis.plot(line["step"], line["curvature"], color="C0", marker="o", label=label)
         axis.set_title(f"{'top' if end == 'LA' else 'bottom'} direction of step {origin}")
-        axis.legend()
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("step")
     for axis in axes[:, 0]:
         axis.set_ylabel("curvature")
+    legend_below(figure, ncols=2)
     return figure, table
 
 
@@ -93,7 +99,7 @@ def profiles(tables: Tables, style: Style) -> Drawn:
             names = r"$v_1$, $\lambda_1$" if end == "LA" else r"$v_d$, $\lambda_d$"
             axis.set_title(f"{names} = {value:.3g}", fontsize="small")
         row[0].set_ylabel(f"loss, step {table['step'].iloc[0]}")
-    axes[0, 0].legend()
+    legend_below(figure)
     return figure, table
 
 
@@ -113,7 +119,7 @@ def large_scale_curvature(tables: Tables, style: Style, radii: Sequence[float]) 
         row[0].set_ylabel("curvature of the fit")
     for axis in axes[-1]:
         axis.set_xlabel("eigenvalue")
-    axes[0, 0].legend(title="step", fontsize="x-small")
+    legend_below(figure, ncols=6, title="step")
     return figure, table
 
 
@@ -131,13 +137,14 @@ def inverse_step(tables: Tables, style: Style, narrow: float = 1.0) -> Drawn:
     axes[0, 0].plot([-narrow, narrow], [-narrow, narrow], color="0.6", linewidth=0.8, zorder=0)
     axes[0, 0].plot([-narrow, 0], [narrow, 0], color="0.6", linestyle=":", linewidth=0.8, zorder=0)
     axes[0, 0].set(xlim=(-narrow, narrow), ylim=(-1.5 * narrow, 1.5 * narrow), ylabel="1/α*")
+    axes[0, 0].xaxis.set_major_locator(MaxNLocator(5))
     words = [
         f"{sign} λ: rank correlation {rank_correlation(part['inverse_alpha'], part['curvature']):.2f} (n = {len(part)})"
         for sign, part in table.groupby("sign")
     ]
     axes[0, 1].set_title("\n".join(words), fontsize="small")
     axes[0, 0].set_title(f"|λ| ≤ {narrow:.2g}\nhollow: best at an end of the range", fontsize="small")
-    axes[0, 1].legend(title="step", fontsize="x-small")
+    legend_below(figure, ncols=6, title="step")
     return figure, table
 
 
@@ -152,38 +159,42 @@ def improvement(tables: Tables, style: Style, narrow: float = 0.5) -> Drawn:
         axis.axvline(0.0, color="0.5", linewidth=0.8)
         axis.set_xlabel("eigenvalue λ")
     symmetric_log(axes[0, 1], table["curvature"], "x")
-    axes[0, 0].set(xlim=(-narrow, narrow), ylabel="largest decrease of the loss", title=f"|λ| ≤ {narrow:.2g}")
+    axes[0, 0].set(xlim=(-narrow, narrow), ylabel="decrease of the loss", title=f"|λ| ≤ {narrow:.2g}")
     axes[0, 1].set_title("all")
-    axes[0, 1].legend(title="step", fontsize="x-small")
+    below(axes[0, 0], title="step", fontsize="x-small", ncols=4)
     totals = table.groupby(["step", "sign"])["improvement"].agg(["sum", "max", "size"]).reset_index()
+    look = {"linestyle": line_through(totals["step"].nunique())}
     for sign, colour in (("positive", "C0"), ("negative", NEGATIVE)):
         part = totals[totals["sign"] == sign]
         count = "–".join(str(n) for n in sorted({part["size"].min(), part["size"].max()})) if len(part) else "0"
-        axes[0, 2].plot(part["step"], part["sum"], "o-", color=colour, label=f"{sign}: sum over {count}")
-        axes[0, 2].plot(part["step"], part["max"], "s:", color=colour, label=f"{sign}: largest one")
+        axes[0, 2].plot(part["step"], part["sum"], "o", color=colour, label=f"{sign}: sum over {count}", **look)
+        label = f"{sign}: largest one"
+        axes[0, 2].plot(part["step"], part["max"], "s", fillstyle="none", color=colour, label=label, **look)
     axes[0, 2].set(xlabel="step", title="by sign", yscale="symlog" if totals["sum"].min() <= 0 else "log")
-    axes[0, 2].legend(fontsize="x-small")
+    below(axes[0, 2], fontsize="x-small")
     return figure, table
 
 
 def kinds_of_direction(tables: Tables, style: Style, radius: float) -> Drawn:
     """D-X2: the same scans along eigenvectors, class gradients and random directions."""
     table = tables["directions"]
-    kinds = [kind for kind in ("LA", "SA", "class gradient", "random") if (table["kind"] == kind).any()]
+    kinds = [kind for kind in KINDS if (table["kind"] == kind).any()]
     colours = dict(zip(kinds, ("C0", NEGATIVE, "C2", "0.4"), strict=False))
     figure, axes = style.panels(1, 2)
     fit = f"fit_unit_{radius:g}"
     for kind in kinds:
         part = table[table["kind"] == kind]
-        axes[0, 0].plot(part["curvature"], part[fit], "o", color=colours[kind], label=kind, alpha=0.8)
+        name = KINDS[kind]
+        axes[0, 0].plot(part["curvature"], part[fit], "o", color=colours[kind], label=name, alpha=0.8)
         mean = part.groupby("step")["improvement"].mean()
-        axes[0, 1].plot(mean.index, mean, "o-", color=colours[kind], label=f"{kind} (mean of {part['index'].max()})")
+        label = f"{name} (mean of {part['index'].max()})"
+        axes[0, 1].plot(mean.index, mean, "o", linestyle=line_through(len(mean)), color=colours[kind], label=label)
     same_scale(axes[0, 0], table["curvature"], table[fit])
-    axes[0, 0].set(xlabel="curvature vᵀHv", ylabel=f"curvature of the fit, |t| ≤ {radius:g}")
-    axes[0, 1].set(xlabel="step", ylabel="largest decrease of the loss")
+    axes[0, 0].set(xlabel="curvature vᵀHv", ylabel="curvature of the fit", title=f"fit over |t| ≤ {radius:g}")
+    axes[0, 1].set(xlabel="step", ylabel="decrease of the loss", title="largest decrease")
     symmetric_log(axes[0, 1], table.groupby(["kind", "step"])["improvement"].mean(), "y")
     for axis in axes[0]:
-        axis.legend(fontsize="x-small")
+        below(axis, fontsize="x-small")
     return figure, table
 
 
@@ -195,23 +206,39 @@ def optimizer(tables: Tables, style: Style, base: str) -> Drawn:
     best = best_settings(at)
     drawn = [_race(axes[0, 0], style, metrics, best, base)]
     medians = estimate.groupby("step").median(numeric_only=True)
-    for column, label, colour, line in (
-        ("eigenvalue", "λ_d, true", NEGATIVE, "-"),
-        ("curvature", "ṽᵀHṽ on the same examples", "C0", "-"),
-        ("estimate", "λ̃, from minibatches", "C0", "--"),
-        ("minibatch_eigenvalue", "λ_d of one minibatch", "0.5", ":"),
+    joined = line_through(len(medians))
+    for column, label, colour, line, marker in (
+        ("eigenvalue", "λ_d, true", NEGATIVE, "-", "o"),
+        ("curvature", "ṽᵀHṽ on the same examples", "C0", "-", "s"),
+        ("estimate", "λ̃, from minibatches", "C0", "--", "^"),
+        ("minibatch_eigenvalue", "λ_d of one minibatch", "0.5", ":", "D"),
     ):
-        axes[0, 1].plot(medians.index, medians[column], color=colour, linestyle=line, marker="o", label=label)
+        line = line if joined == "-" else "none"
+        axes[0, 1].plot(medians.index, medians[column], color=colour, linestyle=line, marker=marker, label=label)
     symmetric_log(axes[0, 1], medians["eigenvalue"], "y")
     axes[0, 1].set(xlabel="step", title="running estimate, median over runs")
     axes[0, 1].set_ylabel("curvature")
     count = int(estimate["bottom"].iloc[0])
-    axes[0, 2].plot(medians.index, medians["cosine"] ** 2, "o-", color=NEGATIVE, label="(ṽᵀv_d)²")
-    axes[0, 2].plot(medians.index, medians["share"], "o-", color="C1", label=f"share of ṽ in SA({count})")
+    axes[0, 2].plot(
+        medians.index,
+        medians["cosine"] ** 2,
+        "o",
+        linestyle=line_through(len(medians)),
+        color=NEGATIVE,
+        label="(ṽᵀv_d)²",
+    )
+    axes[0, 2].plot(
+        medians.index,
+        medians["share"],
+        "s",
+        linestyle=line_through(len(medians)),
+        color="C1",
+        label=f"share of ṽ in SA({count})",
+    )
     axes[0, 2].axhline(medians["null_share"].iloc[0], color="0.5", linestyle=":", label="random direction")
     axes[0, 2].set(xlabel="step", yscale="log", title="the estimated direction")
-    for axis in axes[0, 1:]:
-        axis.legend(fontsize="x-small")
+    for axis in axes[0]:
+        below(axis, fontsize="x-small")
     return figure, pd.concat([*drawn, estimate.assign(what="running estimate")], ignore_index=True)
 
 
@@ -226,13 +253,14 @@ def _race(axis: Axes, style: Style, metrics: pd.DataFrame, best: pd.DataFrame, b
         ratio, low, high = np.exp(interval(log_ratio))
         words = "" if name == base else f": {ratio:.2f}× [{low:.2f}, {high:.2f}]"
         spent = part.groupby("step")["gradient_evaluations"].transform("median")
-        line = style.band(axis, part.assign(cost=spent), "cost", "eval_train_loss", label=f"{name}{words}")
+        lr = rate(part["lr"].iloc[0], metrics.loc[metrics["optimizer"] == name, "lr"])
+        label = f"{name} (η = {lr}){words}"
+        line = style.band(axis, part.assign(cost=spent), "cost", "eval_train_loss", label=label)
         parts.append(line.assign(what="loss against cost", optimizer=name, lr=part["lr"].iloc[0]))
     budget = float(best["budget"].iloc[0])
     axis.axvline(budget, color="0.5", linestyle=":", linewidth=0.8)
     axis.set(xlabel="gradient-equivalents", ylabel="training loss", yscale="log")
     axis.set_title(f"loss relative to {base} at cost {budget:.0f}, 95 %", fontsize="small")
-    axis.legend(fontsize="x-small")
     return pd.concat(parts, ignore_index=True)
 
 
@@ -252,7 +280,7 @@ def symmetric_log(axis: Axes, values: pd.Series, which: str) -> None:
     low = float(sizes.quantile(0.05)) if len(sizes) else 1.0
     first, last = int(np.floor(np.log10(low))), int(np.floor(np.log10(sizes.max() if len(sizes) else 1.0)))
     getattr(axis, f"set_{which}scale")("symlog", linthresh=10.0**first)
-    decades = 10.0 ** np.arange(first, last + 1, max(1, -(-(last - first) // 3)))
+    decades = 10.0 ** np.arange(last, first - 1, -max(1, -(-(last - first) // 2)))[::-1]  # few: both sides need room
     negative = -decades[decades <= -values.min()] if (values < 0).any() else decades[:0]
     getattr(axis, f"set_{which}ticks")([*negative[::-1], 0.0, *decades])
 

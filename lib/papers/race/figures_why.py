@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from papers.common.style import Style
+from papers.common.style import Style, below
 
 Tables = dict[str, pd.DataFrame]
 NETWORK = ["dataset", "model"]
@@ -57,7 +57,7 @@ def annealed(tables: Tables, style: Style, reference: str) -> tuple[Figure, pd.D
         axis.set(
             title=f"{network[0]}, {network[1]}", xlabel="step", ylabel=f"validation loss of {reference} minus its own"
         )
-        axis.legend(fontsize="x-small")
+        below(axis, fontsize="x-small")
     return figure, table
 
 

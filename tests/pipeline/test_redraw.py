@@ -1,0 +1,70 @@
+"""No figure of the gallery is older than the code that draws it; kept tables draw their figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "lib")]
+
+from workflow import redraw  # noqa: E402
+from workflow.invalidation import Code  # noqa: E402
+
+KEPT = [(folder, name) for folder in redraw.folders() for name in redraw.drawable(folder)]
+
+
+@pytest.fixture(scope="module")
+def code() -> Code:
+    return Code(ROOT / "lib", ROOT)
+
+
+def test_every_picture_of_the_gallery_says_by_which_code_it_was_drawn(code):
+    reference = (ROOT / "results" / "reference").glob("*/figures/*.png")
+    pictures = [*reference, *(ROOT / "docs" / "figures").glob("*.png")]
+    assert len(pictures) > 30
+    for picture in pictures:
+        stamp = redraw.stamp(picture.parents[1]).get(picture.stem)
+        assert stamp is not None, f"{picture}: python -m workflow.redraw"
+        if "note" not in stamp:
+            hashed = code.hash("papers.cli.figure", stamp["function"])
+            assert stamp["code"] == hashed, f"{picture} is older than its code: python -m workflow.redraw"
+
+
+def test_a_picture_without_its_tables_says_why():
+    for folder in redraw.folders():
+        for name, stamp in redraw.stamp(folder).items():
+            assert name in redraw.drawable(folder) or stamp.get("note"), f"{folder}: {name}"
+
+
+@pytest.mark.parametrize(("folder", "name"), KEPT, ids=[f"{folder.name}-{name}" for folder, name in KEPT])
+def test_the_tables_of_a_figure_are_there(folder, name):
+    assert all(len(table) for table in redraw.kept(folder, name).values())
+
+
+def test_a_change_of_the_code_draws_again_and_keeps_the_csv(tmp_path, monkeypatch, capsys):
+    piece = tmp_path / "results" / "reference" / "piece"
+    (piece / "figures").mkdir(parents=True)
+    source = ROOT / "results" / "reference" / "paper_a_spectrum"
+    for name in ("figures/A-F3.csv", "config.yaml"):
+        (piece / name).write_bytes((source / name).read_bytes())
+    (piece / "figures.yaml").write_text(yaml.safe_dump({"A-F3": {"measure": "figures/A-F3.csv"}}))
+    before = (piece / "figures" / "A-F3.csv").read_bytes()
+    monkeypatch.setattr(redraw, "folders", lambda: [piece])
+    redraw.draw(piece, "A-F3", Code(ROOT / "lib", ROOT))
+    stamp = json.loads((piece / "figures" / redraw.STAMP).read_text())
+    assert stamp["A-F3"]["function"] == "papers.a.figures:top_eigenvalues"
+    assert (piece / "figures" / "A-F3.png").stat().st_size > 1000
+    assert (piece / "figures" / "A-F3.csv").read_bytes() == before
+    monkeypatch.setattr(redraw, "ROOT", tmp_path)
+    monkeypatch.setattr(redraw, "Code", lambda *_: Code(ROOT / "lib", ROOT))
+    redraw.main([])
+    assert capsys.readouterr().out == ""  # nothing is stale
+    (piece / "figures" / redraw.STAMP).write_text(json.dumps({"A-F3": {**stamp["A-F3"], "code": "0"}}))
+    monkeypatch.setattr(redraw, "draw", lambda folder, name, code: None)
+    redraw.main([])
+    assert capsys.readouterr().out == "results/reference/piece: A-F3\n"
