@@ -98,7 +98,7 @@ def switched(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
                 linewidth=0,
             )
         axis.set(title=f"switched at step {step}", xlabel="steps after")
-    axes[0, 0].set_ylabel("largest Hessian eigenvalue")
+    axes[0, 0].set_ylabel("largest Hessian\neigenvalue")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
     return figure, table
