@@ -287,6 +287,14 @@ class Plan:
         batch = parts.batch if parts.batch == "full" else int(parts.batch)
         return self.train(Run(parts.dataset, parts.model, parts.optimizer, batch, float(parts.lr), int(parts.seed)))
 
+    def planned(self, jobs: Iterable[Any]) -> Iterator[Job]:
+        """What the plan knows of jobs of Snakemake that train or measure."""
+        for job in jobs:
+            if job.rule.name == "train":
+                yield self.train_at(job.wildcards)
+            elif job.rule.name == "measure":
+                yield self.measure(job.wildcards.measure)
+
     def resource(self, stage: str, name: str, default: int) -> int:
         return self.config.get("resources", {}).get(stage, {}).get(name, default)
 
