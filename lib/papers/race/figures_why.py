@@ -55,7 +55,7 @@ def annealed(tables: Tables, style: Style, reference: str) -> tuple[Figure, pd.D
             )
         axis.axhline(0, color="0.3", linewidth=1)
         axis.set(
-            title=f"{network[0]}, {network[1]}", xlabel="step", ylabel=f"validation loss of {reference} minus its own"
+            title=f"{network[0]}, {network[1]}", xlabel="step", ylabel=f"lead in validation loss\nover {reference}"
         )
         below(axis, fontsize="x-small")
     return figure, table
