@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from itertools import combinations, product
 from pathlib import Path
@@ -14,7 +15,8 @@ from curvspace.errors import UserError
 from papers import registry
 from workflow import settings as workflow_settings
 from workflow.settings import files, laid_over
-from workflow.specs import load
+from workflow.spec_files import canonical
+from workflow.specs import Plan, load
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,3 +95,12 @@ def test_studies_at_any_scales_are_laid_beside_each_other(monkeypatch):
     for (one, scale), (other, its) in combinations(product(registry.folders(), sorted(registry.scales())), 2):
         if one != other:
             assert set(laid_over({"studies": {one: scale, other: its}})["studies"]) == {one, other}
+
+
+def test_the_plan_of_a_config_that_is_written_out_and_read_again_is_the_same() -> None:
+    config = workflow_settings.whole(
+        workflow_settings.files([ROOT / "config.yaml", ROOT / "workflow" / "presets" / "smoke.yaml"])
+    )
+    again = json.loads(canonical(config))
+    jobs = [[(job.record, canonical(job.spec), job.code) for job in Plan(c, ROOT).jobs()] for c in (config, again)]
+    assert sorted(jobs[0]) == sorted(jobs[1])
