@@ -80,7 +80,7 @@ def declare(config: Mapping[str, Any]) -> Study:
 def pictures(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the enabled studies put on the report's front page: ``question``, ``figure`` and ``claims`` of each.
 
-    By study in the order of their names, whatever the config's: a config that is written out and read again is the same.
+    By study in the order of their names, not the config's: one that is written out and read again has the same page.
     """
     enabled = sorted(name for name, block in (config.get("studies") or {}).items() if block.get("enabled", True))
     return [one for name in enabled for one in _content(folders()[name] / "front.yaml") or []]

@@ -97,10 +97,7 @@ def test_studies_at_any_scales_are_laid_beside_each_other(monkeypatch):
             assert set(laid_over({"studies": {one: scale, other: its}})["studies"]) == {one, other}
 
 
-def test_the_plan_of_a_config_that_is_written_out_and_read_again_is_the_same() -> None:
-    config = workflow_settings.whole(
-        workflow_settings.files([ROOT / "config.yaml", ROOT / "workflow" / "presets" / "smoke.yaml"])
-    )
+def test_a_config_that_is_written_out_and_read_again_has_the_same_front_page() -> None:
+    config = workflow_settings.whole(workflow_settings.files([ROOT / "config.yaml"]))
     again = json.loads(canonical(config))
-    jobs = [[(job.record, canonical(job.spec), job.code) for job in Plan(c, ROOT).jobs()] for c in (config, again)]
-    assert sorted(jobs[0]) == sorted(jobs[1])
+    assert Plan(config, ROOT).front == Plan(again, ROOT).front
