@@ -97,12 +97,29 @@ def _schema(module: Module | None, name: str) -> dict[str, Any] | None:
     first = len(arguments.args) - len(arguments.defaults)
     required = [a.arg for i, a in enumerate(arguments.args) if i < first]
     required += [a.arg for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is None]
+    properties = {a.arg: _accepts(module, a.annotation) for a in named}
+    handed = [_schema(module, target) for target in _handed_on(definition)]
+    known = [part for part in handed if part]
+    for part in known:
+        optional = {name: values for name, values in part["properties"].items() if name not in part["required"]}
+        properties = {**optional, **properties}
+    closed = bool(handed) and len(known) == len(handed) and not any(part["additionalProperties"] for part in known)
     return {
         "type": "object",
-        "properties": {a.arg: _accepts(module, a.annotation) for a in named},
+        "properties": properties,
         "required": [name for name in required if name not in NOT_OPTIONS | FILLED_IN],
-        "additionalProperties": arguments.kwarg is not None,
+        "additionalProperties": arguments.kwarg is not None and not closed,
     }
+
+
+def _handed_on(definition: ast.FunctionDef) -> list[str]:
+    """Whom a function hands its further options, ``f(..., **options)``: names; "" for what is no plain name."""
+    further = definition.args.kwarg
+    if further is None:
+        return []
+    calls = [node for node in ast.walk(definition) if isinstance(node, ast.Call)]
+    given = [c for c in calls if any(k.arg is None and ast.unparse(k.value) == further.arg for k in c.keywords)]
+    return [c.func.id if isinstance(c.func, ast.Name) else "" for c in given]
 
 
 def _definition(module: Module, name: str) -> ast.FunctionDef | None:

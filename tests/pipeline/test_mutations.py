@@ -101,3 +101,13 @@ def test_a_wrong_value_anywhere_is_refused_by_name():
             vague.append((key_of(place), what, lines[0]))
     assert silent == []
     assert vague == []
+
+
+def test_options_that_a_factory_hands_on_are_those_of_whom_it_hands_them():
+    for option, value in (("unheard-of", 3), ("gain", "much"), ("optimizer", "sgd")):
+        config = deepcopy(smoke())
+        config["optimizers"]["updates-filtered"][option] = value
+        (line,) = said(config)
+        assert f"updates-filtered.{option}" in line or option in line
+    config["optimizers"]["updates-filtered"] = {**smoke()["optimizers"]["updates-filtered"], "gain": 0.5, "beta": 0.9}
+    assert said(config) == []

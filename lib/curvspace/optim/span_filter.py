@@ -303,23 +303,9 @@ class SpanFilter(FirstOrder):
 
 
 def span_filter(
-    model: nn.Module,
-    num_classes: int,
-    lr: float,
-    *,
-    base: Mapping[str, Any],
-    spans: Sequence[Kind] = ("class-gradients",),
-    gain: float = 0.0,
-    beta: float = 0.0,
-    refresh_every: int = 10,
-    gamma: float = 0.9,
-    fraction: float = 0.5,
-    past_updates: int = 10,
-    batch_norm: Literal["batch", "running"] | None = "running",
-    loss: LossLike = "cross_entropy",
-    seed: int = 0,
+    model: nn.Module, num_classes: int, lr: float, *, base: Mapping[str, Any], **options: Any
 ) -> SpanFilter:
-    """:class:`SpanFilter` around the optimiser of a config's block, ``base``; all else are the filter's own options.
+    """:class:`SpanFilter` around the optimiser of a config's block, ``base``; ``options`` are the filter's own.
 
     ``{kind: span-filter, base: {kind: sgd, momentum: 0.9, nesterov: true}, spans: [mean-directions]}``
     """
@@ -331,18 +317,4 @@ def span_filter(
     inner = build(base["kind"], own, model, num_classes, lr)
     if type(inner) is not FirstOrder:
         raise ValueError(f"base.kind = {base['kind']!r} does not step from .grad alone, so it cannot be filtered")
-    return SpanFilter(
-        inner.inner,
-        model,
-        num_classes,
-        spans=spans,
-        gain=gain,
-        beta=beta,
-        refresh_every=refresh_every,
-        gamma=gamma,
-        fraction=fraction,
-        past_updates=past_updates,
-        batch_norm=batch_norm,
-        loss=loss,
-        seed=seed,
-    )
+    return SpanFilter(inner.inner, model, num_classes, **options)
