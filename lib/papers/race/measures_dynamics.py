@@ -65,17 +65,19 @@ def _window(context: Context, run: Any, step: int, steps: int, examples: int) ->
     spans = _spans(at.model, batch, at.data.num_classes, step)
     second = minibatches(at.data, at.spec.task, int(at.spec.batch_size), derived_seed(at.spec.seed, "second"), step)
     top = float(eigsh(objective.hessian(), k=1, tol=0.01).values[0])
-    path, minibatch_gradients, changes = [_position(at.model)], [], []
+    path, minibatch_gradients, splits = [_position(at.model)], [], []
+    before = objective.loss()
     for i in range(steps):
-        before, gradient, hessian = objective.loss(), objective.gradient(), objective.hessian()
+        gradient, hessian = objective.gradient(), objective.hessian()
         again = _gradient(at.model, next(second))
         drawn = next(at.batches)
         minibatch_gradients.append((_gradient(at.model, drawn), again))
         torch.manual_seed(step + i)
         at.optimizer.step(*drawn)
         path.append(_position(at.model))
-        split = {name: second_order(span, path[-1] - path[-2], gradient, hessian) for name, span in spans.items()}
-        changes.append((objective.loss() - before, split))
+        d = path[-1] - path[-2]
+        curved = hessian @ d
+        splits.append({name: second_order(span, d, gradient, hessian, curved) for name, span in spans.items()})
     mean, end, loss = torch.stack(path[1:]).mean(0), path[-1], objective.loss()
     limit = stability_limit(at.optimizer.param_groups[0])
     found = []
@@ -86,19 +88,19 @@ def _window(context: Context, run: Any, step: int, steps: int, examples: int) ->
         row["gain"] = loss - _loss_at(at.model, objective, end + span.combine(span.coordinates(mean - end)), end)
         row["gain_whole"] = loss - _loss_at(at.model, objective, mean, end)
         row |= signal_and_noise(first, other)
-        row |= {key: sum(split[name][key] for _, split in changes) / steps for key in ("inside", "outside", "across")}
-        found.append({**row, "change": sum(change for change, _ in changes) / steps})
+        row |= {key: sum(split[name][key] for split in splits) / steps for key in ("inside", "outside", "across")}
+        found.append({**row, "change": (loss - before) / steps})
     return found
 
 
-def second_order(span: Span, d: Tensor, gradient: Tensor, hessian: HessianOperator) -> dict[str, float]:
-    r"""The change :math:`g^\top d + \tfrac12 d^\top H d` split: in the span, outside it, and mixed."""
+def second_order(span: Span, d: Tensor, gradient: Tensor, hessian: HessianOperator, curved: Tensor) -> dict[str, float]:
+    r"""The change :math:`g^\top d + \tfrac12 d^\top H d` split: in the span, outside it, and mixed; ``curved`` is Hd."""
     inner = span.combine(span.coordinates(d))
     rest = d - inner
-    curved = hessian @ inner
-    inside = gradient @ inner + inner @ curved / 2
-    outside = gradient @ rest + rest @ (hessian @ rest) / 2
-    return {"inside": float(inside), "outside": float(outside), "across": float(rest @ curved)}
+    inner_curved = hessian @ inner
+    inside = gradient @ inner + inner @ inner_curved / 2
+    outside = gradient @ rest + rest @ (curved - inner_curved) / 2
+    return {"inside": float(inside), "outside": float(outside), "across": float(rest @ inner_curved)}
 
 
 def signal_and_noise(first: Tensor, second: Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Two runs at constant rates on a tiny data set, with checkpoints."""
+"""A tiny data set, and two runs at constant rates on it, with checkpoints."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from curvspace.training.spec import RunSpec
 from papers.common.context import Context
 
 
+@pytest.fixture
 def tiny() -> DataSet:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 1, 4, 4, generator=generator)
@@ -20,8 +21,8 @@ def tiny() -> DataSet:
 
 
 @pytest.fixture
-def context(tmp_path, monkeypatch) -> Context:
-    monkeypatch.setattr("curvspace.datasets.load", lambda *_: tiny())
+def context(tmp_path, monkeypatch, tiny) -> Context:
+    monkeypatch.setattr("curvspace.datasets.load", lambda *_: tiny)
     block = {"name": "nesterov", "kind": "sgd", "momentum": 0.9, "nesterov": True}
     runs = []
     for name, options in {"nesterov": block, "plain": {"name": "plain", "kind": "sgd"}}.items():
@@ -34,4 +35,4 @@ def context(tmp_path, monkeypatch) -> Context:
             "task": {"epochs": 2, "checkpoints": [2]},
         }
         runs.append(train(RunSpec.from_dict(spec), tmp_path, tmp_path / name, progress=False))
-    return Context(runs=runs, show_progress=False, _loaded={"tiny": tiny()})
+    return Context(runs=runs, show_progress=False, _loaded={"tiny": tiny})

@@ -40,7 +40,7 @@ def test_a_step_is_split_as_dense_algebra_splits_it():
     hessian = objective.hessian()
     dense = torch.stack([hessian @ e for e in torch.eye(size, dtype=torch.float64)])
     gradient, inner = objective.gradient(), q @ (q.T @ d)
-    found = dynamics.second_order(identity_span(q.T.contiguous()), d, gradient, hessian)
+    found = dynamics.second_order(identity_span(q.T.contiguous()), d, gradient, hessian, hessian @ d)
     assert found["inside"] == pytest.approx(float(gradient @ inner + inner @ dense @ inner / 2), rel=1e-10)
     assert found["across"] == pytest.approx(float((d - inner) @ dense @ inner), rel=1e-8, abs=1e-18)
     before = objective.loss()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
-from curvspace.datasets import DataSet, Split
 from papers.common.context import Context
 from papers.common.style import Style
 from papers.race import measures
@@ -105,14 +103,6 @@ def test_values_are_set_at_their_places_and_the_block_is_left_alone():
     assert block["base"]["momentum"] == 0.9
 
 
-def tiny() -> DataSet:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 1, 4, 4, generator=generator)
-    y = (x.mean((1, 2, 3)) > 0).long()
-    parts = [Split(x[a:b], y[a:b]) for a, b in ((0, 40), (40, 60), (40, 60))]
-    return DataSet("tiny", *parts, num_classes=2, mean=None, std=None, input_shape=(1, 4, 4))
-
-
 SPEC = {
     "dataset": "tiny",
     "model": {"name": "softmax", "kind": "softmax"},
@@ -128,8 +118,8 @@ SPEC = {
 }
 
 
-def test_a_race_has_its_runs_and_continues_where_it_was_stopped(tmp_path, monkeypatch):
-    context = Context(show_progress=False, scratch=tmp_path / "scratch", code="abc", _loaded={"tiny": tiny()})
+def test_a_race_has_its_runs_and_continues_where_it_was_stopped(tmp_path, monkeypatch, tiny):
+    context = Context(show_progress=False, scratch=tmp_path / "scratch", code="abc", _loaded={"tiny": tiny})
     trained: list[int] = []
     whole = measures._train
 
@@ -144,13 +134,13 @@ def test_a_race_has_its_runs_and_continues_where_it_was_stopped(tmp_path, monkey
         race(context, **SPEC)
     monkeypatch.setattr(measures, "_train", whole)
     resumed = race(context, **SPEC)
-    fresh = race(Context(show_progress=False, _loaded={"tiny": tiny()}), **SPEC)
+    fresh = race(Context(show_progress=False, _loaded={"tiny": tiny}), **SPEC)
     same = [c for c in fresh if c != "wall_s"]
     pd.testing.assert_frame_equal(resumed[same], fresh[same])
     assert (resumed["phase"] == "tuning").sum() == 2
     assert (resumed["phase"] == "final").sum() == 4
     assert set(resumed.loc[resumed["phase"] == "final", "steps"]) == {4, 8}
-    other = Context(show_progress=False, scratch=tmp_path / "scratch", code="changed", _loaded={"tiny": tiny()})
+    other = Context(show_progress=False, scratch=tmp_path / "scratch", code="changed", _loaded={"tiny": tiny})
     monkeypatch.setattr(measures, "_train", counted)
     with pytest.raises(KeyboardInterrupt):  # other code: nothing of the former is taken
         race(other, **SPEC)
