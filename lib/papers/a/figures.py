@@ -215,7 +215,11 @@ def _share_panel(axis: Axes, part: pd.DataFrame, style: Style) -> None:
         one = part[part["quantity"] == quantity]
         axis.plot(one["step"], one["value"], "o-", label=name)
         axis.plot(one["step"], one["null"], ":", color="0.4", label="random span" if name == "|g|²" else None)
-    axis.set(ylabel="share in the span", ylim=(0, 1.02))
+    lowest = part.loc[
+        part["quantity"].isin(QUANTITIES), "value"
+    ].min()  # shares of an indefinite matrix's trace go below 0
+    axis.axhline(0, color="0.3", linewidth=0.8)
+    axis.set(ylabel="share in the span", ylim=(min(0.0, 1.1 * lowest), 1.02))
 
 
 def _angle_panel(axis: Axes, part: pd.DataFrame, style: Style) -> None:

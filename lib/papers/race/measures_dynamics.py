@@ -94,7 +94,7 @@ def _window(context: Context, run: Any, step: int, steps: int, examples: int) ->
 
 
 def second_order(span: Span, d: Tensor, gradient: Tensor, hessian: HessianOperator, curved: Tensor) -> dict[str, float]:
-    r"""The change :math:`g^\top d + \tfrac12 d^\top H d` split: in the span, outside it, and mixed; ``curved`` is Hd."""
+    r"""The change :math:`g^\top d + \tfrac12 d^\top H d` split: in the span, outside, mixed; ``curved``: Hd."""
     inner = span.combine(span.coordinates(d))
     rest = d - inner
     inner_curved = hessian @ inner
