@@ -82,15 +82,21 @@ def gallery(found: dict[str, Path]) -> str:
     """One section a run (a folder of figures), one heading a figure, in the papers' order."""
     lines: list[str] = []
     for run in dict.fromkeys(place.rpartition("/")[0] for place in found):
-        title = run.removeprefix("gallery/")
-        lines += [f"## {'The default study' if title == 'default' else 'Reference: ' + title}", ""]
         first = next(path for place, path in found.items() if place.rpartition("/")[0] == run)
-        lines += [made(first.parents[1]), ""]
+        lines += [f"## {title(first.parents[1])}", "", made(first.parents[1]), ""]
         inside = [place for place in found if place.rpartition("/")[0] == run]
         for place in sorted(inside, key=_order):
             name = Path(place).stem
             lines += [f"### {name}", "", f"![{name}]({place})", "", caption(name), ""]
     return "\n".join(lines) or "No figure has been made yet: `make run` makes them."
+
+
+def title(piece: Path) -> str:
+    """What a folder of reference results calls itself: the first line of its README."""
+    readme = piece / "README.md"
+    return (
+        readme.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") if readme.is_file() else "The default study"
+    )
 
 
 def caption(name: str, folder: Path = PAPERS) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import logging
 import re
 import shutil
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +27,41 @@ def at_start(jobs: Iterable[Any], results: str) -> str:
         return f"curvspace: {what}; no times recorded yet in {results}/benchmarks"
     minutes = max(1, round(seconds / 60))
     return f"curvspace: {what}; about {minutes} minutes of work by recorded times, shared by the cores"
+
+
+class TimeLeft(logging.Handler):
+    """Tells the time left whenever Snakemake reports progress, at most twice a minute.
+
+    The jobs that are done took ``elapsed``; those that are open take as much longer as their recorded times, or where a
+    rule has none yet their number, are larger.
+    """
+
+    EVERY = 30.0
+
+    def __init__(self, dag: Any, results: str):
+        super().__init__()
+        self.dag, self.results = dag, results
+        self.start = self.said = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = time.monotonic()
+        if getattr(getattr(record, "event", None), "name", "") != "PROGRESS" or now - self.said < self.EVERY:
+            return
+        self.said = now
+        jobs = [job for job in self.dag.needrun_jobs(exclude_finished=False) if job.benchmark]
+        said = time_left(jobs, [job for job in jobs if self.dag.finished(job)], now - self.start, self.results)
+        print(said, file=sys.stderr, flush=True)
+
+
+def time_left(jobs: Iterable[Any], done: list[Any], elapsed: float, results: str) -> str:
+    """How long the open ones of these jobs take if they go on as those that are done did."""
+    open = [job for job in jobs if job not in done]
+    if not done or not open:
+        return f"curvspace: {len(open)} jobs left"
+    times = [expected_seconds([(job.rule.name, _file(job)) for job in part], results) for part in (open, done)]
+    ratio = times[0] / times[1] if times[0] is not None and times[1] else len(open) / len(done)
+    left = max(1, round(elapsed * ratio / 60))
+    return f"curvspace: {len(open)} jobs left, about {left} min"
 
 
 def expected_seconds(jobs: Iterable[tuple[str, str]], results: str) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -105,6 +106,36 @@ def test_the_start_says_how_much_there_is_and_how_long_it_took_before(tmp_path):
     unknown = screen.at_start([job("measure", tmp_path / "benchmarks/measures/x.tsv")], str(tmp_path))
     assert "1 measure; no times recorded yet" in unknown
     assert "nothing to compute" in screen.at_start([], str(tmp_path))
+
+
+def test_the_time_left_goes_by_what_the_jobs_took(tmp_path):
+    def took(file: str, seconds: float) -> Path:
+        path = tmp_path / "benchmarks/train" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"s\n{seconds}\n")
+        return path
+
+    done = [job("train", took("one.tsv", 100)), job("train", took("two.tsv", 200))]
+    slow, new = job("train", took("three.tsv", 1200)), job("train", tmp_path / "benchmarks/train/four.tsv")
+    said = screen.time_left([*done, slow], done, elapsed=150, results=str(tmp_path))  # two at a time
+    assert said == "curvspace: 1 jobs left, about 10 min"
+    said = screen.time_left([*done, new], done, elapsed=150, results=str(tmp_path))  # the mean, 500 s
+    assert said == "curvspace: 1 jobs left, about 4 min"
+    unknown = job("measure", tmp_path / "benchmarks/measures/x.tsv")
+    said = screen.time_left([*done, unknown], done, elapsed=600, results=str(tmp_path))  # by their number
+    assert said == "curvspace: 1 jobs left, about 5 min"
+
+
+def test_progress_tells_the_time_left_at_most_twice_a_minute(tmp_path, capsys, monkeypatch):
+    clock = iter([0.0, 10.0, 40.0, 50.0, 71.0])
+    monkeypatch.setattr(screen.time, "monotonic", lambda: next(clock))
+    jobs = [job("train", tmp_path / f"benchmarks/train/{i}.tsv") for i in range(4)]
+    dag = SimpleNamespace(needrun_jobs=lambda exclude_finished: iter(jobs), finished=lambda one: one in jobs[:2])
+    handler = screen.TimeLeft(dag, str(tmp_path))
+    progress = logging.makeLogRecord({"event": SimpleNamespace(name="PROGRESS"), "done": 2, "total": 4})
+    for _ in range(4):
+        handler.emit(progress)
+    assert capsys.readouterr().err.splitlines() == ["curvspace: 2 jobs left, about 1 min"] * 2
 
 
 def test_the_end_names_what_is_there(tmp_path):

@@ -100,9 +100,10 @@ def test_gallery_has_the_figures_that_were_made_with_their_captions(tmp_path: Pa
     for name in ("results/reference/d-mnist/figures/D-F1.png", "docs/figures/A-F10.png", "docs/figures/A-F2.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "results/reference/d-mnist/README.md").write_text("# Paper D on MNIST\n\nMore.\n")
     page = hooks.gallery(hooks.pictures(tmp_path))
     assert re.findall(r"^##+ (.*)$", page, re.MULTILINE) == [
-        *("Reference: d-mnist", "D-F1", "The default study", "A-F2", "A-F10"),
+        *("Paper D on MNIST", "D-F1", "The default study", "A-F2", "A-F10"),
     ]
     assert "![D-F1](gallery/d-mnist/D-F1.png)" in page
     (tmp_path / "x").mkdir()
