@@ -21,6 +21,7 @@ from torch.func import vmap
 
 from curvspace.curvature.linearisation import Point
 from curvspace.functional import flatten, map_tensors, unflatten
+from curvspace.inner import inner, norm
 from curvspace.losses import Loss
 from curvspace.objective import Objective
 
@@ -123,13 +124,17 @@ def plane_through(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The first point is the origin, the second lies on u.
     """
-    sides = (points[1:] - points[0]).T
-    q, r = torch.linalg.qr(sides)
-    if float(r.diagonal().abs().min()) <= 1e-6 * float(r.diagonal().abs().max()):
+    first, second = points[1:] - points[0]
+    across = norm(first)
+    u = first / across
+    along = inner(u, second)
+    rest = second - along * u
+    rest = rest - inner(u, rest) * u
+    up = norm(rest)
+    if not float(torch.minimum(across, up)) > 1e-6 * float(torch.maximum(across, up)):
         raise ValueError("the three points lie on one line: there is no plane through them")
-    signs = r.diagonal().sign()
-    coordinates = torch.cat([torch.zeros(1, 2).to(r), (signs[:, None] * r).T])
-    return q[:, 0] * signs[0], q[:, 1] * signs[1], coordinates
+    zero = torch.zeros_like(up)
+    return u, rest / up, torch.stack([zero, zero, across, zero, along, up]).reshape(3, 2)
 
 
 def _chunks(values: Sequence[float], size: int) -> Iterator[Sequence[float]]:

@@ -12,36 +12,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from curvspace.inner import inner, norm
+
 
 def orthonormal_basis(V: Tensor, tol: float | None = None) -> Tensor:
-    """Orthonormal columns (P, r) with the span of V (P, k); directions below ``tol`` of the largest are dropped.
+    r"""Orthonormal columns (P, r) with the span of V (P, k), each first brought to unit length.
 
-    A matrix that is orthonormal already is returned as it is.
+    Directions with a singular value below ``tol`` of the largest are dropped; the default, :math:`100 k \epsilon`, is
+    what rounding the entries can bring about, whatever P is. A matrix that is orthonormal already is returned as it is.
     """
     if V.ndim != 2:
         raise ValueError(f"a basis has shape (P, k), got {tuple(V.shape)}")
     if V.shape[1] == 0:  # the empty span, in which nothing lies
         return V
     eps = torch.finfo(V.dtype).eps
-    gram = V.T @ V
-    if (gram - torch.eye(V.shape[1], dtype=V.dtype, device=V.device)).abs().max() < 100 * eps:
+    one = torch.eye(V.shape[1], dtype=torch.float64, device=V.device)
+    if (inner(V, V, torch.float64) - one).abs().max() < 100 * eps:
         return V
-    norms = V.norm(dim=0)
-    scaled = V / torch.where(norms > 0, norms, torch.ones_like(norms))
-    u, s, _ = torch.linalg.svd(scaled, full_matrices=False)
-    threshold = (tol if tol is not None else max(V.shape) * eps) * s[0]
-    return u[:, s > threshold]
+    u, s = _left_singular(_unit(V))
+    threshold = (tol if tol is not None else 100 * V.shape[1] * eps) * s[0]
+    kept = u[:, s > threshold]
+    return kept if V.dtype == torch.float64 else _left_singular(kept)[0]  # once more: rounding was divided by s
 
 
 def gradient_fraction(g: Tensor, Q: Tensor) -> float:
     r""":math:`|Q^\top g|^2/|g|^2`, the share of g inside span(Q) (paper B, eq. 2). By chance: k/P."""
     q = orthonormal_basis(Q).to(g.dtype)
-    return float((q.T @ g).square().sum() / g.square().sum())
+    return float((inner(q, g) / norm(g)).square().sum())
 
 
 def hessian_gradient_overlap(g: Tensor, Hg: Tensor) -> float:
     r""":math:`g^\top H g/(|g||Hg|)`: 1 when the gradient is an eigenvector (paper B, eq. 3)."""
-    return float((g @ Hg) / (g.norm() * Hg.norm()))
+    return float(inner(g / norm(g), Hg / norm(Hg)))
 
 
 def subspace_overlap(Q1: Tensor, Q2: Tensor) -> float:
@@ -50,7 +52,7 @@ def subspace_overlap(Q1: Tensor, Q2: Tensor) -> float:
     By chance :math:`\sqrt{k_1k_2}/P`: see :func:`null_overlap`.
     """
     q1, q2 = orthonormal_basis(Q1), orthonormal_basis(Q2)
-    return float((q1.T @ q2).square().sum() / (q1.shape[1] * q2.shape[1]) ** 0.5)
+    return float(inner(q1, q2).square().sum() / (q1.shape[1] * q2.shape[1]) ** 0.5)
 
 
 def null_overlap(k1: int, k2: int, P: int) -> float:
@@ -66,9 +68,9 @@ def principal_angles(Q1: Tensor, Q2: Tensor) -> Tensor:
     q1, q2 = orthonormal_basis(Q1), orthonormal_basis(Q2)
     if q1.shape[1] < q2.shape[1]:
         q1, q2 = q2, q1
-    cross = q1.T @ q2
+    cross = inner(q1, q2)
     cosines = torch.linalg.svdvals(cross).clamp(0, 1)
-    sines = torch.linalg.svdvals(q2 - q1 @ cross).clamp(0, 1).flip(0)
+    sines = _left_singular(q2 - q1 @ cross)[1].clamp(0, 1).flip(0)
     return torch.where(cosines**2 < 0.5, torch.arccos(cosines), torch.arcsin(sines))
 
 
@@ -85,8 +87,7 @@ def union_rank(V: Tensor, E: Tensor, tol: float = 1e-3) -> UnionRank:
     Singular values above ``tol`` times the largest count. The whole profile is returned: the rank of noisy vectors
     is a statement about the tolerance.
     """
-    columns = [M / M.norm(dim=0).clamp_min(torch.finfo(M.dtype).tiny) for M in (V, E)]
-    s = torch.linalg.svdvals(torch.cat(columns, dim=1))
+    s = _left_singular(torch.cat([_unit(V), _unit(E)], dim=1))[1]
     return UnionRank(int((s > tol * s[0]).sum()), s)
 
 
@@ -117,8 +118,27 @@ def cosine_assignment(V: Tensor, E: Tensor, null_samples: int = 0, seed: int = 0
 
 
 def _cosines(V: Tensor, E: Tensor) -> Tensor:
-    tiny = torch.finfo(V.dtype).tiny
-    return ((V / V.norm(dim=0).clamp_min(tiny)).T @ (E / E.norm(dim=0).clamp_min(tiny))).abs()
+    return inner(_unit(V), _unit(E)).abs()
+
+
+def _unit(V: Tensor) -> Tensor:
+    """The columns at unit length; a zero column stays."""
+    return V / norm(V).clamp_min(torch.finfo(V.dtype).tiny)
+
+
+def _left_singular(V: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (P, r) and all singular values of V (P, k), largest first.
+
+    Of a float32 matrix from its Gram matrix in float64, which resolves all that float32 entries can hold; LAPACK's own
+    sums over P are no better than P units of rounding.
+    """
+    if V.dtype == torch.float64:
+        u, s, _ = torch.linalg.svd(V, full_matrices=False)
+        return u, s
+    values, vectors = torch.linalg.eigh(inner(V, V, torch.float64))
+    s = values.clamp_min(0).sqrt().flip(0)[: min(V.shape)]
+    weight = torch.where(s > 0, 1 / s, 0.0)
+    return V @ (vectors.flip(1)[:, : len(s)] * weight).to(V.dtype), s.to(V.dtype)
 
 
 def _assign(cosines: Tensor) -> tuple[float, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from curvspace.curvature.linearisation import Batch, Point, mean_gradient
 from curvspace.curvature.operators import CurvatureOperator
 from curvspace.functional import flatten, unflatten
+from curvspace.inner import norm
 
 
 class DifferenceHessianOperator(CurvatureOperator):
@@ -58,12 +59,12 @@ class DifferenceHessianOperator(CurvatureOperator):
         return torch.stack([self._product(row, batches) for row in rows])
 
     def _product(self, v: Tensor, batches: list[Batch]) -> Tensor:
-        length = v.norm()
+        length = norm(v)
         if length == 0:
             return torch.zeros_like(v)
         near, far = (self._slope(v / length, h, batches) for h in (self.step, 2 * self.step))
         result = (4 * near - far) / 3
-        self.errors.append(float((result - near).norm() / result.norm().clamp_min(torch.finfo(v.dtype).tiny)))
+        self.errors.append(float(norm(result - near) / norm(result).clamp_min(torch.finfo(v.dtype).tiny)))
         self.rounding = max(self.rounding, self.errors[-1])
         return length * result
 

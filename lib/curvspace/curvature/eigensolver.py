@@ -14,6 +14,7 @@ from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator
 from curvspace.curvature.memory import free_memory
 from curvspace.denormals import flushed
 from curvspace.functional import without_autocast
+from curvspace.inner import inner, norm
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
@@ -281,9 +282,9 @@ def _drift(basis: KrylovBasis, columns: Tensor) -> float:
     """How far the product with the columns' sum lies outside their span, relative to its length."""
     if len(basis.C) == 0:
         return 0.0
-    q, _ = torch.linalg.qr(columns.T)
-    outside = basis.C[0] - q @ (q.T @ basis.C[0])
-    return float(basis.agreed(torch.linalg.vector_norm(outside))) / basis.largest
+    gram, along = inner(columns.T, columns.T, torch.float64), inner(columns.T, basis.C[0], torch.float64)
+    outside = basis.C[0] - torch.linalg.lstsq(gram.cpu(), along.cpu()[:, None]).solution[:, 0].to(columns) @ columns
+    return float(basis.agreed(norm(outside))) / basis.largest
 
 
 def _finished(basis: KrylovBasis, pairs: _WantedPairs, found: bool, max_products: int) -> EigenPairs:

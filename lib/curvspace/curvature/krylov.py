@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from curvspace.inner import PIECE, inner, norm
+
 CHUNK_BYTES = 4 * 2**20
 """Of a piece of the basis that is rotated at once, in place: it stays in the processor's cache."""
 
@@ -135,8 +137,9 @@ class KrylovBasis:
         known = [int(i) for i in row.nonzero()]
         if len(known) <= 1:
             for i in (*known, self.size - 1):
-                h[i] += self._numbers(torch.dot(self.V[i], w))
-                w.sub_(self.V[i], alpha=float(h[i]))
+                part = float(self._numbers(_coordinates(self.V[i : i + 1], w)))
+                w.sub_(self.V[i], alpha=part)
+                h[i] += part
         before = self._length(w)
         for _ in range(3):
             h += self._remove(w)
@@ -149,15 +152,17 @@ class KrylovBasis:
     def _remove(self, w: Tensor) -> Tensor:
         """w <- w - V Vᵀ w in place, once; returns Vᵀ w."""
         V = self.V[: self.size]
-        h = self.agreed(V @ w)
-        torch.addmv(w, V.T, h, alpha=-1, out=w)
-        return h.double().cpu()
+        h = self._numbers(_coordinates(V, w))
+        small = h.to(V)
+        for part, piece in zip(w.split(PIECE), V.split(PIECE, dim=1), strict=True):
+            torch.addmv(part, piece.T, small, alpha=-1, out=part)
+        return h
 
     def _remove_from_others(self, p: int) -> Tensor:
         """Make the other candidates orthogonal to the new vector C[p]; returns what that couples it with."""
         if len(self.C) == 1:
             return torch.zeros(self._couplings.shape[1], dtype=torch.float64)
-        d = self.agreed(self.C @ self.C[p])
+        d = self.agreed(inner(self.C.T, self.C[p]))
         d[p] = 0
         self.C.addr_(d, self.C[p].clone(), alpha=-1)
         self._orthogonal = [False] * len(self.C)
@@ -187,7 +192,7 @@ class KrylovBasis:
 
     def gram(self) -> Tensor:
         """CᵀC, (c, c)."""
-        return self._numbers(self.C @ self.C.T)
+        return self._numbers(inner(self.C.T, self.C.T, torch.float64))
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Ritz values in units of ``unit``, ascending, and their coordinates in the basis as columns, (j, j)."""
@@ -206,7 +211,7 @@ class KrylovBasis:
         """V s as rows, of unit length; the basis is used up."""
         self._rotate(s)
         rows = self.V[: s.shape[1]].clone()
-        return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return rows.div_(norm(rows.T)[:, None])
 
     def restart(self, theta: Tensor, s: Tensor) -> None:
         """Keep these Ritz pairs alone."""
@@ -244,13 +249,14 @@ class KrylovBasis:
         product = self.A @ v.to(self.A.dtype)
         self.products += 1
         self.bar.update()
-        largest = float(self._numbers(torch.linalg.vector_norm(product, math.inf)))
-        if not math.isfinite(largest):
-            raise RuntimeError(f"product {self.products} with the operator is not finite: NaN or overflow in the model")
-        if not self.unit and largest:
-            self.unit = 2.0 ** math.frexp(largest)[1]
+        if not self.unit:
+            largest = float(self._numbers(torch.linalg.vector_norm(product, math.inf)))
+            self.unit = 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 0.0
         torch.div(product.to(self.dtype), self.unit or 1.0, out=out)
-        self.largest = max(self.largest, self._length(out))
+        length = self._length(out)
+        if not math.isfinite(length):
+            raise RuntimeError(f"product {self.products} with the operator is not finite: NaN or overflow in the model")
+        self.largest = max(self.largest, length)
 
     def _require_symmetric(self, column: Tensor, row: Tensor) -> None:
         """Compare V_iᵀ A v_j with v_jᵀ A V_i, which the earlier products gave."""
@@ -265,4 +271,10 @@ class KrylovBasis:
         return self.agreed(values).double().cpu()
 
     def _length(self, v: Tensor) -> float:
-        return float(self._numbers(torch.linalg.vector_norm(v)))
+        return float(self._numbers(norm(v)))
+
+
+def _coordinates(V: Tensor, w: Tensor) -> Tensor:
+    """V w of rows V in float64; the products of a piece in the basis's own dtype, for this is most of the time."""
+    parts = [piece @ part for part, piece in zip(w.split(PIECE), V.split(PIECE, dim=1), strict=True)]
+    return torch.stack(parts).sum(0, dtype=torch.float64)

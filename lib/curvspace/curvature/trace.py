@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from curvspace.curvature.krylov import SymmetricOperator
+from curvspace.inner import inner
+from curvspace.subspace import orthonormal_basis
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,12 @@ def hutchpp(A: SymmetricOperator, products: int = 60, seed: int = 0) -> TraceEst
         draw = torch.randint(0, 2, (n, m), generator=generator) * 2 - 1
         return draw.to(A.device, A.dtype)
 
-    q, _ = torch.linalg.qr(A @ signs(k))
+    q = orthonormal_basis(torch.linalg.qr(A @ signs(k))[0])
     exact = float((q * (A @ q)).double().sum())
     if k == n:
         return TraceEstimate(exact, 0.0, 2 * k)
     m = products - 2 * k
     g = signs(m)
-    g = g - q @ (q.T @ g)
+    g = g - q @ inner(q, g)
     samples = (g * (A @ g)).double().sum(0)
     return TraceEstimate(exact + float(samples.mean()), float(samples.std() / m**0.5), 2 * k + m)

@@ -20,6 +20,7 @@ from curvspace.curvature.class_gradients import class_gradients
 from curvspace.curvature.eigensolver import EigenPairs
 from curvspace.curvature.tracker import SubspaceTracker
 from curvspace.functional import trainable_parameters
+from curvspace.inner import norm
 from curvspace.losses import Loss
 from curvspace.monitor.budget import Budget
 from curvspace.monitor.sinks import Row, Sink, as_sinks
@@ -230,7 +231,7 @@ class CurvatureMonitor:
         hessian = self._objective.hessian()
         gradient = self._objective.gradient()
         pairs = self._quietly(self._top, hessian)
-        columns |= {"loss": loss, "gradient_norm": float(gradient.norm()), **self._spectrum(pairs)}
+        columns |= {"loss": loss, "gradient_norm": float(norm(gradient)), **self._spectrum(pairs)}
         columns["f_top"] = gradient_fraction(gradient, pairs.vectors)
         if before is not None:
             columns["overlap_with_last"] = subspace_overlap(before.vectors, pairs.vectors)

@@ -31,6 +31,7 @@ from curvspace.optim.span import (
     unit_span,
 )
 from curvspace.outputs import logits
+from curvspace.subspace import orthonormal_basis
 
 Orthonormal = bool | Literal["qr", "symmetric"]
 Reduction = Literal["mean", "class-sum", "batch-sum"]
@@ -299,7 +300,7 @@ class RandomDirections(Basis):
         require(self.k <= len(gradient), "k", self.k, f"at most the number of parameters, {len(gradient)}")
         generator = torch.Generator(device=gradient.device).manual_seed(self.seed + draws)
         normal = torch.randn((len(gradient), self.k), generator=generator, dtype=gradient.dtype, device=gradient.device)
-        rows = torch.linalg.qr(normal)[0].T
+        rows = orthonormal_basis(torch.linalg.qr(normal)[0]).T
         self.state = {"draws": draws + 1, "rows": rows.contiguous()}
         self.restore()
 

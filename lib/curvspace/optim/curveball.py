@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.functional import Inputs
+from curvspace.inner import inner
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer, require
 from curvspace.optim.forward_mode import ForwardMode, Linearised, linearise
@@ -313,7 +314,7 @@ def _restrict(
 @torch.no_grad()
 def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """The inner product of two lists of tensors, summed in float64."""
-    parts = [torch.dot(u.reshape(-1), v.reshape(-1)).double() for u, v in zip(a, b, strict=True)]
+    parts = [inner(u.reshape(-1), v.reshape(-1)).double() for u, v in zip(a, b, strict=True)]
     return torch.stack(parts).sum()
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvspace.functional import Inputs, add_to_parameters, call, flatten, pull_back, unflatten
+from curvspace.inner import inner, norm
 from curvspace.losses import Loss
 from curvspace.optim.base import require
 from curvspace.optim.first_order import FirstOrder
@@ -113,7 +114,7 @@ class NegativeCurvature(FirstOrder):
         like = self.param_groups[0]["params"]
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same vector
         v = torch.randn(sum(p.numel() for p in like), generator=generator).to(like[0])
-        return v / v.norm()
+        return v / norm(v)
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         group = self.param_groups[0]
@@ -125,8 +126,8 @@ class NegativeCurvature(FirstOrder):
         for p, g in zip(group["params"], gradients, strict=True):
             p.grad = g
         gradient = flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"])
-        self.grad_norm = gradient.norm()
-        slope = gradient @ self._v
+        self.grad_norm = norm(gradient)
+        slope = inner(gradient, self._v)
         self._measure(product)
         self.inner.step()
         if group["lr_negative"] > 0:
@@ -166,18 +167,18 @@ class NegativeCurvature(FirstOrder):
 
     def _measure(self, product: Tensor) -> None:
         """Average the minibatch's vᵀHv into the running value; an overflowing minibatch is left out."""
-        value, average = self._v @ product, self.param_groups[0]["average"]
+        value, average = inner(self._v, product), self.param_groups[0]["average"]
         mean = torch.where(torch.isnan(self._value), value, average * self._value + (1 - average) * value)
         self._value = torch.where(torch.isfinite(value), mean, self._value)
 
     def _improve(self, product: Tensor) -> None:
         """One gradient step of v on vᵀHv, renormalised; a zero or overflowing product says nothing."""
-        norm = product.norm()
-        useful = torch.isfinite(norm) & (norm > 0)
-        self._scale = torch.where(useful, torch.maximum(_SCALE_DECAY * self._scale, norm), self._scale)
+        length = norm(product)
+        useful = torch.isfinite(length) & (length > 0)
+        self._scale = torch.where(useful, torch.maximum(_SCALE_DECAY * self._scale, length), self._scale)
         rate = self.param_groups[0]["lr_v"]
         v = self._v - 2 * (1 / (4 * self._scale) if rate == "auto" else rate) * product
-        self._v = torch.where(useful, v / v.norm(), self._v)
+        self._v = torch.where(useful, v / norm(v), self._v)
 
     def log(self) -> dict[str, Any]:
         return {"curvature_estimate": self._value}

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvspace.inner import inner, norm
+
 
 @dataclass(frozen=True)
 class Span:
@@ -36,7 +38,7 @@ class Span:
     def coordinates(self, vector: Tensor) -> Tensor:
         r""":math:`Q^\top v`: (P,) -> (k,); with ``dual`` :math:`M_*^\top R v`."""
         measuring = self.mix if self.dual is None else self.dual
-        return measuring.T @ torch.cat([block @ vector for block in self.blocks])
+        return measuring.T @ torch.cat([inner(block.T, vector) for block in self.blocks])
 
     def combine(self, coefficients: Tensor) -> Tensor:
         r""":math:`Q s`: (k,) -> (P,)."""
@@ -65,7 +67,7 @@ class Span:
 
 def unit_span(rows: Tensor) -> Span:
     r"""Unit vectors :math:`v_i = r_i/|r_i|` along the rows (m, P), as they are; zero rows stay zero."""
-    return Span((rows,), torch.diag(_inverse_or_zero(torch.linalg.vector_norm(rows, dim=1))), orthonormal=False)
+    return Span((rows,), torch.diag(_inverse_or_zero(norm(rows.T))), orthonormal=False)
 
 
 def sequential_span(rows: Tensor) -> Span:
@@ -132,7 +134,7 @@ def principal_span(rows: Tensor, k: int, centred: bool) -> Span:
     centre = torch.eye(len(rows), dtype=torch.float64, device=rows.device)
     if centred:
         centre -= 1 / len(rows)
-    gram = centre @ (rows @ rows.T).double().nan_to_num() @ centre
+    gram = centre @ inner(rows.T, rows.T).double().nan_to_num() @ centre
     vectors, weight = _principal(gram, rows.dtype)
     return Span((rows,), (centre @ vectors * weight)[:, -k:].to(rows), orthonormal=True)
 
@@ -144,8 +146,8 @@ def identity_span(rows: Tensor) -> Span:
 
 def _unit_gram(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """In float64: the factors (m,) that make the rows unit vectors, and the Gram matrix (m, m) of these."""
-    scale = _inverse_or_zero(torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])).double()
-    gram = torch.cat([torch.cat([a @ b.T for b in blocks], dim=1) for a in blocks]).double()
+    scale = _inverse_or_zero(torch.cat([norm(block.T) for block in blocks])).double()
+    gram = torch.cat([torch.cat([inner(a.T, b.T) for b in blocks], dim=1) for a in blocks]).double()
     # A diverged run brings NaN, on which eigh raises; the rows carry the NaN on into the step, where it is noticed.
     return scale, (scale[:, None] * gram * scale).nan_to_num()
 

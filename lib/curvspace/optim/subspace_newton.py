@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.functional import Inputs, add_to_parameters
+from curvspace.inner import norm
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer, copied, require
 from curvspace.optim.bases import Basis
@@ -100,7 +101,7 @@ class SubspaceNewton(ModelOptimizer):
 
     def _update(self, batch: Minibatch, loss: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
         """Take the step; returns what was subtracted from the parameters (P,)."""
-        self.grad_norm = torch.linalg.vector_norm(gradient)
+        self.grad_norm = norm(gradient)
         group = dict(group)
         momentum = group["momentum"]
         if self.momentum_on == "step":

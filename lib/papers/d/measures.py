@@ -22,6 +22,7 @@ from curvspace.curvature.eigensolver import EigenPairs, Which, eigsh
 from curvspace.curvature.operators import HessianOperator
 from curvspace.curvature.tracker import SubspaceTracker
 from curvspace.errors import UserError
+from curvspace.inner import inner, norm
 from curvspace.landscape import LossScanner, fit_quadratic, line_search
 from curvspace.objective import Objective
 from curvspace.subspace import gradient_fraction, principal_angles
@@ -123,7 +124,7 @@ def profiles(
     rows: list[Row] = []
     for end, pairs in TwoEnds(1, 1, tol).update(objective.hessian()).items():
         v, value = pairs.vectors[:, 0], float(pairs.values[0])
-        slope = float(gradient @ v)
+        slope = float(inner(gradient, v))
         for reading in READINGS:
             for radius in radii:
                 alpha = np.linspace(-radius, radius, points)
@@ -170,7 +171,7 @@ def directions(
     rows: list[Row] = []
     for kind, index, v, curvature in context.progress(found, f"scans at step {step}"):
         before = scanner.evaluations, scanner.seconds
-        slope = float(gradient @ v)
+        slope = float(inner(gradient, v))
         row: Row = {"step": step, "examples": objective.num_examples, "loss": scanner.origin_loss, "kind": kind}
         row |= {"index": index, "curvature": curvature, "slope": slope}
         for radius in radii:
@@ -205,8 +206,8 @@ def _named_directions(
     for kind, vector in others:
         counts[kind] = counts.get(kind, 0) + 1
         v = vector.to(objective.function.device, objective.function.dtype)
-        v = v / v.norm()
-        yield kind, counts[kind], v, float(v @ (hessian @ v))
+        v = v / norm(v)
+        yield kind, counts[kind], v, float(inner(v, hessian @ v))
 
 
 def solver_costs(
@@ -306,8 +307,8 @@ def running_estimate(context: Context, bottom: int, fraction: float, tol: float 
             size = hessian.shape[0]
             rows.append(
                 {**run.identity, "step": step, "examples": objective.num_examples, "estimate": float(extra["value"])}
-                | {"curvature": float(v @ (hessian @ v)), "eigenvalue": float(pairs.values[0])}
-                | {"cosine": float((v @ pairs.vectors[:, 0]).abs()), "null_cosine": (2 / (np.pi * size)) ** 0.5}
+                | {"curvature": float(inner(v, hessian @ v)), "eigenvalue": float(pairs.values[0])}
+                | {"cosine": float(inner(v, pairs.vectors[:, 0]).abs()), "null_cosine": (2 / (np.pi * size)) ** 0.5}
                 | {"share": gradient_fraction(v, pairs.vectors), "null_share": bottom / size, "bottom": bottom}
                 | {"minibatch_eigenvalue": float(own["SA"].values[0])}
             )
@@ -324,7 +325,7 @@ def scan_speed(context: Context, fraction: float, chunks: Sequence[int], points:
         scanner = LossScanner(objective, "loop" if method == "loop" else "vmap", chunk)
         scanner.along(v, [0.0] * chunk)  # the first pass at a shape sets up kernels
         scanner.evaluations, scanner.seconds = 0, 0.0
-        scanner.along(v / v.norm(), np.linspace(-1, 1, points))
+        scanner.along(v / norm(v), np.linspace(-1, 1, points))
         rows.append(
             {"method": method, "points_at_once": chunk, "examples": objective.num_examples}
             | {"parameters": objective.num_parameters, "evaluations_per_s": scanner.evaluations_per_second}
