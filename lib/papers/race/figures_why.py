@@ -19,11 +19,14 @@ def mean_shares(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     """X-R5: the share in the units' mean directions along training, a panel a network; dotted grey: a random span's."""
     table = tables["shares"]
     networks = list(table.groupby(NETWORK, sort=False).groups)
-    figure, axes = style.panels(1, max(1, len(networks)), height=3.1, sharey=True)
+    columns = min(5, max(1, len(networks)))
+    figure, axes = style.panels(-(-max(1, len(networks)) // columns), columns, height=2.9, sharey=True)
     quantities = list(dict.fromkeys(table["quantity"]))
     colours = style.colours(quantities)
     lines = dict(zip(quantities, itertools.cycle(("-", "--")), strict=False))
-    for axis, network in zip(axes[0], networks, strict=False):
+    for axis in axes.flat[len(networks) :]:
+        axis.set_axis_off()
+    for axis, network in zip(axes.flat, networks, strict=False):
         part = table[(table[NETWORK] == list(network)).all(axis=1)]
         for name, own in part.groupby("quantity", sort=False):
             look = {"color": colours[name], "linestyle": lines[name], "label": name}
@@ -31,9 +34,10 @@ def mean_shares(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
         null = part.loc[part["quantity"] == "gradient", "null"].iloc[0]
         axis.axhline(null, color="0.4", linestyle=":", linewidth=1.2, label="random span, in mean directions")
         axis.set(title=f"{network[0]}, {network[1]}", xlabel="step + 1", xscale="log", ylim=(0, 1))
-    axes[0, 0].set_ylabel("share of the square")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("share of the square")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
     return figure, table
 
 
