@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import peers
 from benchmarks.problem import CLASSES, Problem
@@ -153,7 +154,11 @@ def eigenpairs(problem: Problem, names: list[str]) -> Iterator[Row]:
                     "tolerance": tol,
                     "tool": tool,
                 }
-                seconds, memory, found = _alone(partial(solver, case.model, case.x, case.y, k, which, tol))
+                try:
+                    seconds, memory, found = _alone(partial(solver, case.model, case.x, case.y, k, which, tol))
+                except Failed as failed:
+                    yield row | {"note": str(failed)}
+                    continue
                 ours = seconds if ours is None else ours
                 accuracy = _accuracy(exact, found, which)
                 yield row | {
@@ -168,6 +173,10 @@ def eigenpairs(problem: Problem, names: list[str]) -> Iterator[Row]:
                 }
 
 
+class Failed(Exception):
+    """A library that cannot do it; the message says why."""
+
+
 def _alone(work: Callable[[], peers.Found]) -> tuple[float, float, peers.Found]:
     """Processor seconds, peak memory in MB above what the process began with, and the result, of work in a fork."""
     with tempfile.TemporaryDirectory() as folder:
@@ -176,9 +185,11 @@ def _alone(work: Callable[[], peers.Found]) -> tuple[float, float, peers.Found]:
         process.start()
         process.join()
         if process.exitcode:
-            raise RuntimeError(f"the solve ended with status {process.exitcode}")
-        seconds, memory, found = torch.load(path, weights_only=False)
-    return seconds, memory, found
+            raise Failed(f"ended with status {process.exitcode}")
+        result = torch.load(path, weights_only=False)
+    if isinstance(result, str):
+        raise Failed(result)
+    return result
 
 
 def _child(work: Callable[[], peers.Found], path: Path) -> None:
@@ -186,9 +197,13 @@ def _child(work: Callable[[], peers.Found], path: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     before = _status("VmRSS")
     start = time.process_time()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # the peers' forward mode knows no other attention
         warnings.simplefilter("ignore")
-        found = work()
+        try:
+            found = work()
+        except Exception as error:
+            torch.save(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}", path)
+            return
     seconds = time.process_time() - start
     torch.save((seconds, (_status("VmHWM") - before) / 1024, found), path)
 

@@ -9,9 +9,9 @@ import pandas as pd
 
 from papers.a.readings import STATEMENTS, score
 from papers.a.tables import crossovers
-from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Case, Outcome, Untested, estimate, exact, judge, number
+from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Case, Outcome, Untested, exact, judge, number
 from papers.common.runs import Tables
-from papers.common.verdicts import Where, cases_of, pick
+from papers.common.verdicts import Where, cases_of, pick, proportion
 
 
 def crossover(
@@ -35,7 +35,7 @@ def crossover(
     for size, part in by_seed.groupby("batch_size"):
         limit = math.inf if within_epochs is None else within_epochs
         seen = part["starts_faster"].astype(bool) & (part["crossover_epoch"] <= limit)
-        measured = estimate(seen.astype(float).tolist())
+        measured = proportion(int(seen.sum()), len(seen), len(seen))
         epochs = part["crossover_epoch"].dropna()
         note = f"at epoch {number(epochs.mean())}" if len(epochs) else "no crossover"
         found.append(Case(f"batch {size}", measured, judge(measured, at_least=0.5), note))
