@@ -25,7 +25,7 @@ DISCOVERY = 30
 """Products before a pair is believed whose eigenvalue cannot be told from zero: of a large operator with few outliers
 any random vector is such a pair, and the end of the spectrum shows only in a Krylov sequence."""
 
-BASIS_BYTES = 256 * 2**20
+BASIS_BYTES = 2**30
 """Memory that the basis may take before restarts set in, unless ``max_basis`` says otherwise."""
 
 ROUNDING = 20
@@ -100,7 +100,7 @@ def eigsh(
     max_products
         Budget (default: the larger of 300 and 20 k). When it ends first there is a warning and ``converged=False``.
     max_basis
-        Vectors of length P held before a restart (default: what fits in 256 MB, at most 200 and at least 2 k + 10). Two
+        Vectors of length P held before a restart (default: what fits in 1 GB, at most 200 and at least 2 k + 10). Two
         more are needed for the work and k for the result; ARPACK holds max(2 k + 1, 20) + 4 and k.
     seed
         Of the random start vector, drawn on the CPU: the same on every device.
