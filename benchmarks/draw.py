@@ -28,6 +28,7 @@ def save(folder: Path) -> None:
 def _times(axis: plt.Axes, path: Path) -> None:
     axis.set_title("whole call, tolerance 1e-3", fontsize=9)
     if not path.exists():
+        axis.set_axis_off()
         return
     table = pd.read_csv(path)
     labels = [f"{work}\n{tool}" for work, tool in zip(table["work"], table["tool"], strict=True)]
@@ -45,6 +46,7 @@ def _growth(axis: plt.Axes, path: Path, x: str, y: str, label: str) -> None:
     axis.set_xlabel(x)
     axis.set_ylabel(label)
     if not path.exists():
+        axis.set_axis_off()
         return
     table = pd.read_csv(path)
     axis.plot(table[x], table[y], "o-")
