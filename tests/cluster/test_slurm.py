@@ -20,6 +20,7 @@ import pytest
 
 from tests.pipeline.conftest import Project, copy
 
+ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("results/figures/M-F1.csv", "results/tables/M-T1.csv")
 PROFILES = {
     "slurm": ("--slurm-init-seconds-before-status-checks", "5"),
@@ -120,6 +121,25 @@ def test_a_study_through_a_cluster_equals_a_local_one(slurm, short, tmp_path, pr
     project = study(tmp_path / "cluster")
     ended(project, begin(project, profile))
     assert tables(project) == short
+
+
+@pytest.mark.slurm
+def test_figures_of_papers_a_and_b_through_slurm_equal_a_local_run(slurm, tmp_path):
+    """The smoke preset's A-F1 and B-F1, from the repository as it is."""
+    figures = [f"results/figures/{name}.csv" for name in ("A-F1", "B-F1")]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for place, how in (
+        ("local", ["--cores", "1"]),
+        ("slurm", ["--profile", str(ROOT / "workflow/profiles/slurm"), *PROFILES["slurm"]]),
+    ):
+        command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), *how]
+        command += ["--configfile", str(ROOT / "workflow/presets/smoke.yaml")]
+        command += ["--config", "results=results", "device=cpu", "threads=1", "--", *figures]
+        (tmp_path / place).mkdir()
+        done = subprocess.run(command, cwd=tmp_path / place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-5000:]
+    for name in figures:
+        assert (tmp_path / "slurm" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
 
 # What may befall a run. Each takes minutes.
