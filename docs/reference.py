@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 MODULES = {
     "objective": ["curvspace", "curvspace.losses"],
     "curvature": ["curvspace.curvature"],
-    "subspace": ["curvspace.subspace"],
+    "subspace": ["curvspace.subspace", "curvspace.inner"],
     "optim": ["curvspace.optim"],
     "monitor": ["curvspace.monitor"],
     "landscape": ["curvspace.landscape"],
