@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores all --resources gpu=1 --rerun-incomplete
 
 .DEFAULT_GOAL := help
-.PHONY: help run smoke paper test test-quick lint report verify unlock reference-claims bench gpu-check docs lock clean
+.PHONY: help setup run smoke paper test test-quick lint report verify unlock reference-claims bench gpu-check docs lock clean
 
 $(READY): envs/requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -34,6 +34,8 @@ help:  ## this list
 	@echo "make TARGET [PYTHON=python3.12] [TORCH=cpu]; the first target sets up $(VENV) (2.3 minutes, 6.0 GB; TORCH=cpu: without the 4.3 GB for GPUs)"
 	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "times: two cores, with a little other work beside; snakemake itself: $(BIN)/snakemake"
+
+setup: $(READY)  ## the environment alone
 
 run: $(READY)  ## the default study on real MNIST and CIFAR-10, no GPU needed (about 21 minutes before the last studies came in)
 	$(SNAKEMAKE)

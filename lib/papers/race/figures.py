@@ -111,7 +111,7 @@ def _dots(axis: Axes, rows: pd.DataFrame, names: Sequence[str], look: Mapping[st
     axis.set_xscale("log")
     axis.axvline(1.0, color="0.3", linewidth=1)
     low, high = axis.get_xlim()
-    marks = (0.25, 0.5, 1, 2, 4) if high > 2 * low else (0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5)
+    marks = (0.25, 0.5, 1, 2, 4) if high > 6 * low else (0.5, 0.7, 0.85, 1, 1.2, 1.4, 2, 2.8)
     ticks = [t for t in marks if min(low, 0.9) <= t <= max(high, 1.1)]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.minorticks_off()
