@@ -107,13 +107,20 @@ def _with_references(config: Mapping[str, Any]) -> Any:
     """A class of validators that know ``refers``."""
 
     def refers(_: Any, section: str, name: Any, __: Any) -> Iterator[ValidationError]:
-        known = _section(config, section)
-        if isinstance(name, str) and name not in known:
-            guess = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {guess[0]}? " if guess else ""
-            yield ValidationError(f"{section} has no {name!r}; {hint}there are: {', '.join(known) or 'none'}")
+        if isinstance(name, str) and (said := _no_such(config, section, name)):
+            yield ValidationError(said)
 
     return extend(_Validator, {"refers": refers})
+
+
+def _no_such(config: Mapping[str, Any], section: str, name: str) -> str:
+    """What there is instead of a name that a section of the config does not have; empty if it has it."""
+    known = _section(config, section)
+    if name in known:
+        return ""
+    guess = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {guess[0]}? " if guess else ""
+    return f"{section} has no {name!r}; {hint}there are: {', '.join(known) or 'none'}"
 
 
 def _section(config: Mapping[str, Any], path: str) -> list[str]:
@@ -216,6 +223,13 @@ def _yaml_number(number: float) -> str:
 def _further(config: Mapping[str, Any]) -> Iterator[str]:
     """What no schema says: numbers that no computer holds, numbers as text, entries that stand twice."""
     names = {name for section in OPEN[:3] for name in _section(config, section)}
+    asked = {value for _, value in _values("studies", config.get("studies")) if isinstance(value, str)}
+    for task in _section(config, "tasks"):
+        for section, name in zip(("datasets", "models"), task.split("/"), strict=False):
+            if name not in asked and (
+                said := _no_such(config, section, name)
+            ):  # paper C leaves out data of a user's own
+                yield f"tasks.{task}: {said}"
     for key, value in _values("", config):
         top, _, rest = key.partition(".")
         if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:

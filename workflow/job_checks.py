@@ -25,6 +25,7 @@ def problems(config: Mapping[str, Any], study: Study) -> Iterator[str]:
             yield from _task(f"tasks.{key}", config["tasks"][key], facts)
             batches = [run.batch for run in study.runs if f"{run.dataset}/{run.model}" == key]
             yield from _ends(f"tasks.{key}", config["tasks"][key], facts, batches)
+            yield from _batches(key, facts, batches)
     for measure in study.measures:
         yield from _own_task(measure, known)
         for run in measure.runs:
@@ -58,13 +59,25 @@ def _ends(key: str, task: Mapping[str, Any], facts: Facts, batches: Iterable[int
             )
 
 
+def _batches(key: str, facts: Facts, batches: Iterable[int | str]) -> Iterator[str]:
+    """No minibatch is larger than the training set: it would be the whole set under another name."""
+    for batch in dict.fromkeys(batches):
+        if isinstance(batch, int) and batch > facts.train:
+            yield (
+                f"runs of {key}: batch size = {batch} is not allowed; allowed: at most {facts.train}, which "
+                f"datasets.{key.partition('/')[0]} has for training, or full"
+            )
+
+
 def _own_task(measure: Measure, known: Mapping[str, Facts | None]) -> Iterator[str]:
     """A measure that trains by itself has a task among its options."""
     facts = known.get(str(measure.spec.get("dataset")))
     if facts and isinstance(task := measure.spec.get("task"), Mapping):
         place = measure.name.rpartition("/")[0]
         yield from _task(f"the task of {place}", task, facts)
-        yield from _ends(f"the task of {place}", task, facts, [measure.spec.get("batch_size", "full")])
+        batch = measure.spec.get("batch_size", "full")
+        yield from _ends(f"the task of {place}", task, facts, [batch])
+        yield from _batches(f"{measure.spec['dataset']}/{measure.spec.get('model')}", facts, [batch])
 
 
 def _measure(measure: Measure, run: Run, task: Mapping[str, Any], facts: Facts) -> Iterator[str]:

@@ -75,6 +75,11 @@ WRONG = {
         "kind: 'curvspace.models.resnet9:resnet99'",
         ["resnet9.py has no resnet99"],
     ),
+    "a task of a network that is not there": (
+        "digits/conv: {epochs: 1}",
+        "digits/conv: {epochs: 1}\n  digits/cnv: {epochs: 1}",
+        ["tasks.digits/cnv", "models has no 'cnv'", "did you mean conv"],
+    ),
     "a block that is no block": ("style: {dpi: 100}", "style: 3", ["style = 3", "a block of keys"]),
 }
 
@@ -87,6 +92,12 @@ def test_a_wrong_value_is_one_line(text, name):
     assert len(lines) == 1
     assert lines[0].startswith("config: ")
     assert all(part in lines[0] for part in expected), lines[0]
+
+
+def test_no_minibatch_is_larger_than_the_training_set(text):
+    lines = said(text.replace("train: 1000", "train: 50"))
+    rest = "batch size = 64 is not allowed; allowed: at most 50, which datasets.digits has for training, or full"
+    assert lines == [f"config: runs of digits/conv: {rest}", f"config: runs of digits/small: {rest}"]
 
 
 def test_several_wrong_values_are_a_line_each(text):
