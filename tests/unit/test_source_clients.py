@@ -118,7 +118,12 @@ def test_an_altered_download_is_refused(mirrored: tuple[Arrays, Path], alone: Pa
 
 def test_silent_hosts_are_given_up_in_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "CONNECT_S", 0.2)
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: threading.Event().wait(30))
+
+    def silent(*_: object, **__: object) -> None:
+        threading.Event().wait(30)
+        raise OSError("no answer")
+
+    monkeypatch.setattr("urllib.request.urlopen", silent)
     start = time.monotonic()
     assert sources._reachable(["http://one.invalid/", "http://two.invalid/"]) == []
     assert time.monotonic() - start < 3
