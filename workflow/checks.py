@@ -226,9 +226,8 @@ def _further(config: Mapping[str, Any]) -> Iterator[str]:
     asked = {value for _, value in _values("studies", config.get("studies")) if isinstance(value, str)}
     for task in _section(config, "tasks"):
         for section, name in zip(("datasets", "models"), task.split("/"), strict=False):
-            if name not in asked and (
-                said := _no_such(config, section, name)
-            ):  # paper C leaves out data of a user's own
+            said = "" if name in asked else _no_such(config, section, name)  # paper C leaves out data that is not there
+            if said:
                 yield f"tasks.{task}: {said}"
     for key, value in _values("", config):
         top, _, rest = key.partition(".")

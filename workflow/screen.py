@@ -49,19 +49,17 @@ class TimeLeft(logging.Handler):
             return
         self.said = now
         jobs = [job for job in self.dag.needrun_jobs(exclude_finished=False) if job.benchmark]
-        said = time_left(jobs, [job for job in jobs if self.dag.finished(job)], now - self.start, self.results)
-        print(said, file=sys.stderr, flush=True)
+        done, waiting = ([job for job in jobs if self.dag.finished(job) == ended] for ended in (True, False))
+        print(time_left(waiting, done, now - self.start, self.results), file=sys.stderr, flush=True)
 
 
-def time_left(jobs: Iterable[Any], done: list[Any], elapsed: float, results: str) -> str:
-    """How long the open ones of these jobs take if they go on as those that are done did."""
-    open = [job for job in jobs if job not in done]
-    if not done or not open:
-        return f"curvspace: {len(open)} jobs left"
-    times = [expected_seconds([(job.rule.name, _file(job)) for job in part], results) for part in (open, done)]
-    ratio = times[0] / times[1] if times[0] is not None and times[1] else len(open) / len(done)
-    left = max(1, round(elapsed * ratio / 60))
-    return f"curvspace: {len(open)} jobs left, about {left} min"
+def time_left(waiting: list[Any], done: list[Any], elapsed: float, results: str) -> str:
+    """How long the waiting jobs take if they go on as those that are done did."""
+    if not done or not waiting:
+        return f"curvspace: {len(waiting)} jobs left"
+    times = [expected_seconds([(job.rule.name, _file(job)) for job in part], results) for part in (waiting, done)]
+    ratio = times[0] / times[1] if times[0] is not None and times[1] else len(waiting) / len(done)
+    return f"curvspace: {len(waiting)} jobs left, about {max(1, round(elapsed * ratio / 60))} min"
 
 
 def expected_seconds(jobs: Iterable[tuple[str, str]], results: str) -> float | None:

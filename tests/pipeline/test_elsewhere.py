@@ -91,14 +91,16 @@ def job(rule: str, benchmark: Path | None) -> SimpleNamespace:
     return SimpleNamespace(rule=SimpleNamespace(name=rule), benchmark=benchmark)
 
 
-def test_the_start_says_how_much_there_is_and_how_long_it_took_before(tmp_path):
-    def took(file: str, seconds: float) -> Path:
-        path = tmp_path / "benchmarks" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"s\tmax_rss\n{seconds}\t-\n")
-        return path
+def took(folder: Path, run: str, seconds: float) -> Path:
+    """The benchmark file of a training run."""
+    path = folder / "benchmarks" / "train" / f"{run}.tsv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"s\tmax_rss\n{seconds}\t-\n")
+    return path
 
-    first, second = took("train/a/b/one.tsv", 100), took("train/a/c/two.tsv", 200)
+
+def test_the_start_says_how_much_there_is_and_how_long_it_took_before(tmp_path):
+    first, second = took(tmp_path, "a/b/one", 100), took(tmp_path, "a/c/two", 200)
     new = tmp_path / "benchmarks/train/new.tsv"
     said = screen.at_start([job("train", first), job("train", new), job("all", None)], str(tmp_path))
     assert "2 train; about 4 minutes" in said  # its own 100 s, and 150 s as the mean of the rule
@@ -109,20 +111,14 @@ def test_the_start_says_how_much_there_is_and_how_long_it_took_before(tmp_path):
 
 
 def test_the_time_left_goes_by_what_the_jobs_took(tmp_path):
-    def took(file: str, seconds: float) -> Path:
-        path = tmp_path / "benchmarks/train" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"s\n{seconds}\n")
-        return path
-
-    done = [job("train", took("one.tsv", 100)), job("train", took("two.tsv", 200))]
-    slow, new = job("train", took("three.tsv", 1200)), job("train", tmp_path / "benchmarks/train/four.tsv")
-    said = screen.time_left([*done, slow], done, elapsed=150, results=str(tmp_path))  # two at a time
+    done = [job("train", took(tmp_path, "one", 100)), job("train", took(tmp_path, "two", 200))]
+    slow, new = job("train", took(tmp_path, "three", 1200)), job("train", tmp_path / "benchmarks/train/four.tsv")
+    said = screen.time_left([slow], done, elapsed=150, results=str(tmp_path))  # two at a time
     assert said == "curvspace: 1 jobs left, about 10 min"
-    said = screen.time_left([*done, new], done, elapsed=150, results=str(tmp_path))  # the mean, 500 s
+    said = screen.time_left([new], done, elapsed=150, results=str(tmp_path))  # the mean, 500 s
     assert said == "curvspace: 1 jobs left, about 4 min"
     unknown = job("measure", tmp_path / "benchmarks/measures/x.tsv")
-    said = screen.time_left([*done, unknown], done, elapsed=600, results=str(tmp_path))  # by their number
+    said = screen.time_left([unknown], done, elapsed=600, results=str(tmp_path))  # by their number
     assert said == "curvspace: 1 jobs left, about 5 min"
 
 

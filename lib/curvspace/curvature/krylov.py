@@ -192,6 +192,8 @@ class KrylovBasis:
 
     def gram(self) -> Tensor:
         """CᵀC, (c, c)."""
+        if len(self.C) == 1:
+            return torch.tensor([[self._length(self.C[0]) ** 2]], dtype=torch.float64)
         return self._numbers(inner(self.C.T, self.C.T, torch.float64))
 
     def ritz(self) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from curvspace.functional import (
     select,
     trainable_parameters,
 )
+from curvspace.inner import inner
 from curvspace.losses import Loss
 from curvspace.objective import Objective
 from curvspace.optim.base import Costs
@@ -153,7 +154,7 @@ class Minibatch:
             return self.mean(reduced)[0]
         products = self.operator("hessian") @ directions
         self.count_products(m)
-        reduced = (directions.T @ products).double()
+        reduced = inner(directions, products).double()
         return (reduced + reduced.T) / 2
 
     @torch.no_grad()

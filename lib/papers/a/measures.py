@@ -20,6 +20,7 @@ from curvspace.curvature.class_gradients import class_curvatures
 from curvspace.curvature.frozen import BatchNorm
 from curvspace.datasets import DataSet
 from curvspace.functional import call
+from curvspace.inner import inner, norm
 from curvspace.subspace import cosine_assignment, gradient_fraction, orthonormal_basis, principal_angles, union_rank
 from papers.common.runs import tidy
 
@@ -36,7 +37,7 @@ def training_batch(data: DataSet, examples: int) -> tuple[Tensor, Tensor]:
 
 def unit_rows(vectors: Tensor) -> Tensor:
     """v_k = c_k/|c_k| as columns (P, C'), classes without examples left out (paper A, eq. 10-11)."""
-    norms = vectors.norm(dim=1)
+    norms = norm(vectors.T)
     return (vectors[norms > 0] / norms[norms > 0, None]).T
 
 
@@ -194,10 +195,10 @@ def _diagnose(
         rows.append({"quantity": "lambda", "index": k, "value": value})
         rows.append({"quantity": "curvature", "index": k, "value": along})
         rows.append({"quantity": "ratio", "index": k, "value": value / along if along else np.nan})
-    scaled = (v.T @ gv) / (lambdas[:, None] * lambdas).sqrt()
+    scaled = inner(v, gv) / (lambdas[:, None] * lambdas).sqrt()
     if bool((lambdas > 0).all()):
         rows.append({"quantity": "newton step", "value": float(torch.linalg.eigvalsh((scaled + scaled.T) / 2)[-1])})
-    gram = v.T @ v
+    gram = inner(v, v)
     pairs = torch.triu_indices(len(gram), len(gram), offset=1)
     rows += [
         {"quantity": "cosine", "index": n, "value": value} for n, value in enumerate(gram[pairs[0], pairs[1]].tolist())

@@ -18,6 +18,7 @@ from curvspace import Objective, class_gradients
 from curvspace.curvature import EigenPairs, SubspaceTracker
 from curvspace.datasets import DataSet, Split
 from curvspace.functional import trainable_parameters
+from curvspace.inner import inner, norm
 from curvspace.subspace import gradient_fraction, hessian_gradient_overlap, subspace_overlap
 from papers.common.runs import tidy
 
@@ -104,7 +105,7 @@ def _progress(objective: Objective, model: nn.Module, batches: Batches, pairs: E
 
 
 def _eigenpairs(pairs: EigenPairs, g: Tensor) -> Iterator[Row]:
-    shares = (pairs.vectors.T @ g).square() / g.square().sum()
+    shares = (inner(pairs.vectors, g) / norm(g)).square()
     for i, (value, residual, share) in enumerate(zip(pairs.values, pairs.residuals, shares, strict=True), start=1):
         yield {"quantity": "eigenvalue", "index": i, "value": float(value)}
         yield {"quantity": "residual", "index": i, "value": float(residual)}
@@ -164,7 +165,7 @@ def _overlaps(kept: dict[int, Tensor], step: int, vectors: Tensor, k: int, dimen
     for start, earlier in kept.items():
         if start == step:
             continue
-        squares = (earlier.T @ vectors).double().square()
+        squares = inner(earlier, vectors).double().square()
         for d in sorted({*dimensions, k} & set(range(1, count + 1))):
             value = float(squares[:d, :d].sum()) / d
             yield {"quantity": "top_overlap", "index": d, "start_step": start, "value": value, "null": d / size}
