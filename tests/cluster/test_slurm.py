@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -123,23 +124,32 @@ def test_a_study_through_a_cluster_equals_a_local_one(slurm, short, tmp_path, pr
     assert tables(project) == short
 
 
+ALLOCATION = ["sbatch", "--wait", "--cpus-per-task", "2", "--mem", "8G", "--time", "60", "--output", "allocation.log"]
+"""One job of Slurm for a whole study, in which Snakemake runs as on any machine."""
+
+
 @pytest.mark.slurm
 def test_figures_of_papers_a_and_b_through_slurm_equal_a_local_run(slurm, tmp_path):
-    """The smoke preset's A-F1 and B-F1, from the repository as it is."""
+    """The smoke preset's A-F1 and B-F1, from the repository as it is: each job to Slurm, and all in one allocation."""
     figures = [f"results/figures/{name}.csv" for name in ("A-F1", "B-F1")]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for place, how in (
-        ("local", ["--cores", "1"]),
-        ("slurm", ["--profile", str(ROOT / "workflow/profiles/slurm"), *PROFILES["slurm"]]),
+    for place, how, within in (
+        ("local", ["--cores", "1"], []),
+        ("slurm", ["--profile", str(ROOT / "workflow/profiles/slurm"), *PROFILES["slurm"]], []),
+        ("allocation", ["--cores", "2"], ALLOCATION),
     ):
         command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), *how]
         command += ["--configfile", str(ROOT / "workflow/presets/smoke.yaml")]
         command += ["--config", "results=results", "device=cpu", "threads=1", "--", *figures]
         (tmp_path / place).mkdir()
+        if within:
+            command = [*within, "--wrap", shlex.join(command)]
         done = subprocess.run(command, cwd=tmp_path / place, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-5000:]
     for name in figures:
-        assert (tmp_path / "slurm" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+        alone = (tmp_path / "local" / name).read_bytes()
+        assert (tmp_path / "slurm" / name).read_bytes() == alone
+        assert (tmp_path / "allocation" / name).read_bytes() == alone
 
 
 # What may befall a run. Each takes minutes.

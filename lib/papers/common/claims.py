@@ -46,7 +46,9 @@ def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str
         parts = [*_scale(runs, config), *_own_training(behind, config), *_examples(behind)]
         spec["scale"][entry["id"]] = f"{config['scale']}: {'; '.join(parts) or 'generated data'}"
         spec["size"][entry["id"]] = max((_size(run, config) for run in runs), default=_repeats(behind))
-        models = {run.model: [r for r in runs if r.model == run.model] for run in runs}
+        models: dict[str, list[Run]] = {}
+        for run in runs:
+            models.setdefault(run.model, []).append(run)
         spec["models"][entry["id"]] = {model: _scale(part, config) for model, part in models.items()}
         own = [s.spec["model"]["name"] for s in behind if isinstance(s, Measure) and "task" in s.spec]
         spec["words"][entry["id"]] = _words([*(run.dataset for run in runs), *datasets], [*models, *own], config)
