@@ -39,7 +39,7 @@ COLUMNS = (
     "needs",
 )
 
-NONE = (False, 0.0)
+NONE = (False, 0.0, 0)
 DEFAULT = "default"
 """The piece that is a run of the default study."""
 HEAD = """Each verdict is that of the largest scale that was run; the last column has the default run's.
@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def judged(folder: Path) -> pd.DataFrame:
-    """The ledger: one row a claim, from the piece of the largest scale among those that give it a verdict."""
-    found: dict[str, list[tuple[tuple[bool, float], dict[str, Any]]]] = {}
+    """The ledger: one row a claim, from the largest scale that gives it a verdict; of equal ones, the most seeds."""
+    found: dict[str, list[tuple[tuple[bool, float, int], dict[str, Any]]]] = {}
     for piece in sorted(file.parent for file in folder.glob("*/config.yaml")):
         for size, row in rows(piece):
             found.setdefault(row["id"], []).append((size, row))
@@ -79,8 +79,8 @@ def judged(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(chosen, columns=list(COLUMNS))
 
 
-def rows(piece: Path) -> Iterator[tuple[tuple[bool, float], dict[str, Any]]]:
-    """((has a verdict, size of the run), ledger row) of each claim whose tables a piece has."""
+def rows(piece: Path) -> Iterator[tuple[tuple[bool, float, int], dict[str, Any]]]:
+    """((has a verdict, size of the run, seeds), ledger row) of each claim whose tables a piece has."""
     config = whole(piece)
     study = registry.declare(config)
     entries = {file: ledger.entries(file) for file in registry.claim_files().values()}
@@ -101,7 +101,8 @@ def rows(piece: Path) -> Iterator[tuple[tuple[bool, float], dict[str, Any]]]:
         words = spec["words"].get(claim.id, {})
         short = f"no {' or '.join(words.get(name, name) for name in missing)}" if missing else ""
         row = ledger.row(claim, read, scale, spec["short"].get(claim.id, "") or short, words=words)
-        yield (row["verdict"] != UNTESTED, spec["size"].get(claim.id, 0.0)), row | {"piece": piece.name}
+        size = spec["size"].get(claim.id, 0.0)
+        yield (row["verdict"] != UNTESTED, size, row["seeds"]), row | {"piece": piece.name}
 
 
 def absent(models: Iterable[str], read: Mapping[str, pd.DataFrame]) -> list[str]:
