@@ -22,6 +22,8 @@ Families = Sequence[tuple[str, str]]
 RIVAL = "rival"
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+ABREAST = 6
+"""Panels of X-R3 in a row; a workload with more optimisers takes several."""
 
 
 def looks(style: Style, families: Families) -> dict[str, dict[str, object]]:
@@ -129,30 +131,38 @@ def tuning(tables: Tables, style: Style, families: Families) -> tuple[Figure, pd
     table = tried.assign(val_loss=ended).groupby(by, sort=False)["val_loss"].mean().reset_index()
     best = races[races["phase"] == "final"].groupby([*NETWORK, "optimizer"])["trial"].first()
     table["chosen"] = [best.get(tuple(row[:4]), -1) == row[4] for row in table[by].itertuples(index=False)]
-    workloads = list(table.groupby(NETWORK, sort=False).groups)
-    names = [name for name, _ in families if name in set(table["optimizer"])]
     look = looks(style, families)
-    figure, axes = style.panels(max(1, len(workloads)), max(1, len(names)), height=1.9, sharey="row", sharex="col")
-    figure.set_figwidth(1.5 * max(3, len(names)))
-    for (row, workload), (column, name) in itertools.product(enumerate(workloads), enumerate(names)):
-        axis = axes[row, column]
-        own = table[(table[NETWORK] == list(workload)).all(axis=1) & (table["optimizer"] == name)]
-        worst = table.loc[(table[NETWORK] == list(workload)).all(axis=1), "val_loss"].max()
-        fine, lost = own.dropna(subset=["val_loss"]), own[own["val_loss"].isna()]
-        axis.plot(fine["lr"], fine["val_loss"], linestyle="none", marker="o", color=look[name]["color"])
-        axis.plot(lost["lr"], np.full(len(lost), worst), linestyle="none", marker="x", color="0.3")
-        ring = fine[fine["chosen"]]
-        axis.plot(ring["lr"], ring["val_loss"], linestyle="none", marker="o", mfc="none", mec="0.1", markersize=10)
-        axis.set_xscale("log")
-        ends = [float(f"{own['lr'].min():.1g}"), float(f"{own['lr'].max():.1g}")] if len(own) else []
-        axis.set_xticks(ends, [f"{end:g}" for end in ends])
-        axis.minorticks_off()
-        axis.set_title(name.replace("-", "-\n", 1) if row == 0 else "", fontsize="small")
-        if row == len(workloads) - 1:
+    rows = []
+    for workload in table.groupby(NETWORK, sort=False).groups:
+        part = table[(table[NETWORK] == list(workload)).all(axis=1)]
+        names = [name for name, _ in families if name in set(part["optimizer"])]
+        rows += [(workload, part, names[i : i + ABREAST]) for i in range(0, len(names), ABREAST)]
+    columns = max((len(names) for _, _, names in rows), default=1)
+    figure, axes = style.panels(max(1, len(rows)), columns, height=1.9, sharey="row")
+    figure.set_figwidth(1.5 * max(3, columns))
+    for line, (workload, part, names) in zip(axes, rows, strict=False):
+        for axis in line[len(names) :]:
+            axis.set_axis_off()
+        for axis, name in zip(line, names, strict=False):
+            _trials(axis, part[part["optimizer"] == name], part["val_loss"].max(), look[name]["color"])
+            axis.set_title(name.replace("-", "-\n", 1), fontsize="small")
+        line[0].set_ylabel(f"{_title(workload)}\nfinal loss", fontsize="small")
+    for line in axes[-1:]:
+        for axis in line:
             axis.set_xlabel("learning rate")
-        if column == 0:
-            axis.set_ylabel(f"{_title(workload)}\nfinal loss", fontsize="small")
     return figure, table
+
+
+def _trials(axis: Axes, own: pd.DataFrame, worst: float, colour: object) -> None:
+    fine, lost = own.dropna(subset=["val_loss"]), own[own["val_loss"].isna()]
+    axis.plot(fine["lr"], fine["val_loss"], linestyle="none", marker="o", color=colour)
+    axis.plot(lost["lr"], np.full(len(lost), worst), linestyle="none", marker="x", color="0.3")
+    ring = fine[fine["chosen"]]
+    axis.plot(ring["lr"], ring["val_loss"], linestyle="none", marker="o", mfc="none", mec="0.1", markersize=10)
+    axis.set_xscale("log")
+    ends = [float(f"{own['lr'].min():.1g}"), float(f"{own['lr'].max():.1g}")]
+    axis.set_xticks(ends, [f"{end:g}" for end in ends])
+    axis.minorticks_off()
 
 
 def _legend(axes: Sequence[Axes]) -> tuple[list[Artist], list[str]]:
