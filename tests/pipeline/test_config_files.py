@@ -113,6 +113,11 @@ CROSS = {
     "horizons": ("studies.race.horizons", [1, 0.5], ["horizons = [1, 0.5]", "ascending"]),
     "an estimate": ("studies.d.optimizer.estimate", "adam", ["studies.d.optimizer.estimate"]),
     "a timed network": ("studies.c.timed", "vgg", ["studies.c.timed", "studies.c.networks has no 'vgg'"]),
+    "rate of nobody": (
+        "studies.c.costs.lr",
+        {"default": 0.01, "curvball": 1.0},
+        ["curvball", "studies.c.costs.optimizers"],
+    ),
     "paths recorded": ("studies.c.small.traced", 10**6, ["studies.c.small.traced", "at most runs"]),
     "a seed twice": ("studies.b.edge.seeds", [0, 0], ["studies.b.edge.seeds", "0"]),
     "a run without end": ("tasks.digits/fc-small.epochs", 1e30, ["tasks.digits/fc-small", "steps", "at most"]),

@@ -112,7 +112,7 @@ def _race(config: Mapping[str, Any], r: Mapping[str, Any], workload: Mapping[str
             "dataset": dataset,
             "model": {"name": model, **config["models"][model]},
             "optimizer": {"name": name, **config["optimizers"][name]},
-            "task": {**workload["task"], **r["optimizers"][name].get("task", {})},
+            "task": workload["task"] | {key: v for key, v in r["optimizers"][name].items() if key == "schedule"},
             "batch_size": workload["batch_size"],
             "search": r["optimizers"][name]["search"],
             **grid,
