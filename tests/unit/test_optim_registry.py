@@ -117,3 +117,19 @@ def test_wrapped_optimisers_do_what_torchs_do_with_their_hooks(kind: type[torch.
     assert torch.equal(ours.weight, plain.weight)
     assert torch.equal(ours.bias, plain.bias)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("value", [0.3, 2, "adam", None])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("class-gradient-newton", "sequential"),
+        ("low-rank-newton", "cospace"),
+        ("bsfa", "centred"),
+        ("curveball", "adapt_damping"),
+        ("curveball", "damping_in_model"),
+    ],
+)
+def test_what_is_neither_true_nor_false_is_no_flag(kind: str, name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got {value!r}"):
+        build(kind, {"k": 2, name: value} if kind in ("low-rank-newton", "bsfa") else {name: value}, _fresh(), 3, 0.1)

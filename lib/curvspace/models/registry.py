@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def build(kind: str, options: Mapping[str, Any] | None, input_shape: Sequence[in
     Raises
     ------
     ValueError
-        If the kind or one of the options is unknown, or the input is too small for the network.
+        If the kind or one of the options is unknown or makes no network, or the input is too small for it.
     """
     module_name, function_name = _target(kind)
     try:
@@ -70,11 +71,26 @@ def build(kind: str, options: Mapping[str, Any] | None, input_shape: Sequence[in
     except AttributeError as error:
         raise ValueError(f"model kind {kind!r}: module {module_name!r} has no function {function_name!r}") from error
     options = dict(options or {})
+    signature = inspect.signature(function)
     try:
-        inspect.signature(function).bind(tuple(input_shape), num_classes, **options)
+        signature.bind(tuple(input_shape), num_classes, **options)
     except TypeError as error:
         raise ValueError(f"model kind {kind!r} does not take the options {options}: {error}") from None
-    return function(tuple(input_shape), num_classes, **options)
+    if kind not in KINDS:
+        return function(tuple(input_shape), num_classes, **options)
+    given = f"model kind {kind!r} with {', '.join(f'{name} = {value!r}' for name, value in options.items())}"
+    for name, value in options.items():
+        if signature.parameters[name].annotation in ("bool", bool) and not isinstance(value, bool):
+            raise ValueError(f"{given}: {name} is True or False")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{given}: {name} is not finite")
+    try:
+        model: nn.Module = function(tuple(input_shape), num_classes, **options)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{given}: {error}" if options else str(error)) from error
+    if empty := [name for name, parameter in model.named_parameters() if not parameter.numel()]:
+        raise ValueError(f"{given}: parameter {empty[0]} has no entries")
+    return model
 
 
 def _target(kind: str) -> tuple[str, str]:

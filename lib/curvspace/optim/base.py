@@ -178,6 +178,11 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
+def require_flag(name: str, value: object) -> None:
+    """Raise ``ValueError`` for what is neither True nor False: any other value would count as True without a word."""
+    require(isinstance(value, bool), name, value, "True or False")
+
+
 def _require_alike(name: str, parameters: Mapping[str, Tensor]) -> None:
     """One real floating type of at least 32 bits, one device."""
     first_name, first = next(iter(parameters.items()))

@@ -17,7 +17,7 @@ from curvspace.curvature.class_gradients import class_curvatures
 from curvspace.curvature.frozen import BatchNorm
 from curvspace.errors import refuse_old
 from curvspace.functional import call, preserved_buffers, trainable_parameters
-from curvspace.optim.base import require
+from curvspace.optim.base import require, require_flag
 from curvspace.optim.mean_directions import joint_span, mean_span
 from curvspace.optim.minibatch import Algorithm, Minibatch
 from curvspace.optim.span import (
@@ -144,6 +144,7 @@ class ClassGradients(Basis):
         require(
             orthonormal in (False, True, "qr", "symmetric"), "orthonormal", orthonormal, '"qr", "symmetric" or bool'
         )
+        require_flag("sequential", sequential)
         require(reduction in get_args(Reduction), "reduction", reduction, f"one of {', '.join(get_args(Reduction))}")
         require(batch_norm in ("batch", "running", None), "batch_norm", batch_norm, '"batch", "running" or None')
         require(algorithm in ("auto", "split", "vjp"), "algorithm", algorithm, '"auto", "split" or "vjp"')
@@ -236,6 +237,7 @@ class PrincipalUpdates(Basis):
         super().__init__()
         require(k >= 1, "k", k, "at least 1")
         require(window > k, "window", window, f"more than k = {k} steps")
+        require_flag("centred", centred)
         self.k, self.window, self.centred = k, window, centred
         self._past = PastUpdates(window)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from curvspace.losses import Loss
-from curvspace.optim.base import require
+from curvspace.optim.base import require, require_flag
 from curvspace.optim.bases import Basis, ClassGradients, Joint, PastUpdates
 from curvspace.optim.damping import AdaptiveDamping
 from curvspace.optim.drop import Drop
@@ -148,6 +148,7 @@ def low_rank_newton(
     With ``cospace`` the rest of the gradient goes to gradient descent with momentum, else nowhere (eq. 11 alone).
     Each eigenvalue enters by its magnitude. ``damping=0`` and ``scale=1`` are eq. 11.
     """
+    require_flag("cospace", cospace)
     return SubspaceNewton(
         model,
         basis=TopEigenvectors(k, curvature, refresh_every, tol, max_products, fraction),

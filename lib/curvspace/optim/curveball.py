@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from curvspace.functional import Inputs
 from curvspace.inner import inner
 from curvspace.losses import Loss
-from curvspace.optim.base import ModelOptimizer, require
+from curvspace.optim.base import ModelOptimizer, require, require_flag
 from curvspace.optim.forward_mode import ForwardMode, Linearised, linearise
 
 Rate = float | Literal["auto"]
@@ -86,6 +86,8 @@ class CurveBall(ModelOptimizer):
         require(damping_interval >= 1, "damping_interval", damping_interval, "at least 1")
         require(ratio_low <= ratio_high, "ratio_low", ratio_low, f"at most ratio_high = {ratio_high}")
         require(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
+        require_flag("adapt_damping", adapt_damping)
+        require_flag("damping_in_model", damping_in_model)
         defaults = {
             "lr": lr,
             "rho": rho,
