@@ -17,11 +17,14 @@ class KeptBytes:
         self._sizes: dict[int, int] = {}
 
     def add(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """The tensor and how often it has been changed in place: the hooks switch autograd's own check off."""
+        """The tensor without its graph, and how often it has been changed in place (the hooks switch autograd's own
+        check off). autograd gives it its graph back; with it, what an operation keeps of its own result would hold that
+        operation, and neither would ever be freed.
+        """
         storage = tensor.untyped_storage()
         size = min(storage.nbytes(), tensor.nbytes)  # a batch is often a view of the whole data set
         self._sizes[storage.data_ptr()] = max(size, self._sizes.get(storage.data_ptr(), 0))
-        return tensor, 0 if tensor.is_inference() else tensor._version
+        return tensor.detach(), 0 if tensor.is_inference() else tensor._version
 
     def total(self, excluding: Iterable[Tensor] = ()) -> int:
         known = {t.untyped_storage().data_ptr() for t in excluding}
