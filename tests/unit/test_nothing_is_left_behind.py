@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvspace.curvature import eigsh
+from curvspace.curvature import eigsh, gram_eigh, hutchpp, projected_gauss_newton, spectral_density
 from curvspace.curvature.class_gradients import class_gradients
 from curvspace.curvature.tracker import SubspaceTracker
+from curvspace.landscape import LossScanner
+from curvspace.monitor import CurvatureMonitor
 from curvspace.objective import Objective
 from curvspace.optim import build
 from curvspace.optim.registry import KINDS
@@ -52,6 +54,27 @@ def tracked() -> object:
     return [tracker.update(Objective(network(), [(X, Y)]).hessian()) for _ in range(2)]
 
 
+def others() -> object:
+    objective = Objective(network().eval(), [(X, Y)])
+    H, G = objective.hessian(), objective.gauss_newton()
+    v = torch.ones(H.shape[0])
+    return [
+        spectral_density(H, probes=1, steps=5),
+        hutchpp(H, products=6),
+        gram_eigh(G),
+        objective.empirical_fisher() @ v,
+        objective.hessian_by_differences() @ v,
+        [layer.hessian() @ torch.ones(layer.num_parameters) for layer in objective.layers().values()],
+        projected_gauss_newton(network().eval(), X, Y, "cross_entropy", v[:, None] / v.norm()),
+        LossScanner(objective).along(v, [0.0, 0.1]),
+    ]
+
+
+def monitored() -> object:
+    with CurvatureMonitor(network().eval(), [(X, Y)], k=2, num_classes=3, to=[]) as monitor:
+        return [monitor.measure(step) for step in range(3)]
+
+
 def step_of(kind: str) -> Callable[[], object]:
     given: dict[str, dict[str, Any]] = {
         "span-filter": {"base": {"kind": "sgd"}, "spans": ["mean-directions", "class-gradients"]},
@@ -76,6 +99,8 @@ WORK: dict[str, Callable[[], object]] = {
     "class gradients, one pass each": lambda: class_gradients(network(), X, Y, 3, "vjp"),
     "eigenpairs": pairs,
     "tracked eigenpairs": tracked,
+    "all the rest": others,
+    "monitor": monitored,
     **{f"step of {kind}": step_of(kind) for kind in KINDS if kind != "muon"},
 }
 
