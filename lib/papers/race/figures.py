@@ -22,6 +22,8 @@ Families = Sequence[tuple[str, str]]
 RIVAL = "rival"
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+BELOW = 8
+"""So many optimisers have their legend below the panels of X-R1, more have it beside them."""
 ABREAST = 6
 """Panels of X-R3 in a row; a workload with more optimisers takes several."""
 
@@ -75,7 +77,11 @@ def horizons(tables: Tables, style: Style, families: Families) -> tuple[Figure, 
         axis.minorticks_off()
         axis.set(title=_title(workload), xlabel="length of training (1: whole budget)", ylabel="final validation loss")
     handles, labels = _legend(axes[0])
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(workloads) == 1 else 4)
+    if len(labels) > BELOW:
+        figure.set_size_inches(figure.get_figwidth() + 2, 4.4)
+        figure.legend(handles, labels, loc="outside right upper")
+    else:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(workloads) == 1 else 4)
     return figure, pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame(columns=[*NETWORK, "horizon"])
 
 
