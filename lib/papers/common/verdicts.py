@@ -347,17 +347,21 @@ def given_interval(
     where: Where | None = None,
     bound: str | None = None,
     best_of: str | None = None,
+    every: str | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
     table: str | None = None,
 ) -> Outcome:
-    """X1 to X3: each row's ratio with its interval, as its table gives them, against the allowed range.
+    """X1 to X3, X5 to X12: each row's ratio with its interval, as its table gives them, against the allowed range.
 
     A row without an interval (one seed) has no verdict. ``bound`` names a column that marks values which are upper
     bounds only: they can fail, not hold. With ``best_of`` the rows that differ in that column alone are variants of
-    one method, and the one with the best verdict speaks for all.
+    one method, and the one with the best verdict speaks for all. ``every`` names a column of ``where``: each value
+    listed there must have a row.
     """
     rows = pick(tables, table, where)
+    if every and (absent := [one for one in (where or {})[every] if one not in set(rows[every])]):
+        raise Untested(f"no row with {every} {absent[0]}")
     found: dict[str, list[Case]] = {}
     for name, part in cases_of(rows, [*by, *([best_of] if best_of else [])]):
         row = part.iloc[0]

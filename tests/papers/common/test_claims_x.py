@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE
+from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Untested
 from papers.common.verdicts import given_interval
 
 COLUMNS = {"value": "ratio", "low": "low", "high": "high", "seeds": "n"}
@@ -53,3 +53,11 @@ def test_the_best_variant_speaks_for_a_method() -> None:
     best = given_interval(table, **options, best_of="optimizer")
     assert best.verdict == HOLDS
     assert [case.name for case in best.cases] == ["cnn, every fifth step"]
+
+
+def test_a_claim_about_each_of_several_waits_for_all_of_them() -> None:
+    table = pd.DataFrame([row(1.1, 1.9) | {"model": "first"}, row(1.2, 1.8) | {"model": "second"}])
+    asked = {**COLUMNS, "by": ["model"], "at_least": 1.0, "every": "model"}
+    assert given_interval({"t": table}, **asked, where={"model": ["first", "second"]}).verdict == "holds"
+    with pytest.raises(Untested, match="no row with model third"):
+        given_interval({"t": table}, **asked, where={"model": ["first", "second", "third"]})
