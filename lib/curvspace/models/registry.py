@@ -78,7 +78,7 @@ def build(kind: str, options: Mapping[str, Any] | None, input_shape: Sequence[in
         raise ValueError(f"model kind {kind!r} does not take the options {options}: {error}") from None
     if kind not in KINDS:
         return function(tuple(input_shape), num_classes, **options)
-    given = f"model kind {kind!r} with {', '.join(f'{name} = {value!r}' for name, value in options.items())}"
+    given = f"model kind {kind!r}" + "".join(f", {name} = {value!r}" for name, value in options.items())
     for name, value in options.items():
         if signature.parameters[name].annotation in ("bool", bool) and not isinstance(value, bool):
             raise ValueError(f"{given}: {name} is True or False")
