@@ -107,7 +107,7 @@ def test_bad_targets(y, message):
 
 def test_bad_outputs_and_method():
     x, y = _batch()
-    with pytest.raises(ValueError, match=r"outputs have shape \(3, 4\); class gradients need \(N, 7\)"):
+    with pytest.raises(ValueError, match=r"outputs have shape \(9, 4\); class gradients need \(N, 7\)"):
         class_gradients(_network(False), x, y, 7)
     with pytest.raises(ValueError, match="algorithm must be"):
         class_gradients(_network(False), x, y, C, algorithm="fast")

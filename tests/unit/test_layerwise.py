@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvspace.curvature.class_gradients import split_pass, vjp_pass
+from curvspace.curvature.class_gradients import class_gradients, split_pass, vjp_pass
 from curvspace.curvature.layerwise import LayerRecorder
 
 C, N = 4, 12
@@ -106,6 +107,44 @@ def test_class_gradients_equal_those_of_one_backward_pass_a_class(name: str) -> 
         torch.testing.assert_close(found.gradient, expected.gradient, rtol=0, atol=1e-12)
         torch.testing.assert_close(found.probabilities, expected.probabilities)
         assert found.class_gradients[2].norm() == 0
+
+
+@pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
+def test_so_do_those_without_a_loss(name: str) -> None:
+    model, (x, y) = network({**KNOWN, **UNKNOWN}[name]), batch()
+    expected = vjp_pass(model, x, y, C)
+    for _ in range(2):
+        found, counts = class_gradients(model, x, y, C)
+        torch.testing.assert_close(found, expected.class_gradients, rtol=0, atol=1e-12)
+        assert counts.tolist() == [5, 3, 0, 4]
+
+
+def test_many_examples_of_a_class_are_passed_class_by_class_with_the_same_result(monkeypatch) -> None:
+    model, (x, y) = network(KNOWN["convolution"]), batch()
+    together, _ = class_gradients(model, x, y, C)
+    monkeypatch.setattr(sys.modules[class_gradients.__module__], "SMALL", 0)
+    torch.testing.assert_close(class_gradients(model, x, y, C)[0], together, rtol=0, atol=1e-12)
+
+
+class ByReference(nn.Module):
+    """A layer's weight that is used a second time from a list, where it cannot be replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(108, 5), nn.Linear(5, C)
+        self.held = [self.b.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.a(x.flatten(1)))
+        return self.b(hidden) + F.linear(hidden, self.held[0])
+
+
+def test_a_weight_used_by_reference_is_told() -> None:
+    model, (x, y) = network(ByReference), batch()
+    split_pass(model, x, y, C)  # by the model's own parameters, where it is right
+    for _ in range(2):
+        with pytest.raises(ValueError, match="by references kept outside"):
+            class_gradients(model, x, y, C)
 
 
 @pytest.mark.parametrize(("name", "complete"), [*((n, True) for n in KNOWN), *((n, False) for n in UNKNOWN)])

@@ -27,6 +27,9 @@ from curvspace.outputs import joined, logits
 
 Algorithm = Literal["auto", "split", "vjp"]
 
+SMALL = 64
+"""Examples of a class, on average, up to which one pass over the batch beats a pass for each class."""
+
 
 @dataclass(frozen=True)
 class ClassPass:
@@ -77,7 +80,7 @@ def split_pass(
     loss = get_loss(loss)
     parameters = list(trainable_parameters(model).values())
     flags, counts = _layout(x, y, num_classes, batched)
-    known, key = _known_layers.setdefault(model, {}), (FrozenModel(model).modes, tuple(map(id, parameters)))
+    known, key = _known_layers.setdefault(model, {}), (FrozenModel(model).modes, _ids(parameters))
     if known.get(key, True) and not torch.is_autocast_enabled(parameters[0].device.type):
         found, known[key] = _layerwise_pass(model, x, y, counts, loss, checked=key in known)
         return found
@@ -124,17 +127,41 @@ def _layerwise_pass(
     def of_class(part: Tensor) -> Tensor:
         return _gradient(own[part].mean(), parameters, retain_graph=True)
 
-    complete = recorder.complete
-    if complete:
-        add_class_gradients(recorder.layers, own.sum(), [m for _, m in members], parameters, [c[k] for k, _ in members])
-        if not checked:
-            k, largest = max(members, key=lambda pair: len(pair[1]))
-            expected = of_class(largest)
-            complete = bool((c[k] - expected).norm() <= 1e-3 * expected.norm()) or not bool(expected.isfinite().all())
+    order = torch.cat([part for _, part in members])
+    complete = _by_layer(recorder, own, counts, order, parameters, c, None if checked else of_class)
     if not complete:
         for k, part in members:
             c[k] = of_class(part)
     return ClassPass(value.detach(), gradient, c, counts, _own_probabilities(z, y)), complete
+
+
+def _by_layer(
+    recorder: LayerRecorder,
+    own: Tensor,
+    counts: Tensor,
+    order: Tensor | None,
+    parameters: Sequence[Tensor],
+    c: Tensor,
+    of_class: Callable[[Tensor], Tensor] | None,
+) -> bool:
+    """Add the class gradients to the zero rows of c, all at once; False, and c is not to be used, where that is wrong.
+
+    own (N,) are the logits of the examples' own classes, with their graph, which is kept; ``order`` sorts the examples
+    by class, None if they are sorted. ``of_class``, if given, is autograd's answer for some examples: the largest
+    class is compared with it.
+    """
+    if not recorder.complete:
+        return False
+    present = counts.nonzero()[:, 0].tolist()
+    sizes = counts[present].tolist()
+    add_class_gradients(recorder.layers, own.sum(), sizes, order, parameters, [c[k] for k in present])
+    if of_class is None:
+        return True
+    at = sizes.index(max(sizes))
+    places = torch.arange(len(own), device=own.device) if order is None else order
+    expected = of_class(places.split(sizes)[at])
+    difference = (c[present[at]] - expected).norm()
+    return bool(difference <= 1e-3 * expected.norm()) or not bool(expected.isfinite().all())
 
 
 def vjp_pass(
@@ -208,12 +235,47 @@ def class_gradients(
         theta, constants = function.parameters(), function.constants()
         c = torch.zeros(num_classes, function.size, dtype=function.dtype, device=function.device)
         with torch.enable_grad(), function.policy_in_force():
+            if (
+                apart
+                and len(y) <= SMALL * num_classes
+                and _whole_batch(function, theta, constants, x, y, flags, counts, c)
+            ):
+                return c, counts
             z = None if apart else _checked_outputs(function.evaluate(theta, constants, x), num_classes, len(y))
             for k, members, xk in _by_class(x, y, counts, flags if apart else [False] * len(flags)):
                 zk = z[members] if z is not None else function.evaluate(theta, constants, xk)
                 zk = _checked_outputs(zk, num_classes)
                 c[k] = _flat(function.gradient(zk[:, k].mean(), theta), theta)
     return c, counts
+
+
+def _whole_batch(
+    function: FrozenModel,
+    theta: tuple[Tensor, ...],
+    constants: dict[str, Tensor],
+    x: Inputs,
+    y: Tensor,
+    flags: Sequence[bool],
+    counts: Tensor,
+    c: Tensor,
+) -> bool:
+    """Fill the zero rows of c by one pass over the batch, layer by layer; False, c still zero, if that cannot be."""
+    known, key = _known_layers.setdefault(function.model, {}), ("frozen", function.modes, _ids(function.originals()))
+    if not known.get(key, True):
+        return False
+    order = torch.argsort(y, stable=True)
+    recorder = LayerRecorder(theta, len(y))
+    with recorder:
+        raw = function.evaluate(theta, constants, take(x, order, flags))
+    own = _checked_outputs(raw, len(counts), len(y)).gather(1, y[order].long()[:, None])[:, 0]
+
+    def of_class(part: Tensor) -> Tensor:
+        return _flat(function.gradient(own[part].mean(), theta), theta)
+
+    known[key] = _by_layer(recorder, own, counts, None, theta, c, None if key in known else of_class)
+    if not known[key]:
+        c.zero_()
+    return known[key]
 
 
 def class_curvatures(c: Tensor, probabilities: Tensor, y: Tensor) -> Tensor:
@@ -261,6 +323,10 @@ def cross_class_gradients(
 
 def _gradient(value: Tensor, parameters: list[Tensor], retain_graph: bool = False) -> Tensor:
     return flatten(torch.autograd.grad(value, parameters, retain_graph=retain_graph, materialize_grads=True))
+
+
+def _ids(parameters: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(map(id, parameters))
 
 
 def _flat(gradient: list[Tensor | None], like: tuple[Tensor, ...]) -> Tensor:

@@ -94,7 +94,8 @@ class LayerRecorder(TorchFunctionMode):
 def add_class_gradients(
     layers: Sequence[_Layer],
     selected: Tensor,
-    members: Sequence[Tensor],
+    counts: Sequence[int],
+    order: Tensor | None,
     parameters: Sequence[Tensor],
     rows: Sequence[Tensor],
 ) -> None:
@@ -106,20 +107,20 @@ def add_class_gradients(
         Of a complete :class:`LayerRecorder`.
     selected
         :math:`\sum_i z^i_{y_i}` with its graph, which is kept.
-    members
-        The positions of each class's examples.
+    counts
+        The number of each class's examples, at least one.
+    order
+        The positions of the first class's examples, then of the next one's, and so on; None: the batch has this order.
     """
     deltas = torch.autograd.grad(selected, [layer.edge for layer in layers], retain_graph=True, allow_unused=True)
     places = {id(p): i for i, p in enumerate(parameters)}
     views = [row.split([p.numel() for p in parameters]) for row in rows]
-    counts = [len(m) for m in members]
-    order = torch.cat(list(members))
     with torch.no_grad():
         for layer, delta in zip(layers, deltas, strict=True):
             if delta is None:
                 continue
-            inputs, delta = layer.inputs[order].split(counts), delta[order].split(counts)
-            for view, a, d in zip(views, inputs, delta, strict=True):
+            both = (layer.inputs, delta) if order is None else (layer.inputs[order], delta[order])
+            for view, a, d in zip(views, *(t.split(list(counts)) for t in both), strict=True):
                 for parameter, part in layer.parts:
                     view[places[id(parameter)]].add_(part(a, d).reshape(-1), alpha=1 / len(a))
 
