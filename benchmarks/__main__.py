@@ -61,7 +61,7 @@ def main() -> None:
             write(section(), arguments.out / f"{name}.csv")
     if "scaling" in arguments.only.split(","):
         write(scaling.with_data(problem, arguments.data, counts, device), arguments.out / "scaling_images.csv")
-        write(scaling.with_parameters(problem, 64, device), arguments.out / "scaling_parameters.csv")
+        write(scaling.with_parameters(problem, 16, device), arguments.out / "scaling_parameters.csv")
         write(scaling.with_k(problem, 1024, device), arguments.out / "scaling_k.csv")
     draw.save(arguments.out)
 

@@ -119,11 +119,12 @@ def test_so_do_those_without_a_loss(name: str) -> None:
         assert counts.tolist() == [5, 3, 0, 4]
 
 
-def test_many_examples_of_a_class_are_passed_class_by_class_with_the_same_result(monkeypatch) -> None:
+@pytest.mark.parametrize("examples", [1, 5, 7])
+def test_a_batch_cut_into_passes_gives_the_same(examples: int, monkeypatch) -> None:
     model, (x, y) = network(KNOWN["convolution"]), batch()
-    together, _ = class_gradients(model, x, y, C)
-    monkeypatch.setattr(sys.modules[class_gradients.__module__], "SMALL", 0)
-    torch.testing.assert_close(class_gradients(model, x, y, C)[0], together, rtol=0, atol=1e-12)
+    whole, _ = class_gradients(model, x, y, C)
+    monkeypatch.setattr(sys.modules[class_gradients.__module__], "AT_ONCE", examples)
+    torch.testing.assert_close(class_gradients(model, x, y, C)[0], whole, rtol=0, atol=1e-12)
 
 
 class ByReference(nn.Module):

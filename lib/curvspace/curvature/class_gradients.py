@@ -27,8 +27,8 @@ from curvspace.outputs import joined, logits
 
 Algorithm = Literal["auto", "split", "vjp"]
 
-SMALL = 64
-"""Examples of a class, on average, up to which one pass over the batch beats a pass for each class."""
+AT_ONCE = 128
+"""Examples in one pass at least: with fewer, what a pass costs whatever its size is most of it."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ def _layerwise_pass(
             raw = call(model, x)
         z = _checked_outputs(raw, len(counts), len(y))
         value = loss(raw, y)
-        own = z.gather(1, y.long()[:, None])[:, 0]
+        own = _weighted(z, y, counts)
     gradient = _gradient(value, parameters, retain_graph=True)
     c = gradient.new_zeros(len(counts), gradient.numel())
     members = list(_members(y, counts))
 
     def of_class(part: Tensor) -> Tensor:
-        return _gradient(own[part].mean(), parameters, retain_graph=True)
+        return _gradient(own[part].sum(), parameters, retain_graph=True)
 
     order = torch.cat([part for _, part in members])
     complete = _by_layer(recorder, own, counts, order, parameters, c, None if checked else of_class)
@@ -144,11 +144,11 @@ def _by_layer(
     c: Tensor,
     of_class: Callable[[Tensor], Tensor] | None,
 ) -> bool:
-    """Add the class gradients to the zero rows of c, all at once; False, and c is not to be used, where that is wrong.
+    """Add the examples' part of the class gradients to c; False, and c is not to be used, where that cannot be done.
 
-    own (N,) are the logits of the examples' own classes, with their graph, which is kept; ``order`` sorts the examples
-    by class, None if they are sorted. ``of_class``, if given, is autograd's answer for some examples: the largest
-    class is compared with it.
+    own (N,) is of :func:`_weighted`, with its graph, which is kept; ``counts`` are of these examples; ``order`` sorts
+    them by class, None if they are sorted. ``of_class``, if given, is autograd's answer for some of the examples: the
+    largest class is compared with it, whose row must have been zero.
     """
     if not recorder.complete:
         return False
@@ -235,11 +235,7 @@ def class_gradients(
         theta, constants = function.parameters(), function.constants()
         c = torch.zeros(num_classes, function.size, dtype=function.dtype, device=function.device)
         with torch.enable_grad(), function.policy_in_force():
-            if (
-                apart
-                and len(y) <= SMALL * num_classes
-                and _whole_batch(function, theta, constants, x, y, flags, counts, c)
-            ):
+            if apart and _layer_by_layer(function, theta, constants, x, y, flags, counts, c):
                 return c, counts
             z = None if apart else _checked_outputs(function.evaluate(theta, constants, x), num_classes, len(y))
             for k, members, xk in _by_class(x, y, counts, flags if apart else [False] * len(flags)):
@@ -249,7 +245,7 @@ def class_gradients(
     return c, counts
 
 
-def _whole_batch(
+def _layer_by_layer(
     function: FrozenModel,
     theta: tuple[Tensor, ...],
     constants: dict[str, Tensor],
@@ -259,23 +255,32 @@ def _whole_batch(
     counts: Tensor,
     c: Tensor,
 ) -> bool:
-    """Fill the zero rows of c by one pass over the batch, layer by layer; False, c still zero, if that cannot be."""
+    """Fill the zero rows of c; False, c still zero, if some layer is not known.
+
+    The batch, sorted by class, is cut into passes of ``AT_ONCE`` examples or as many as the largest class has.
+    """
     known, key = _known_layers.setdefault(function.model, {}), ("frozen", function.modes, _ids(function.originals()))
     if not known.get(key, True):
         return False
     order = torch.argsort(y, stable=True)
-    recorder = LayerRecorder(theta, len(y))
-    with recorder:
-        raw = function.evaluate(theta, constants, take(x, order, flags))
-    own = _checked_outputs(raw, len(counts), len(y)).gather(1, y[order].long()[:, None])[:, 0]
+    x, y = take(x, order, flags), y[order]
+    passes = -(-len(y) // max(AT_ONCE, int(counts.max())))
+    for places in torch.arange(len(y)).tensor_split(passes):
+        part = slice(int(places[0]), int(places[-1]) + 1)
+        recorder = LayerRecorder(theta, len(places))
+        with recorder:
+            raw = function.evaluate(theta, constants, take(x, part, flags))
+        own = _weighted(_checked_outputs(raw, len(counts), len(places)), y[part], counts)
 
-    def of_class(part: Tensor) -> Tensor:
-        return _flat(function.gradient(own[part].mean(), theta), theta)
+        def of_class(examples: Tensor, own: Tensor = own) -> Tensor:
+            return _flat(function.gradient(own[examples].sum(), theta), theta)
 
-    known[key] = _by_layer(recorder, own, counts, None, theta, c, None if key in known else of_class)
-    if not known[key]:
-        c.zero_()
-    return known[key]
+        here = torch.bincount(y[part].long(), minlength=len(counts))
+        known[key] = _by_layer(recorder, own, here, None, theta, c, None if key in known else of_class)
+        if not known[key]:
+            c.zero_()
+            return False
+    return True
 
 
 def class_curvatures(c: Tensor, probabilities: Tensor, y: Tensor) -> Tensor:
@@ -323,6 +328,11 @@ def cross_class_gradients(
 
 def _gradient(value: Tensor, parameters: list[Tensor], retain_graph: bool = False) -> Tensor:
     return flatten(torch.autograd.grad(value, parameters, retain_graph=retain_graph, materialize_grads=True))
+
+
+def _weighted(z: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    r""":math:`z^i_{y_i} / |B_{y_i}|` of each example (N,): the sum over a class has the class gradient."""
+    return z.gather(1, y.long()[:, None])[:, 0] / counts[y.long()]
 
 
 def _ids(parameters: Sequence[Tensor]) -> tuple[int, ...]:

@@ -2,8 +2,8 @@ r"""The class gradients of all classes at once, layer by layer.
 
 A parameter's gradient is a sum over examples of what its layer makes of the example's input a and of the gradient
 :math:`\delta` in the example's output (:math:`\delta a^\top` for a linear layer). One backward pass through the
-activations gives the :math:`\delta` of :math:`\sum_i z^i_{y_i}` for all examples; that sum over the examples of a class
-is the gradient of the class. Only these last products are made class by class.
+activations gives the :math:`\delta` of :math:`\sum_i z^i_{y_i}/|B_{y_i}|` for all examples; the sum over the examples
+of a class is the gradient of the class. Only these last products are made class by class.
 """
 
 from __future__ import annotations
@@ -99,14 +99,14 @@ def add_class_gradients(
     parameters: Sequence[Tensor],
     rows: Sequence[Tensor],
 ) -> None:
-    r"""Add :math:`\frac{1}{|B_k|}\sum_{i\in B_k}\nabla_\theta z^i_{y_i}` to the row (P,) of each class k.
+    r"""Add :math:`\sum_{i\in B_k}\nabla_\theta s_i` to the row (P,) of each class k present.
 
     Parameters
     ----------
     layers
         Of a complete :class:`LayerRecorder`.
     selected
-        :math:`\sum_i z^i_{y_i}` with its graph, which is kept.
+        :math:`\sum_i s_i`, a scalar of each example, with its graph, which is kept.
     counts
         The number of each class's examples, at least one.
     order
@@ -122,7 +122,7 @@ def add_class_gradients(
             both = (layer.inputs, delta) if order is None else (layer.inputs[order], delta[order])
             for view, a, d in zip(views, *(t.split(list(counts)) for t in both), strict=True):
                 for parameter, part in layer.parts:
-                    view[places[id(parameter)]].add_(part(a, d).reshape(-1), alpha=1 / len(a))
+                    view[places[id(parameter)]].add_(part(a, d).reshape(-1))
 
 
 def _linear(func: Any, given: dict[str, Any]) -> tuple[Part, Part]:
