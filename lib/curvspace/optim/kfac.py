@@ -19,9 +19,10 @@ from curvspace.optim.base import ModelOptimizer, require
 class KFAC(ModelOptimizer):
     """w ← w + v with v ← momentum · v − lr · (F̂ + damping)⁻¹ g, F̂ the averaged Kronecker approximation of the Fisher.
 
-    For networks of linear and convolutional layers under cross-entropy, inputs a tensor. Each step adds the present
-    minibatch's factors (labels drawn from the model: one more forward and backward pass) with weight 1 − ``average``;
-    the mean is corrected for its start at zero. ``damping`` enters both factors as in K-FAC, section 6.3.
+    For networks of linear and convolutional layers under cross-entropy, inputs a tensor. Every ``refresh_every`` steps
+    the present minibatch's factors (labels drawn from the model: one more forward and backward pass) are added with
+    weight 1 − ``average`` and inverted; the mean is corrected for its start at zero. ``damping`` enters both factors
+    as in K-FAC, section 6.3.
 
     Raises ``ValueError`` for a bad hyper-parameter, ``ImportError`` without curvlinops.
     """
@@ -36,38 +37,44 @@ class KFAC(ModelOptimizer):
         momentum: float = 0.9,
         damping: float = 0.1,
         average: float = 0.95,
+        refresh_every: int = 1,
     ):
         require(lr > 0, "lr", lr, "positive")
         require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         require(damping > 0, "damping", damping, "positive")
         require(0 <= average < 1, "average", average, "in [0, 1)")
+        require(refresh_every >= 1, "refresh_every", refresh_every, "at least 1")
         super().__init__(model, {"lr": lr, "momentum": momentum, "damping": damping, "average": average}, loss)
         require(isinstance(self.loss, CrossEntropy), "loss", loss, "cross_entropy")
         self._factors: dict[str, dict[str, Tensor]] = {}
         self._updates = 0
+        self.refresh_every = refresh_every
+        self._inverse: Any = None
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
-        from curvlinops import KFACInverseLinearOperator
-
         group = self.param_groups[0]
         parameters = group["params"]
         loss = self.loss(call(self.model, inputs), targets)
         gradient = torch.autograd.grad(loss, parameters)
-        operator = self._averaged(inputs, targets)
-        inverse = KFACInverseLinearOperator(operator, damping=group["damping"], use_heuristic_damping=True)
-        direction = unflatten(inverse @ flatten(gradient), parameters)
+        refresh = self.steps % self.refresh_every == 0
+        if refresh or self._inverse is None:
+            self._inverse = self._inverted(inputs, targets, refresh)
+        direction = unflatten(self._inverse @ flatten(gradient), parameters)
         with torch.no_grad():
             for p, d in zip(parameters, direction, strict=True):
                 velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
                 velocity.mul_(group["momentum"]).add_(d, alpha=-group["lr"])
                 p.add_(velocity)
-        self.costs.forward += 2
-        self.costs.backward += 2
+        self.costs.forward += 1 + refresh
+        self.costs.backward += 1 + refresh
         return loss
 
-    def _averaged(self, inputs: Inputs, targets: Tensor) -> Any:
-        """curvlinops' operator with the running mean of the factors in place of this minibatch's own."""
-        from curvlinops import FisherType, KFACLinearOperator
+    def _inverted(self, inputs: Inputs, targets: Tensor, refresh: bool) -> Any:
+        """The damped inverse of curvlinops' operator with the running mean of the factors in place of a minibatch's.
+
+        Without ``refresh`` (after a reload) the mean is as it was.
+        """
+        from curvlinops import FisherType, KFACInverseLinearOperator, KFACLinearOperator
 
         group = self.param_groups[0]
         operator = KFACLinearOperator(
@@ -80,16 +87,21 @@ class KFAC(ModelOptimizer):
             separate_weight_and_bias=False,
             seed=self._updates,
         )
-        operator.compute_kronecker_factors()
         weight = group["average"]
-        self._updates += 1
+        if refresh:
+            operator.compute_kronecker_factors()
+            self._updates += 1
         for kind in ("input_covariances", "gradient_covariances"):
-            present = getattr(operator, f"_{kind}")
-            past = self._factors.setdefault(kind, {name: torch.zeros_like(f) for name, f in present.items()})
-            for name, factor in present.items():
-                past[name].mul_(weight).add_(factor, alpha=1 - weight)
-                present[name] = past[name] / (1 - weight**self._updates)
-        return operator
+            factors = getattr(operator, f"_{kind}")
+            past = self._factors.setdefault(kind, {name: torch.zeros_like(f) for name, f in factors.items()})
+            for name in past:
+                if refresh:
+                    past[name].mul_(weight).add_(factors[name], alpha=1 - weight)
+                factors[name] = past[name] / (1 - weight**self._updates)
+        return KFACInverseLinearOperator(operator, damping=group["damping"], use_heuristic_damping=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_inverse": None}  # made again from the factors
 
     def _extra_state(self) -> dict[str, Any]:
         factors = {kind: {name: f.clone() for name, f in found.items()} for kind, found in self._factors.items()}
@@ -97,7 +109,7 @@ class KFAC(ModelOptimizer):
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         device = self.param_groups[0]["params"][0].device
-        self._updates = state["updates"]
+        self._updates, self._inverse = state["updates"], None
         self._factors = {
             kind: {name: f.to(device).clone() for name, f in found.items()} for kind, found in state["factors"].items()
         }

@@ -169,7 +169,8 @@ def test_kfac_is_left_out_without_its_library(monkeypatch, capsys):
 
 
 @pytest.mark.peers
-def test_kfac_descends_and_reload_continues_bit_for_bit():
+@pytest.mark.parametrize("refresh_every", [1, 3])
+def test_kfac_descends_and_reload_continues_bit_for_bit(refresh_every):
     pytest.importorskip("curvlinops")
     from curvspace.functional import parameter_vector
     from curvspace.optim.kfac import KFAC
@@ -178,20 +179,25 @@ def test_kfac_descends_and_reload_continues_bit_for_bit():
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(2, (16,))
     other = copy.deepcopy(model)
-    opt, resumed = KFAC(model, lr=0.05), KFAC(other, lr=0.05)
+    opt, resumed = KFAC(model, lr=0.05, refresh_every=refresh_every), KFAC(other, lr=0.05, refresh_every=refresh_every)
     losses = [float(opt.step(x, y)) for _ in range(10)]
     assert losses[-1] < losses[0]
-    resumed.load_state_dict(KFAC(other, lr=0.05).state_dict())
+    resumed.load_state_dict(KFAC(other, lr=0.05, refresh_every=refresh_every).state_dict())
     for _ in range(4):
         resumed.step(x, y)
     third = copy.deepcopy(other)
-    again = KFAC(third, lr=0.05)
+    again = KFAC(third, lr=0.05, refresh_every=refresh_every)
     again.load_state_dict(copy.deepcopy(resumed.state_dict()))
+    copied = copy.deepcopy(resumed)
     assert torch.equal(resumed.step(x, y), again.step(x, y))
+    copied.step(x, y)
+    assert torch.equal(parameter_vector(other), parameter_vector(copied.model))
     assert torch.equal(parameter_vector(other), parameter_vector(third))
 
 
-@pytest.mark.parametrize("options", [{"damping": 0.0}, {"momentum": 1.0}, {"average": -0.1}, {"loss": "mse"}])
+@pytest.mark.parametrize(
+    "options", [{"damping": 0.0}, {"momentum": 1.0}, {"average": -0.1}, {"loss": "mse"}, {"refresh_every": 0}]
+)
 def test_kfac_names_bad_hyper_parameters(options):
     from curvspace.optim.kfac import KFAC
 
