@@ -13,11 +13,12 @@ import pandas as pd
 
 def save(folder: Path) -> None:
     """Write ``benchmarks.png`` and ``benchmarks.pdf`` from whichever tables are in the folder."""
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 5, figsize=(17, 3.4), layout="constrained")
     _times(axes[0], folder / "eigenpairs.csv")
     _growth(axes[1], folder / "scaling_images.csv", "images", "product_s", "seconds a Hessian product")
     _growth(axes[2], folder / "scaling_parameters.csv", "parameters", "ratio", "Hessian product / gradient")
     _growth(axes[3], folder / "scaling_k.csv", "k", "products", "products for k eigenpairs")
+    _growth(axes[4], folder / "scaling_parameters.csv", "parameters", "solver_share", "top ten: share not in products")
     for suffix in ("png", "pdf"):
         figure.savefig(
             folder / f"benchmarks.{suffix}", dpi=150, metadata={"CreationDate": None} if suffix == "pdf" else {}
@@ -51,4 +52,4 @@ def _growth(axis: plt.Axes, path: Path, x: str, y: str, label: str) -> None:
     table = pd.read_csv(path)
     axis.plot(table[x], table[y], "o-")
     axis.set_xscale("log")
-    axis.set_ylim(bottom=0) if y == "ratio" else axis.set_yscale("log")
+    axis.set_ylim(bottom=0) if y in ("ratio", "solver_share") else axis.set_yscale("log")

@@ -2,6 +2,7 @@ r"""A few extreme eigenpairs of a symmetric operator: Lanczos with full reorthog
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -18,8 +19,8 @@ from curvspace.inner import inner, norm
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
-PROBE = 3
-"""Products spent on a fresh random direction before a result is believed: see :func:`_probe`."""
+PROBE = (3, 12)
+"""Products spent on a fresh random direction before a result is believed, at least and at most: see :func:`_probe`."""
 
 DISCOVERY = 30
 """Products before a pair is believed whose eigenvalue cannot be told from zero: of a large operator with few outliers
@@ -206,12 +207,13 @@ def _iterate(basis: KrylovBasis, k: int, which: Which, tol: float, max_products:
         sure = found and before_probe is not None and pairs.unchanged(before_probe)
         if complete or sure or basis.products >= max_products:
             return pairs, found
-        if basis.size + (PROBE if found else 1) > capacity < n:
-            keep = _select(pairs.theta, min(k + (capacity - k) // 2, capacity - PROBE), which)
+        room = min(PROBE[1], capacity - k - 1)
+        if basis.size + (room if found else 1) > capacity < n:
+            keep = _select(pairs.theta, min(k + (capacity - k) // 2, capacity - room), which)
             basis.restart(pairs.theta[keep], pairs.s[:, keep])
         elif found:
             before_probe = pairs.values
-            _probe(basis)
+            _probe(basis, pairs, which, max_products)
         else:
             _grow(basis, pairs)
 
@@ -232,18 +234,43 @@ def _grow(basis: KrylovBasis, pairs: _WantedPairs) -> None:
     basis.bar.set_postfix_str(f"{len(pairs.indices) - len(pairs.open)}/{pairs.k} pairs, worst residual {worst:.1e}")
 
 
-def _probe(basis: KrylovBasis) -> None:
-    """A short Krylov sequence from a random vector orthogonal to all that is known.
+def _probe(basis: KrylovBasis, pairs: _WantedPairs, which: Which, max_products: int) -> None:
+    r"""A short Krylov sequence from a random vector orthogonal to all that is known.
 
-    A sequence from one vector sees a repeated eigenvalue once, and a converged start subspace sees nothing else at
-    all. If a wanted pair was missed, the wanted Ritz values change, and the iteration goes on until a probe changes
-    nothing.
+    A sequence from one vector sees a repeated eigenvalue once, of two close ones often one alone, and a converged start
+    subspace sees nothing else at all. If a wanted pair was missed, the wanted Ritz values change, and the iteration
+    goes on until a probe changes nothing. A random vector holds about :math:`1/\sqrt P` of each eigenvector. With the
+    rest of the spectrum in [a, b], the Chebyshev polynomial of degree m raises that of a missed one at the wanted end
+    :math:`\theta` to more than all others' by
+
+    .. math:: \cosh\bigl(m\,\mathrm{arcosh}\,x\bigr) \ge \sqrt P, \qquad x = 1 + 2\,\frac{\theta - b}{b - a}.
+
+    a and b are the extreme Ritz values of the probe itself, as far as it has come.
     """
     basis.offer()
-    candidates = len(basis.C)
-    for _ in range(PROBE):
-        if len(basis.C) == candidates and basis.size < len(basis.V):
-            basis.expand(-1)
+    candidates, first = len(basis.C), basis.size
+    for taken in range(PROBE[1]):
+        if len(basis.C) != candidates or basis.size == len(basis.V) or basis.products >= max_products:
+            return
+        if taken >= PROBE[0] and taken > _degree(torch.linalg.eigvalsh(basis.T[first:, first:]), pairs, which, basis):
+            return
+        basis.expand(-1)
+
+
+def _degree(rest: Tensor, pairs: _WantedPairs, which: Which, basis: KrylovBasis) -> float:
+    """The degree m of :func:`_probe` for a rest of the spectrum between the extremes of ``rest``."""
+    a, b = float(rest[0]), float(rest[-1])
+    wanted = pairs.values
+    edges = {
+        "LA": [float(wanted.min()) - b],
+        "SA": [a - float(wanted.max())],
+        "LM": [float(wanted.abs().min()) - b, a + float(wanted.abs().min())],
+        "BE": [float(wanted[: (pairs.k + 1) // 2].min()) - b, a - float(wanted[-(pairs.k // 2) :].max())],
+    }[which]
+    distance = min(edges[:1] if pairs.k == 1 else edges)
+    if distance <= 0 or b <= a:
+        return math.inf if distance <= 0 else 0.0
+    return math.acosh(math.sqrt(basis.V.shape[1])) / math.acosh(1 + 2 * distance / (b - a))
 
 
 def _start(basis: KrylovBasis, v0: Tensor | None, tol: float) -> None:
@@ -339,11 +366,11 @@ def _check(A: SymmetricOperator, k: int, which: str, tol: float) -> None:
 def _capacity(A: SymmetricOperator, k: int, max_basis: int | None) -> int:
     """Vectors that the basis may hold: see ``max_basis`` of :func:`eigsh`; never more than half of the free memory."""
     row = A.shape[0] * torch.finfo(torch.promote_types(A.dtype, torch.float32)).bits // 8
-    wanted = max(2 * k + 10, min(200, BASIS_BYTES // row)) if max_basis is None else max(max_basis, k + PROBE + 1)
+    wanted = max(2 * k + 10, min(200, BASIS_BYTES // row)) if max_basis is None else max(max_basis, k + PROBE[0] + 1)
     there = free_memory(A.device) // 2 // row
-    if there < min(k + PROBE + 1, A.shape[0]):
+    if there < min(k + PROBE[0] + 1, A.shape[0]):
         raise MemoryError(
-            f"eigsh needs {k + PROBE + 1} vectors of {row / 2**20:.0f} MB, and there is memory for {there}"
+            f"eigsh needs {k + PROBE[0] + 1} vectors of {row / 2**20:.0f} MB, and there is memory for {there}"
         )
     return min(wanted, there, A.shape[0])
 
