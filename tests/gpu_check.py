@@ -1,8 +1,8 @@
 """All that depends on a device, on one device: `make gpu-check`, or ``python tests/gpu_check.py --device cuda``.
 
-Every step runs whatever became of the others, within its share of the ten minutes, and what failed is said at the end,
-of all steps together: the tests that take a device, a short benchmark, the smoke preset, and a run that is stopped on
-one device and continued on another, both ways. Logs and results lie in ``results/gpu-check``.
+Every step runs whatever became of the others, within its share of what is left of the ten minutes, and what failed is
+said at the end, of all steps together: the tests that take a device, a short benchmark, the smoke preset, and a run that
+is stopped on one device and continued on another, both ways. Logs and results lie in ``results/gpu-check``.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     found = []
-    for step in steps(options.device):
-        if options.only and step.name not in options.only.split(","):
-            continue
+    chosen = [step for step in steps(options.device) if not options.only or step.name in options.only.split(",")]
+    end = time.monotonic() + 60 * options.minutes
+    for i, step in enumerate(chosen):
         log, start = FOLDER / f"{step.name}.log", time.monotonic()
-        print(f"{step.name} …", flush=True)
-        status = step.run(log, 60 * options.minutes * step.share)
+        limit = (end - start) * step.share / sum(other.share for other in chosen[i:])  # what one leaves, the next has
+        print(f"{step.name} (at most {limit:.0f} s) …", flush=True)
+        status = step.run(log, limit)
         found.append((step.name, status, time.monotonic() - start, log))
         print(f"{step.name}: {'passed' if status == 0 else 'FAILED'} after {found[-1][2]:.0f} s", flush=True)
     failed = [(name, log) for name, status, _, log in found if status]
@@ -111,11 +112,19 @@ def command(words: list[str], log: Path, limit: float) -> int:
             return 124
 
 
-def telling(log: Path) -> list[str]:
-    """The lines of a log that say what is wrong, and its end."""
+def telling(log: Path, alike: int = 20) -> list[str]:
+    """The lines of a log that say what is wrong, so many of a kind at most, and its end."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    marked = list(dict.fromkeys(line.strip()[:300] for line in lines[:-5] if TELLING.search(line)))
-    return [*marked[:60], *lines[-5:]]
+    kinds: dict[str, list[str]] = {}
+    for line in dict.fromkeys(line.strip()[:300] for line in lines[:-5]):
+        if found := TELLING.search(line):
+            kinds.setdefault(found.group(), []).append(line)
+    said = []
+    for kind, marked in kinds.items():
+        said += marked[:alike]
+        if len(marked) > alike:
+            said.append(f"... and {len(marked) - alike} more lines with {kind.strip()!r}: {log}")
+    return [*said, *lines[-5:]]
 
 
 def made_images() -> None:
