@@ -1,8 +1,8 @@
 """All that depends on a device, on one device: `make gpu-check`, or ``python tests/gpu_check.py --device cuda``.
 
 Every step runs whatever became of the others, within its share of what is left of the ten minutes, and what failed is
-said at the end, of all steps together: the tests that take a device, a short benchmark, the smoke preset, and a run that
-is stopped on one device and continued on another, both ways. Logs and results lie in ``results/gpu-check``.
+said at the end, of all steps together: the tests that take a device, a short benchmark, the smoke preset, and a run
+that is stopped on one device and continued on another, both ways. Logs and results lie in ``results/gpu-check``.
 """
 
 from __future__ import annotations
