@@ -352,7 +352,7 @@ def given_interval(
     at_most: float | None = None,
     table: str | None = None,
 ) -> Outcome:
-    """X1 to X3, X5 to X15: each row's ratio with its interval, as its table gives them, against the allowed range.
+    """X1 to X3, X5 to X16: each row's ratio with its interval, as its table gives them, against the allowed range.
 
     A row without an interval (one seed) has no verdict. ``bound`` names a column that marks values which are upper
     bounds only: they can fail, not hold. With ``best_of`` the rows that differ in that column alone are variants of
