@@ -71,7 +71,7 @@ def assert_same_run(found: RunRecord, whole: RunRecord) -> None:
         assert str(first["optimizer"]["state"]) == str(second["optimizer"]["state"])
 
 
-EVERY = {"kill -9": 1, "full disk": 4}
+EVERY = {"kill -9": 4}
 """A fault strikes at every line in so many, for the time it takes; with ``CURVSPACE_EVERY_LINE`` set, at all."""
 
 

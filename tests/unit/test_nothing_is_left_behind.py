@@ -83,7 +83,8 @@ def step_of(kind: str) -> Callable[[], object]:
 
     def work() -> object:
         optimizer = build(kind, given.get(kind, {}), network().eval(), 3, 0.01)
-        return [float(optimizer.step(X, Y)) for _ in range(3)]
+        steps = 1 if kind == "levenberg-marquardt" else 3  # it forms a whole matrix
+        return [float(optimizer.step(X, Y)) for _ in range(steps)]
 
     return work
 
