@@ -59,9 +59,10 @@ def horizons(tables: Tables, style: Style, families: Families) -> tuple[Figure, 
         part = races[(races[NETWORK] == list(workload)).all(axis=1)]
         names = [name for name, _ in families if name in set(part["optimizer"])]
         for place, name in enumerate(names):
-            h, losses = final_losses(races, workload, name)
-            if len(losses) == 0:
+            table = final_losses(races, workload, name)
+            if table.empty:
                 continue
+            h, losses = table.columns.to_numpy(float), table.to_numpy(float)
             shift = 1 + 0.012 * (place - len(names) / 2)
             mean = losses.mean(0)
             half = np.array([half_width(float(np.std(column, ddof=1)), len(column)) for column in losses.T])

@@ -25,13 +25,13 @@ DRAWS = 2000
 Losses = NDArray[np.float64]
 
 
-def final_losses(races: pd.DataFrame, workload: Sequence[object], optimizer: str) -> tuple[Losses, Losses]:
-    """(horizons (m,), losses (seeds, m)) of an optimiser's final runs; one that diverged counts with its first loss."""
+def final_losses(races: pd.DataFrame, workload: Sequence[object], optimizer: str) -> pd.DataFrame:
+    """Losses of an optimiser's final runs, one row a seed, one column a horizon; a diverged run has its first loss."""
     chosen = (races[NETWORK] == list(workload)).all(axis=1) & (races["optimizer"] == optimizer)
     final = races[chosen & (races["phase"] == "final")]
     ended = final["val_loss"].where((final["status"] == "finished") & np.isfinite(final["val_loss"]))
     wide = final.assign(loss=ended.fillna(final["start_loss"])).pivot(index="seed", columns="horizon", values="loss")
-    return wide.columns.to_numpy(float), wide.dropna().to_numpy(float)
+    return wide.dropna()
 
 
 def speed_up(horizons: Losses, ours: Losses, theirs: Losses) -> tuple[float, bool]:
@@ -55,8 +55,9 @@ def _reached(horizons: Losses, losses: Losses, target: float) -> tuple[float, bo
 def speed_ups(tables: Tables, against: Sequence[str]) -> pd.DataFrame:
     """One row per workload, optimiser and rival: the speed-up with its 95 % bootstrap interval over seeds.
 
-    ``beats``: the share of pairs of seeds in which the optimiser's final loss at the longest horizon is the lower.
-    ``bound``: the speed-up lies beyond the shortest horizon. ``seeds``: of the two, the fewer.
+    Two are compared on the seeds that both have, ``seeds`` of them: a seed's start and order of examples are the same
+    for all, and some are harder. ``beats``: the share of pairs of seeds in which the optimiser's final loss at the
+    longest horizon is the lower. ``bound``: the speed-up lies beyond the shortest horizon.
     """
     races = tables["races"]
     rows = []
@@ -69,21 +70,22 @@ def speed_ups(tables: Tables, against: Sequence[str]) -> pd.DataFrame:
 
 
 def _compared(races: pd.DataFrame, workload: Sequence[object], name: str, rival: str) -> dict[str, object] | None:
-    horizons, ours = final_losses(races, workload, name)
-    others, theirs = final_losses(races, workload, rival)
-    if len(ours) == 0 or len(theirs) == 0 or not np.array_equal(horizons, others):
+    first, second = (final_losses(races, workload, optimizer) for optimizer in (name, rival))
+    seeds = first.index.intersection(second.index)
+    if seeds.empty or not first.columns.equals(second.columns):
         return None
+    horizons = first.columns.to_numpy(float)
+    ours, theirs = (losses.loc[seeds].to_numpy(float) for losses in (first, second))
     value, bound = speed_up(horizons, ours.mean(0), theirs.mean(0))
     draw = np.random.default_rng(0)
     sampled = [
         speed_up(horizons, _resampled(ours, draw).mean(0), _resampled(theirs, draw).mean(0))[0] for _ in range(DRAWS)
     ]
-    several = min(len(ours), len(theirs)) > 1
-    low, high = np.quantile(sampled, [0.025, 0.975]) if several else (np.nan, np.nan)
+    low, high = np.quantile(sampled, [0.025, 0.975]) if len(seeds) > 1 else (np.nan, np.nan)
     beats = (ours[:, -1][:, None] < theirs[:, -1]).mean()
     keys = dict(zip(NETWORK, workload, strict=True))
     measured = {"speed_up": value, "low": low, "high": high, "bound": bound, "beats": float(beats)}
-    return {**keys, "optimizer": name, "against": rival, **measured, "seeds": min(len(ours), len(theirs))}
+    return {**keys, "optimizer": name, "against": rival, **measured, "seeds": len(seeds)}
 
 
 def _resampled(losses: Losses, draw: np.random.Generator) -> Losses:

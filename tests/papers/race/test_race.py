@@ -63,6 +63,17 @@ def test_speed_ups_with_intervals_and_chances(races):
     assert row["seeds"] == 3
 
 
+def test_two_are_compared_on_the_seeds_that_both_have(races):
+    """The seeds that only one has are the hard ones here: with them it would seem the slower by more than it is."""
+    hard = made_up("plain", 0.5, seeds=6)
+    more = pd.concat([races, hard[(hard["phase"] == "final") & (hard["seed"] >= 3)]], ignore_index=True)
+    row = speed_ups({"races": more}, ["plain"]).iloc[0]
+    assert row["speed_up"] == pytest.approx(2.0)
+    assert row["seeds"] == 3
+    apart = more[~(more["optimizer"].eq("plain") & more["seed"].lt(3))]
+    assert speed_ups({"races": apart}, ["plain"]).empty
+
+
 def test_a_diverged_seed_counts_with_the_loss_of_its_start(races):
     lost = races["optimizer"].eq("twice") & races["seed"].eq(0) & races["horizon"].eq(1.0)
     races.loc[lost, ["status", "val_loss"]] = ["diverged", np.nan]
