@@ -156,7 +156,7 @@ def steps(problem: Problem, device: torch.device) -> Iterator[Row]:
         "sgd": ("sgd", {}, None),
         "class gradients": ("class-gradient-newton", {}, 2.0),
         "class gradients, refreshed every 10": ("class-gradient-newton", {"refresh_every": 10}, 1.2),
-        "Rayleigh-Ritz, refreshed every 10": ("rayleigh-ritz-newton", {"refresh_every": 10, "fraction": 0.25}, 1.3),
+        "Rayleigh-Ritz, refreshed every 10": ("rayleigh-ritz-newton", {"refresh_every": 10, "fraction": 0.25}, 1.2),
         "span dropped, refreshed every 10": ("bulk-sgd", {"refresh_every": 10, "span": "class-gradients"}, None),
         "low rank, refreshed every 20": ("low-rank-newton", {"refresh_every": 20}, None),
         "CurveBall": ("curveball", {}, 2.5),
