@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
 import pandas as pd
 import pytest
 
+from curvspace.optim import class_gradient_newton
+from papers import registry
 from papers.a.figures_readings import curves_by_reading
 from papers.a.readings import judgements, readings_by_statement, score, summary
 from papers.a.verdicts import best_reading
@@ -150,3 +153,19 @@ def test_the_figure_shows_every_run_and_colours_the_best() -> None:
         "SGD with the same momentum",
         "good",
     }
+
+
+POINTS = ("dampening", "initial", "orthonormal", "sequential", "reduction", "scale")
+"""What the paper leaves open."""
+
+
+def test_each_reading_says_all_points_and_no_two_are_the_same() -> None:
+    """A reading that leaves a point to the method's default becomes another one when the default does."""
+    optimizers = registry.settings("a", "default")["optimizers"]
+    readings = {name: block for name, block in optimizers.items() if block["kind"] == "class-gradient-newton"}
+    assert len(readings) > 20
+    said = {name: [block[point] for point in POINTS] for name, block in readings.items()}
+    assert len({str(points) for points in said.values()}) == len(said)
+    assert said["running-average-averaged-qr"] == [
+        inspect.signature(class_gradient_newton).parameters[point].default for point in POINTS
+    ]
