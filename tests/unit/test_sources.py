@@ -155,13 +155,30 @@ def test_pickled_arrays_of_old_numpy_are_read(know, alone: Path, tmp_path: Path)
     prepare("cifar10", tmp_path / "out", offline=True, folder=tmp_path / "mine")
 
 
-def test_an_archive_cannot_write_outside(tmp_path: Path):
+@pytest.mark.parametrize("name", ["../escaped", "in/../../escaped", "ABSOLUTE"])
+def test_an_archive_cannot_write_outside(name: str, tmp_path: Path):
     (tmp_path / "x").write_text("x")
+    member = tarfile.TarInfo(str(tmp_path / "escaped") if name == "ABSOLUTE" else name)
+    member.size = 1
     with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as archive:
-        archive.add(tmp_path / "x", arcname="../escaped")
-    with pytest.raises(WrongData):
+        archive.addfile(member, (tmp_path / "x").open("rb"))
+    with pytest.raises(WrongData, match="outside"):
         unpack(tmp_path / "bad.tar.gz", tmp_path / "into")
     assert not (tmp_path / "escaped").exists()
+
+
+def test_of_an_archive_files_are_taken_and_no_links(tmp_path: Path):
+    """A link to a folder outside, and then a file below it, would land there."""
+    (tmp_path / "elsewhere").mkdir()
+    link, below, good = tarfile.TarInfo("link"), tarfile.TarInfo("link/file"), tarfile.TarInfo("package/good")
+    link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "elsewhere")
+    with tarfile.open(tmp_path / "links.tar", "w") as archive:
+        for member in (link, below, good):
+            archive.addfile(member)
+    unpack(tmp_path / "links.tar", tmp_path / "into")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert not (tmp_path / "into" / "link").is_symlink()
+    assert (tmp_path / "into" / "package" / "good").is_file()
 
 
 def test_no_idx_file(tmp_path: Path):
