@@ -29,7 +29,6 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
 
 
-@pytest.mark.smoke
 def test_a_new_study_runs_end_to_end_in_a_folder_with_an_odd_name(tmp_path):
     folder = tmp_path / "l'été à deux" / "spirals"
     done = CliRunner().invoke(app, ["new-study", "spirals", "--out", str(folder)])
