@@ -136,16 +136,19 @@ def _examples(sources: Iterable[Source]) -> list[str]:
 
 def _data(name: str, config: Mapping[str, Any]) -> str:
     block = config["datasets"][name]
-    size = f"{block['train']:,} examples of " if isinstance(block.get("train"), int) else ""
+    uneven = block.get("imbalance", 1) > 1  # how many examples are left then, the data set alone knows
+    size = f"{block['train']:,} examples of " if isinstance(block.get("train"), int) and not uneven else ""
+    classes = f" imbalanced {block['imbalance']:g} to 1" if uneven else ""
     labels = "" if block.get("labels", "true") in ("true", True) else f" ({block['labels']} labels)"
     pixels = f" at {block['resize']} × {block['resize']} pixels" if block.get("resize") else ""
-    return f"{size}{WORDS.get(block['source'], block['source'])}{pixels}{labels}"
+    return f"{size}{WORDS.get(block['source'], block['source'])}{classes}{pixels}{labels}"
 
 
 def _model(name: str, config: Mapping[str, Any]) -> str:
     block = config["models"][name]
     width = f" of width {block['width']}" if "width" in block else ""
-    return f"{WORDS[block['kind']]}{width}" if block["kind"] in WORDS else name
+    norm = " with batch normalisation" if block.get("batch_norm") is True else ""
+    return f"{WORDS[block['kind']]}{width}{norm}" if block["kind"] in WORDS else name
 
 
 def _words(datasets: Iterable[str], models: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:

@@ -122,6 +122,11 @@ def test_binding_of_each_kind_of_source() -> None:
     assert labelled["sources"] == {"Z-F1[runs]": ["figures/Z-F1.csv"]}
     assert labelled["models"]["Z1"] == {"fc": ["fully connected network on 1,000 examples of MNIST, 2 epochs, η = 0.1"]}
     assert labelled["words"]["Z1"] == {"small": "1,000 examples of MNIST", "fc": "fully connected network"}
+    uneven = CONFIG | {"datasets": {"small": CONFIG["datasets"]["small"] | {"imbalance": 20}}}
+    assert binding.bind([ENTRY | {"reads": {"x": "Z-F1[runs]"}}], study(), uneven)["words"]["Z1"] == {
+        "small": "MNIST imbalanced 20 to 1",
+        "fc": "fully connected network",
+    }
     for absent in ("Z-F2", "Z-F1:other", "measure:y/*"):
         assert binding.bind([ENTRY | {"reads": {"x": absent}}], study(), CONFIG)["sources"] == {}
 
