@@ -22,11 +22,14 @@ def at_start(jobs: Iterable[Any], results: str) -> str:
     what = ", ".join(f"{count} {name}" for name, count in counts.items())
     if not counts:
         return "curvspace: nothing to compute"
-    seconds = expected_seconds([(job.rule.name, _file(job)) for job in jobs if job.rule.name in counts], results)
-    if seconds is None:
+    seconds, untimed = expected_seconds(
+        [(job.rule.name, _file(job)) for job in jobs if job.rule.name in counts], results
+    )
+    if len(untimed) == len(counts):
         return f"curvspace: {what}; no times recorded yet in {results}/benchmarks"
     minutes = max(1, round(seconds / 60))
-    return f"curvspace: {what}; about {minutes} minutes of work by recorded times, shared by the cores"
+    said = f"about {minutes} minutes of work by recorded times, shared by the cores"
+    return f"curvspace: {what}; {said}" + (f"; not timed yet: {', '.join(untimed)}" if untimed else "")
 
 
 class TimeLeft(logging.Handler):
@@ -57,30 +60,31 @@ def time_left(waiting: list[Any], done: list[Any], elapsed: float, results: str)
     """How long the waiting jobs take if they go on as those that are done did."""
     if not done or not waiting:
         return f"curvspace: {len(waiting)} jobs left"
-    times = [expected_seconds([(job.rule.name, _file(job)) for job in part], results) for part in (waiting, done)]
-    ratio = times[0] / times[1] if times[0] is not None and times[1] else len(waiting) / len(done)
+    (open_s, untimed), (done_s, _) = (
+        expected_seconds([(job.rule.name, _file(job)) for job in part], results) for part in (waiting, done)
+    )
+    ratio = open_s / done_s if done_s and not untimed else len(waiting) / len(done)
     return f"curvspace: {len(waiting)} jobs left, about {max(1, round(elapsed * ratio / 60))} min"
 
 
-def expected_seconds(jobs: Iterable[tuple[str, str]], results: str) -> float | None:
-    """Sum over (rule, benchmark file) of the job's own last time, else the mean of its rule; None if a rule has none.
+def expected_seconds(jobs: Iterable[tuple[str, str]], results: str) -> tuple[float, list[str]]:
+    """Sum over (rule, benchmark file) of the job's own last time, else the mean of its rule; and the rules without any.
 
     Snakemake keeps the times of the last run of each job in its benchmark file, in seconds.
     """
     means: dict[str, float | None] = {}
-    total = 0.0
+    total, untimed = 0.0, dict[str, None]()
     for rule, file in jobs:
-        own = _seconds(Path(file)) if file else None
+        own = _seconds(Path(file)) if file else 0.0
+        if own is None and rule not in means:
+            known = [_seconds(found) for found in sorted(Path(results).glob(_pattern(rule)))]
+            times = [seconds for seconds in known if seconds is not None]
+            means[rule] = fmean(times) if times else None
+        own = means[rule] if own is None else own
         if own is None:
-            if rule not in means:
-                known = [_seconds(found) for found in sorted(Path(results).glob(_pattern(rule)))]
-                times = [seconds for seconds in known if seconds is not None]
-                means[rule] = fmean(times) if times else None
-            own = means[rule]
-        if own is None and file:
-            return None
+            untimed[rule] = None
         total += own or 0.0
-    return total
+    return total, list(untimed)
 
 
 def at_end(results: str) -> str:

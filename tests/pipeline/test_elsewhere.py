@@ -103,9 +103,12 @@ def test_the_start_says_how_much_there_is_and_how_long_it_took_before(tmp_path):
     new = tmp_path / "benchmarks/train/new.tsv"
     said = screen.at_start([job("train", first), job("train", new), job("all", None)], str(tmp_path))
     assert "2 train; about 4 minutes" in said  # its own 100 s, and 150 s as the mean of the rule
-    assert screen.expected_seconds([("train", str(second))], str(tmp_path)) == 200
+    assert screen.expected_seconds([("train", str(second))], str(tmp_path)) == (200, [])
     unknown = screen.at_start([job("measure", tmp_path / "benchmarks/measures/x.tsv")], str(tmp_path))
     assert "1 measure; no times recorded yet" in unknown
+    partly = screen.at_start([job("train", first), job("measure", tmp_path / "new.tsv")], str(tmp_path))
+    assert "1 train, 1 measure; about 2 minutes" in partly
+    assert partly.endswith("; not timed yet: measure")
     assert "nothing to compute" in screen.at_start([], str(tmp_path))
 
 
