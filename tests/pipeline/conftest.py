@@ -7,9 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from workflow import specs
 
 ROOT = Path(__file__).parents[2]
 MINI = Path(__file__).parent / "mini"
@@ -91,3 +94,12 @@ def project(finished: Project, tmp_path: Path) -> Project:
     """A copy of its own of the finished project."""
     shutil.copytree(finished.folder, tmp_path / "project", symlinks=True)
     return Project(tmp_path / "project")
+
+
+READ_ONCE = cache(specs.Code)
+
+
+@pytest.fixture
+def code_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of this checkout, whose code no test edits, share what was read of it: seconds each."""
+    monkeypatch.setattr(specs, "Code", READ_ONCE)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from fnmatch import filter as matching
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
+from conftest import ROOT
 
-from workflow import reference
+from workflow import reference, settings, specs
 
 CONFIG = """
 scale: {scale}
@@ -108,3 +114,42 @@ def test_a_config_that_cannot_be_read_ends_with_one_line(tmp_path: Path, capsys:
     with pytest.raises(SystemExit):
         verdict(tmp_path)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def commands() -> list[tuple[str, str]]:
+    """(piece, command) for each command of Snakemake's that a piece of the reference results says it was made by."""
+    found = []
+    for readme in sorted((ROOT / "results" / "reference").glob("*/README.md")):
+        text = readme.read_text("utf-8").replace("\\\n", " ")
+        found += [(readme.parent.name, line.strip()) for line in text.splitlines() if line.startswith("    snakemake ")]
+    return found
+
+
+def braces(word: str) -> list[str]:
+    """``a{1,2}.png`` as a shell would write it out."""
+    head, opened, rest = word.partition("{")
+    if not opened:
+        return [word]
+    middle, _, tail = rest.partition("}")
+    return [head + part + end for part in middle.split(",") for end in braces(tail)]
+
+
+def asked(command: str) -> tuple[dict[str, Any], list[str]]:
+    """The config and the targets of a command; words in capitals stand for any name."""
+    options, _, targets = command.partition(" -- ")
+    words = shlex.split(options)
+    files = [ROOT / words[i + 1] for i, word in enumerate(words) if word == "--configfile"]
+    given = [word.split("=", 1) for word in words if "=" in word]
+    values = {key: yaml.safe_load(value) for key, value in given}
+    patterns = [re.sub(r"[A-Z]{5,}", "*", target) for word in targets.split() for target in braces(word)]
+    return settings.whole({**settings.files([ROOT / "config.yaml", *files]), **values}), patterns
+
+
+@pytest.mark.usefixtures("code_read_once")
+@pytest.mark.parametrize(("name", "command"), commands())
+def test_the_command_of_a_piece_still_plans_what_it_says(name: str, command: str) -> None:
+    config, targets = asked(command)
+    plan = specs.load(config, ROOT)
+    made = [job.record.removesuffix(".run.json") for job in plan.jobs()]
+    for target in targets:
+        assert matching(made, target.rpartition(".")[0]), f"{name}: nothing makes {target}"

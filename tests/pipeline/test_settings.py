@@ -83,6 +83,7 @@ def test_one_name_with_two_values_is_an_error(tmp_path, monkeypatch):
         laid_over({"studies": {"one": "smoke"}})
 
 
+@pytest.mark.usefixtures("code_read_once")
 @pytest.mark.parametrize("scale", sorted(registry.scales()))
 @pytest.mark.parametrize("name", registry.folders())
 def test_every_study_alone_plans_at_every_scale(name, scale):
