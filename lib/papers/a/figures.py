@@ -25,7 +25,7 @@ RUN = ["dataset", "model", "optimizer", "batch_size", "lr"]
 def loss_over_training(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     """A-F1: validation loss over epochs, one line an optimiser (median over seeds, band their range)."""
     runs = known_or_diverged(tables["runs"], "val_loss")
-    limit = 1.5 * runs.loc[runs["step"] == 0, "val_loss"].median()
+    limit, lowest = 1.5 * runs.loc[runs["step"] == 0, "val_loss"].median(), runs["val_loss"].min()
     figure, axes = style.panels()
     axis = axes[0, 0]
     drawn = []
@@ -33,7 +33,7 @@ def loss_over_training(tables: Tables, style: Style) -> tuple[Figure, pd.DataFra
         part = runs[runs["optimizer"] == name]
         band = style.band(axis, part, "epoch", "val_loss", label=name, colour=colour, limit=limit, marker="o")
         drawn.append(band.assign(optimizer=name))
-    axis.set(xlabel="epoch", ylabel="validation loss", title=describe(runs), ylim=(0, limit))
+    axis.set(xlabel="epoch", ylabel="validation loss", title=describe(runs), ylim=(0.9 * lowest, limit))
     legend_below(figure, ncols=2)
     return figure, pd.concat(drawn, ignore_index=True)
 

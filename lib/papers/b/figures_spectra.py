@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from papers.b.tables import in_order, outlier_count
 from papers.common.runs import Tables
-from papers.common.style import Style, below
+from papers.common.style import Style, below, legend_below
 
 
 def spectra(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:
@@ -101,8 +101,7 @@ def eigenvector_entries(tables: Tables, style: Style) -> tuple[Figure, pd.DataFr
         axis.set_xticks([])
     for axis in axes[:, 0]:
         axis.set_ylabel("entry of v₁")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, markerscale=3)
+    legend_below(figure, markerscale=3)
     figure.suptitle(_subject(table), fontsize="small")
     return figure, table
 

@@ -169,13 +169,20 @@ class Style:
             axis.set_title(f"({mark})", loc="left", fontsize=self.font_size, fontweight="bold")
 
 
-def legend_below(figure: Figure, *, ncols: int = 3, title: str | None = None) -> None:
-    """One legend for all panels, below them: each label once, as its first panel draws it."""
+def legend_below(figure: Figure, *, ncols: int = 3, **options: Any) -> None:
+    """One legend for all panels, below them: each label once, as its first panel draws it.
+
+    In at most ``ncols`` columns, and in no more than the figure is wide; ``options`` go to ``Figure.legend``.
+    """
     found: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=ncols, title=title)
+    for columns in range(ncols, 0, -1):
+        legend = figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, **options)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def beside(axes: Axes, **options: Any) -> None:

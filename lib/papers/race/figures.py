@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from papers.common.intervals import half_width
 from papers.common.runs import Tables
-from papers.common.style import Style, palette_colours
+from papers.common.style import Style, legend_below, palette_colours
 from papers.race.tables import NETWORK, final_losses
 from papers.race.tables import speed_ups as speed_up_table
 
@@ -48,7 +48,8 @@ def looks(style: Style, families: Families) -> dict[str, dict[str, object]]:
 def horizons(tables: Tables, style: Style, families: Families) -> tuple[Figure, pd.DataFrame]:
     """X-R1: mean final validation loss against the length of training; each point is a run to the schedule's end.
 
-    Bars are 95 % t-intervals over seeds. Each curve's points stand a little apart so that the bars can be told.
+    Bars are 95 % t-intervals over seeds, of two seeds their range. Each curve's points stand a little apart so that the
+    bars can be told.
     """
     races = tables["races"]
     workloads = list(races.groupby(NETWORK, sort=False).groups)
@@ -65,10 +66,8 @@ def horizons(tables: Tables, style: Style, families: Families) -> tuple[Figure, 
             h, losses = table.columns.to_numpy(float), table.to_numpy(float)
             shift = 1 + 0.012 * (place - len(names) / 2)
             mean = losses.mean(0)
-            half = np.array([half_width(float(np.std(column, ddof=1)), len(column)) for column in losses.T])
-            axis.errorbar(
-                h * shift, mean, yerr=np.nan_to_num(half), label=name, capsize=2, elinewidth=0.8, **look[name]
-            )
+            half = np.array([_half(column) for column in losses.T])
+            axis.errorbar(h * shift, mean, yerr=half, label=name, capsize=2, elinewidth=0.8, **look[name])
             keys = dict(zip(NETWORK, workload, strict=True))
             columns = {"horizon": h, "val_loss": mean, "half_width": half, "seeds": len(losses)}
             drawn.append(pd.DataFrame(columns).assign(optimizer=name, family=dict(families)[name], **keys))
@@ -82,8 +81,13 @@ def horizons(tables: Tables, style: Style, families: Families) -> tuple[Figure, 
         figure.set_size_inches(figure.get_figwidth() + 2, 4.4)
         figure.legend(handles, labels, loc="outside right upper")
     else:
-        figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(workloads) == 1 else 4)
+        legend_below(figure, ncols=4)
     return figure, pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame(columns=[*NETWORK, "horizon"])
+
+
+def _half(losses: np.ndarray) -> float:
+    """Half of the 95 % t-interval, and of the range where there are but two (of two it reaches far below zero)."""
+    return half_width(float(np.std(losses, ddof=1)), len(losses)) if len(losses) > 2 else float(np.ptp(losses)) / 2
 
 
 def speed_ups(tables: Tables, style: Style, families: Families, against: Sequence[str]) -> tuple[Figure, pd.DataFrame]:

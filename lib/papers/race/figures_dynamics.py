@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from papers.common.runs import Tables
-from papers.common.style import Style
+from papers.common.style import Style, legend_below
 
 RUN = ["dataset", "model", "optimizer", "step", "span"]
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -31,8 +31,7 @@ def windows(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     for row, label in enumerate(("loss hidden by\noscillation", "signal / noise", "autocorrelation\nof coordinates")):
         axes[row, 0].set_ylabel(label)
     axes[3, 0].set_ylabel("change of the loss\nby a step")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    legend_below(figure, ncols=2, fontsize="small")
     return figure, table
 
 
@@ -99,6 +98,5 @@ def switched(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
             )
         axis.set(title=f"switched at step {step}", xlabel="steps after")
     axes[0, 0].set_ylabel("largest Hessian\neigenvalue")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    legend_below(figure, ncols=2, fontsize="small")
     return figure, table

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from papers.common.style import Style, below
+from papers.common.style import Style, below, legend_below
 
 Tables = dict[str, pd.DataFrame]
 NETWORK = ["dataset", "model"]
@@ -36,8 +36,7 @@ def mean_shares(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
         axis.set(title=f"{network[0]}, {network[1]}", xlabel="step + 1", xscale="log", ylim=(0, 1))
     for axis in axes[:, 0]:
         axis.set_ylabel("share of the square")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    legend_below(figure, ncols=4, fontsize="small")
     return figure, table
 
 

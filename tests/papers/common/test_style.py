@@ -6,7 +6,7 @@ import colorsys
 
 import pytest
 
-from papers.common.style import Style, palette_colours, plain_ticks
+from papers.common.style import Style, legend_below, palette_colours, plain_ticks
 
 
 def test_few_names_have_the_palette_and_many_have_its_hues_again_with_dashes():
@@ -38,6 +38,22 @@ def test_no_tick_of_a_logarithmic_axis_is_a_multiple_of_a_power(low, high):
     assert not any("times" in text for text in texts)
     if high / low < 20:
         assert all(float(text) > 0 for text in texts)
+
+
+@pytest.mark.parametrize("panels", [1, 2, 5])
+@pytest.mark.parametrize("length", [2, 30, 90])
+def test_a_legend_has_as_many_columns_as_the_figure_is_wide(panels, length):
+    style = Style()
+    with style.applied():
+        figure, axes = style.panels(1, panels)
+        for i in range(7):
+            axes[0, 0].plot([0, 1], [0, i], label=f"{i}".ljust(length, "m"))
+        legend_below(figure, ncols=4, fontsize="small")
+        figure.draw_without_rendering()
+    (legend,) = figure.legends
+    fits = legend.get_window_extent().width <= figure.bbox.width
+    assert fits or legend._ncols == 1
+    assert length > 2 or legend._ncols == 4
 
 
 def test_ticks_that_a_figure_has_chosen_stay():
