@@ -117,12 +117,15 @@ def test_a_config_that_cannot_be_read_ends_with_one_line(tmp_path: Path, capsys:
 
 
 def commands() -> list[tuple[str, str]]:
-    """(piece, command) for each command of Snakemake's that a piece of the reference results says it was made by."""
+    """(piece, command) for each command that a piece of the reference results, or the page about them, gives."""
     found = []
     for readme in sorted((ROOT / "results" / "reference").glob("*/README.md")):
         text = readme.read_text("utf-8").replace("\\\n", " ")
         found += [(readme.parent.name, line.strip()) for line in text.splitlines() if line.startswith("    snakemake ")]
-    return found
+    page = (ROOT / "docs" / "reference.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([^|]+) \|[^|]+\| `([^`]+)`", page, re.M)
+    assert len(rows) > 15
+    return found + [(row, re.sub("^C ", "--config scale=reference ", command)) for row, command in rows]
 
 
 def braces(word: str) -> list[str]:
