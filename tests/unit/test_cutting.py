@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from curvspace import Objective, class_gradients
+from curvspace.curvature import split
 from curvspace.curvature.class_gradients import split_pass, splits_exactly, vjp_pass
 from curvspace.functional import batch_flags, take
 
@@ -173,3 +177,82 @@ def test_batches_of_labels_that_do_not_count():
     assert objective.loss() == pytest.approx(loss(model(x), y).item(), abs=1e-12)
     with pytest.raises(ValueError, match="no target counts"):
         Objective(model, batches[:1], loss)
+
+
+class Centring(nn.Module):
+    """Subtracts the batch's mean once one of many things says so."""
+
+    on_class = False
+
+    def __init__(self):
+        super().__init__()
+        self.h, self.middle = nn.Linear(4, 3), nn.Identity()
+        self.on, self.config, self.inner = False, SimpleNamespace(modes={"centre": [0]}), lambda z: z
+        self.tensor = torch.tensor(False)
+        self.register_buffer("buffer", torch.tensor(False))
+        self.frozen = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x, on=False):
+        z = torch.tanh(self.inner(self.middle(self.h(x))))
+        switches = (on, self.on, self.on_class, self.config.modes["centre"][0], self.tensor, self.buffer, self.frozen)
+        return z - z.mean(0) if any(bool(s) for s in switches) else z
+
+
+class Centre(nn.Module):
+    def forward(self, z):
+        return z - z.mean(0)
+
+
+SWITCHES = {
+    "attribute": lambda m: setattr(m, "on", True),
+    "in a configuration": lambda m: m.config.modes["centre"].__setitem__(0, 1),
+    "function": lambda m: setattr(m, "inner", lambda z: z - z.mean(0)),
+    "plain tensor": lambda m: setattr(m, "tensor", torch.tensor(True)),
+    "plain tensor in place": lambda m: m.tensor.fill_(True),
+    "array": lambda m: m.config.modes["centre"].fill(1),
+    "buffer": lambda m: m.buffer.fill_(True),
+    "constant parameter": lambda m: m.frozen.fill_(1.0),
+    "submodule": lambda m: setattr(m, "middle", Centre()),
+    "hook": lambda m: m.middle.register_forward_hook(lambda module, x, z: z - z.mean(0)),
+    "class": lambda m: setattr(type(m), "on_class", True),
+    "forward of its own": lambda m: setattr(m, "forward", lambda x: (z := torch.tanh(m.h(x))) - z.mean(0)),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES.keys())
+def test_a_switch_that_lets_examples_interact_is_noticed(switch):
+    torch.manual_seed(0)
+    model, (x, y) = type("Own", (Centring,), {})().double(), _sorted_batch()
+    if switch is SWITCHES["array"]:  # of which it cannot be told whether it has changed
+        model.config.modes["centre"] = np.zeros(1)
+    assert splits_exactly(model, x, y)
+    cut = Objective(model, (x, y), microbatch=70)
+    assert cut.loss() == pytest.approx(F.cross_entropy(model(x), y).item(), abs=1e-12)
+    with torch.no_grad():
+        switch(model)
+    assert not splits_exactly(model, x, y)
+    slow, _ = class_gradients(model, x, y, 3, algorithm="vjp")
+    torch.testing.assert_close(class_gradients(model, x, y, 3)[0], slow, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="would change the function"):
+        Objective(model, (x, y), microbatch=70).loss()
+    assert Objective(model, (x, y)).loss() == pytest.approx(F.cross_entropy(model(x), y).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize(("off", "on"), [(False, True), (0, 1), (torch.tensor(0), torch.tensor(1)), ([], [1])])
+def test_a_switch_among_the_inputs(off, on):
+    torch.manual_seed(0)
+    model, (x, y) = Centring().double(), _sorted_batch()
+    for switch, alone in ((off, True), (on, False), (off, True)):
+        assert splits_exactly(model, (x, switch), y) == alone
+        assert splits_exactly(model, {"x": x, "on": switch}, y) == alone
+
+
+def test_what_stays_the_same_is_tried_once(monkeypatch):
+    torch.manual_seed(0)
+    model, (x, y) = Centring().double(), _sorted_batch()
+    model.forward = lambda x: model.h(x)
+    assert splits_exactly(model, x, y)
+    monkeypatch.setattr(split, "_tried", lambda *_: pytest.fail("tried again"))
+    model(x).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert splits_exactly(model, x[3:90], y[3:90])

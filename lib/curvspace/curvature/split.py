@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.linearisation import Batch, Point
 from curvspace.curvature.memory import is_out_of_memory, kept_bytes
@@ -32,6 +33,9 @@ SAMPLE = 8
 
 CACHE_BYTES = 24 * 2**20
 """Activations of one forward pass that a processor works through without slowing down (measured, see benchmarks)."""
+
+REMEMBERED = 64
+"""Answers kept for a model: of one that counts its calls, each is another."""
 
 _known_independent: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
 
@@ -76,17 +80,23 @@ def independent(function: FrozenModel, inputs: Inputs, size: int, flags: Sequenc
     """Whether the model treats ``size`` examples one by one; ``flags`` as in :func:`~curvspace.functional.take`.
 
     A few of them are evaluated together and in two parts, in float64 where the model can: outputs and a random
-    combination of their gradients must agree. The answer is kept for a model and its modes.
+    combination of their gradients must agree. The answer is kept for a model, its modes and all that it holds and is
+    called with beside its coordinates' values and the examples (see :mod:`~curvspace.curvature.fingerprint`).
     """
     if function.uses_batch_statistics or size < 2:
         return False
     flags = tuple(flags[: len(tensors_in(inputs))])
-    key = (function.modes, tuple(function.names), flags)
+    what = fingerprint(function.model, function.names, inputs, flags)
+    if what is None:  # it could have changed since: tried each time
+        return bool(_tried(function, inputs, size, flags))
+    key = (function.modes, tuple(function.names), function.dtype, flags, min(SAMPLE, size), what)
     known = _known_independent.setdefault(function.model, {})
     if key not in known:
         found = _tried(function, inputs, size, flags)
         if found is None:  # not finite: nothing learnt
             return False
+        while len(known) >= REMEMBERED:
+            known.pop(next(iter(known)))
         known[key] = found
     return known[key]
 
