@@ -50,7 +50,8 @@ class LossScanner:
         self.chunk = chunk
         self._point = Point.here(objective.function, _InDouble(objective.loss_function))
         cast = objective.function.cast  # once, so that the data stay on the device
-        self._batches = [replace(b, inputs=cast(b.inputs), targets=cast(b.targets)) for b in objective.batches]
+        given = objective.batches_for_all_parameters
+        self._batches = [replace(b, inputs=cast(b.inputs), targets=cast(b.targets)) for b in given]
         self.origin = flatten(p.detach() for p in self._point.parameters)
         self.evaluations = 0
         self.seconds = 0.0

@@ -13,24 +13,26 @@ import glob
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from curvspace.batches import as_pairs, layout
 from curvspace.curvature.differences import DifferenceHessianOperator
+from curvspace.curvature.fingerprint import fingerprint, values_mark
 from curvspace.curvature.fisher import EmpiricalFisherOperator
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.linearisation import Batch, Point, mean_gradient
-from curvspace.curvature.operators import Engine, GaussNewtonOperator, HessianOperator
+from curvspace.curvature.operators import CurvatureOperator, Engine, GaussNewtonOperator, HessianOperator
 from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, independent, within_memory
 from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
 from curvspace.functional import Batched, replayed_randomness, without_autocast
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import output_tensors
+
+Operator = TypeVar("Operator", bound=CurvatureOperator)
 
 SPLIT_ABOVE = 256
 """Batches up to this size are never cut for the processor's caches: finding the best size would not pay."""
@@ -99,6 +101,8 @@ class Objective:
         self.memory_budget = memory_budget
         self.group = group
         self._microbatch = microbatch
+        self._parts: tuple[Any, list[Batch]] | None = None
+        self._fitting: int | None = None  # examples at a time that fitted, once memory has run out
         if isinstance(microbatch, int) and self.function.examples_interact:
             raise ValueError("microbatch would change batch statistics or dropout masks; pass smaller batches instead")
         given = []
@@ -128,15 +132,50 @@ class Objective:
         """The policy, in words for an output table."""
         return self.function.policy
 
-    @cached_property
+    @property
     def batches(self) -> list[Batch]:
         """What is evaluated at a time, with weights that sum to 1.
+
+        Found once, or anew where the model was changed, or the parameters and the loss is any callable.
 
         Raises
         ------
         ValueError
             If a ``microbatch`` is asked for that would change the function.
         """
+        here = self._cut_for()
+        if self._parts is None or here is None or here != self._parts[0]:
+            self._parts = here, self._cut()
+        return self._parts[1]
+
+    @property
+    def batches_for_all_parameters(self) -> list[Batch]:
+        """The same for whoever evaluates elsewhere: as given where the loss is any callable, tried here only."""
+        return self.batches if all(self.loss_function.adds_up(b.targets) for b in self._given) else self._given
+
+    def _cut_for(self) -> Any:
+        """What the parts are found for: equal where they still make the same function. None: try each time."""
+        if not self._may_be_cut():
+            return ()
+        batch = max(self._given, key=lambda b: b.size)
+        model = fingerprint(self.function.model, self.function.names, batch.inputs, batch.flags)
+        if model is None or all(self.loss_function.adds_up(b.targets) for b in self._given):
+            return model
+        return model, values_mark(self.function.originals())
+
+    def _may_be_cut(self) -> bool:
+        largest = max((b.size for b in self._given), default=0)
+        if isinstance(self._microbatch, int):
+            return largest > self._microbatch
+        automatic = self._microbatch == "auto" and self.function.device.type == "cpu" and largest > SPLIT_ABOVE
+        return automatic or self._fitting is not None
+
+    def _cut(self) -> list[Batch]:
+        if self._fitting is None:
+            return self._cut_as_asked()
+        return cut(self._point(), self._given, self._fitting) or self._cut_as_asked()
+
+    def _cut_as_asked(self) -> list[Batch]:
         if isinstance(self._microbatch, int):
             parts = cut(self._point(), self._given, self._microbatch)
             if parts is None:
@@ -182,7 +221,9 @@ class Objective:
         A loss that reads the parameters itself (a penalty) has its share in it.
         """
         self._require_deterministic()
-        return HessianOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
+        return self._following(
+            HessianOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
+        )
 
     def gauss_newton(self) -> GaussNewtonOperator:
         """The generalised Gauss-Newton matrix of L, a copy at the time of the call, as for the Hessian.
@@ -198,7 +239,9 @@ class Objective:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return GaussNewtonOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
+        return self._following(
+            GaussNewtonOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
+        )
 
     def empirical_fisher(self) -> EmpiricalFisherOperator:
         """The empirical Fisher matrix, N times the sum of the examples' gradient shares squared; a copy at the call.
@@ -209,17 +252,24 @@ class Objective:
             If the model or the loss does not treat examples one by one.
         """
         self._require_deterministic()
-        point = self._point()
-        some = [b.examples(torch.linspace(0, b.size - 1, min(b.size, 64)).long()) for b in self._given]
-        if cut(point, some, 1) is None:
-            raise ValueError("the empirical Fisher matrix needs a model and a loss that treat examples one by one")
+        parts = self._apart()
         options = (self.engine, self.memory_budget, self.group)
-        return EmpiricalFisherOperator(point, self.batches, *options, examples=self.num_examples)
+        operator = EmpiricalFisherOperator(self._point(), parts, *options, examples=self.num_examples)
+        operator.given = self._apart
+        return operator
+
+    def _apart(self) -> list[Batch]:
+        """The batches, where the model and the loss treat examples one by one; tried on some of them."""
+        some = [b.examples(torch.linspace(0, b.size - 1, min(b.size, 64)).long()) for b in self._given]
+        if cut(self._point(), some, 1) is None:
+            raise ValueError("the empirical Fisher matrix needs a model and a loss that treat examples one by one")
+        return self.batches
 
     def hessian_by_differences(self, step: float | None = None) -> DifferenceHessianOperator:
         """The Hessian by differences of gradients at a distance ``step``: for models without second derivatives."""
         self._require_deterministic()
-        return DifferenceHessianOperator(self._point(), self.batches, self.memory_budget, self.group, step)
+        options = (self.memory_budget, self.group, step)
+        return self._following(DifferenceHessianOperator(self._point(), self.batches, *options))
 
     def part(self, parameters: str | Sequence[str]) -> Objective:
         """The same loss as a function of some of the parameters, by name or pattern (``"head.*"``)."""
@@ -238,6 +288,11 @@ class Objective:
             groups.setdefault(".".join(path if depth is None else path[:depth]), []).append(name)
         return {block: self.part([glob.escape(name) for name in names]) for block, names in groups.items()}
 
+    def _following(self, operator: Operator) -> Operator:
+        """The operator, which at a refresh cuts the batches as this objective then does."""
+        operator.given = lambda: self.batches
+        return operator
+
     def _point(self) -> Point:
         return Point.here(self.function, self.loss_function)
 
@@ -246,7 +301,11 @@ class Objective:
         return torch.tensor(value, dtype=dtype, device=self.function.device)
 
     def _within_memory(self, compute: Callable[[list[Batch]], Tensor]) -> Tensor:
-        result, self.batches = within_memory(compute, self.batches, self._point)
+        given = self.batches
+        result, fitting = within_memory(compute, given, self._point)
+        if fitting is not given:
+            self._fitting = max(b.size for b in fitting)
+            self._parts = self._cut_for(), fitting
         return result
 
     def _summed(self, value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from curvspace import Objective, class_gradients
+from curvspace import LossScanner, Objective, class_gradients
 from curvspace.curvature import split
 from curvspace.curvature.class_gradients import split_pass, splits_exactly, vjp_pass
 from curvspace.functional import batch_flags, take
@@ -256,3 +257,88 @@ def test_what_stays_the_same_is_tried_once(monkeypatch):
     model(x).sum().backward()
     torch.optim.SGD(model.parameters(), 0.1).step()
     assert splits_exactly(model, x[3:90], y[3:90])
+
+
+def _hinge(z, y):
+    return F.cross_entropy(z, y) + 10 * torch.relu(z.mean(0).abs().max() - 1.5)
+
+
+def _spread(z, y):
+    return F.cross_entropy(z, y) + torch.relu(z.var(0, correction=0).max() - 1.5)
+
+
+def _grown(model):
+    model[2].weight.mul_(5)
+    model[2].bias.add_(torch.tensor([0.0, 1.0, 3.0]).double())
+
+
+def _grown_without_versions(model):
+    model[2].weight.data.mul_(5)
+    model[2].bias.data.add_(torch.tensor([0.0, 1.0, 3.0]).double())
+
+
+@pytest.mark.parametrize("grow", [_grown, _grown_without_versions])
+@pytest.mark.parametrize("loss", [_hinge, _spread])
+def test_a_loss_that_adds_up_at_some_parameters_only(loss, grow):
+    torch.manual_seed(0)
+    model, (x, y) = _mlp(), _sorted_batch()
+    objective = Objective(model, (x, y), loss, microbatch=64)
+    assert len(objective.batches) == 5
+    assert objective.loss() == pytest.approx(loss(model(x), y).item(), abs=1e-12)
+    operators = [objective.hessian(), objective.gauss_newton(), objective.hessian_by_differences()]
+    fisher = objective.empirical_fisher()
+    with torch.no_grad():
+        grow(model)
+    for use in (objective.loss, objective.gradient, objective.hessian, *(H.refresh for H in operators)):
+        with pytest.raises(ValueError, match="microbatch=64 would change the function"):
+            use()
+    with pytest.raises(ValueError, match="treat examples one by one"):
+        fisher.refresh()
+
+
+@pytest.mark.parametrize("loss", [_hinge, _spread])
+def test_the_automatic_cut_ends_where_the_loss_no_longer_adds_up(loss, monkeypatch):
+    monkeypatch.setattr("curvspace.objective.cache_friendly_size", lambda *_: 64)
+    torch.manual_seed(0)
+    model, (x, y) = _mlp(), _sorted_batch()
+    objective, v = Objective(model, (x, y), loss), torch.randn(43).double()
+    H = objective.hessian()
+    assert len(H.batches) == 5
+    with torch.no_grad():
+        _grown(model)
+    assert objective.loss() == pytest.approx(loss(model(x), y).item(), abs=1e-12)
+    expected = torch.autograd.grad(loss(model(x), y), list(model.parameters()), create_graph=True)
+    torch.testing.assert_close(objective.gradient(), torch.cat([g.flatten() for g in expected]).detach())
+    product = torch.autograd.grad(torch.cat([g.flatten() for g in expected]) @ v, list(model.parameters()))
+    H.refresh()
+    torch.testing.assert_close(H @ v, torch.cat([h.flatten() for h in product]))
+    with torch.no_grad():
+        model[2].weight.div_(50)
+        model[2].bias.zero_()
+    assert len(objective.batches) == 5
+
+
+def test_cuts_are_tried_once_for_the_same_parameters(monkeypatch):
+    torch.manual_seed(0)
+    model, (x, y) = _mlp(), _sorted_batch()
+    objective = Objective(model, (x, y), LOSSES["separable lambda"][0], microbatch=64)
+    known = Objective(model, (x, y), microbatch=64)
+    assert len(objective.batches) == len(known.batches) == 5
+    monkeypatch.setattr("curvspace.objective.cut", lambda *_: pytest.fail("tried again"))
+    objective.loss(), objective.gradient(), objective.hessian().refresh()
+    with torch.no_grad():
+        _grown(model)
+    known.loss(), known.gradient(), known.hessian().refresh()
+
+
+@pytest.mark.parametrize("loss", [_hinge, _spread])
+def test_a_scan_goes_where_the_loss_no_longer_adds_up(loss):
+    torch.manual_seed(0)
+    model, (x, y) = _mlp(), _sorted_batch()
+    scanner = LossScanner(Objective(model, (x, y), loss, microbatch=64))
+    there = copy.deepcopy(model)
+    with torch.no_grad():
+        _grown(there)
+    theta, other = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, there))
+    expected = [loss(m(x), y).item() for m in (model, there)]
+    assert scanner.along(other - theta, [0.0, 1.0]) == pytest.approx(expected, abs=1e-12)

@@ -57,6 +57,13 @@ def fingerprint(model: nn.Module, coordinates: Collection[str], inputs: Inputs, 
     return key
 
 
+@torch.no_grad()
+def values_mark(tensors: Sequence[Tensor]) -> Any:
+    """A key that changes with the tensors' values: by versions and norms, as ``.data`` is written without a version."""
+    versions = tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
+    return versions, tuple(torch.stack(torch._foreach_norm([t.detach().float() for t in tensors])).tolist())
+
+
 class _Look:
     """One look at everything that is held, each object once."""
 

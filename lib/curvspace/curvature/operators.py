@@ -67,7 +67,8 @@ class CurvatureOperator:
         if engine not in ("auto", "linearize", "recompute"):
             raise ValueError(f'engine must be "auto", "linearize" or "recompute", got {engine!r}')
         self.point = point
-        self.batches = list(batches)
+        self.given: Callable[[], Sequence[Batch]] = lambda: batches  # cut otherwise, maybe, after a refresh
+        self._take(batches)
         self.engine = engine
         self.group = group
         self.dtype = point.function.dtype
@@ -80,7 +81,6 @@ class CurvatureOperator:
         self._budget = default_budget(self.device) if memory_budget is None else memory_budget
         self._bytes_per_example: float | None = None
         self._kept: dict[int, Linearisation] = {}
-        self._versions = [b.versions for b in self.batches]
 
     @torch.inference_mode(False)
     @without_autocast
@@ -103,8 +103,16 @@ class CurvatureOperator:
 
     def refresh(self) -> None:
         """Take the model's present parameters in place of those at the last refresh, or at the construction."""
+        given = self.given()
+        if [(b.index, b.size) for b in given] != self._sizes:
+            self._take(given)
         self.point = Point.here(self.point.function, self.point.loss)
         self._kept.clear()
+
+    def _take(self, batches: Sequence[Batch]) -> None:
+        self.batches = list(batches)
+        self._versions = [b.versions for b in self.batches]
+        self._sizes = [(b.index, b.size) for b in self.batches]
 
     def _require_unchanged(self) -> None:
         for batch, versions in zip(self.batches, self._versions, strict=True):
