@@ -32,6 +32,7 @@ from curvspace.functional import Batched, replayed_randomness, without_autocast
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import output_tensors
 
+Result = TypeVar("Result")
 Operator = TypeVar("Operator", bound=CurvatureOperator)
 
 SPLIT_ABOVE = 256
@@ -300,7 +301,7 @@ class Objective:
         dtype = torch.float32 if self.function.device.type == "mps" else torch.float64
         return torch.tensor(value, dtype=dtype, device=self.function.device)
 
-    def _within_memory(self, compute: Callable[[list[Batch]], Tensor]) -> Tensor:
+    def _within_memory(self, compute: Callable[[list[Batch]], Result]) -> Result:
         given = self.batches
         result, fitting = within_memory(compute, given, self._point)
         if fitting is not given:
@@ -326,17 +327,29 @@ class Objective:
         if batch.size > SAMPLE and independent(self.function, batch.inputs, batch.size, batch.flags):
             batch = batch.examples(slice(0, SAMPLE // 2))
         point = self._point()
-        first, second = (self._drawn_anew(i, point, batch) for i in range(2))
+        first, second = (self._drawn_anew(i, lambda: output_tensors(point.outputs(batch))) for i in range(2))
         for a, b in zip(first, second, strict=True):
-            if not a.is_floating_point():
-                continue
-            difference = float((a - b).abs().max())
-            if difference > 1e3 * torch.finfo(a.dtype).eps * float(a.abs().max()):
-                raise RuntimeError(
-                    f"{type(self.function.model).__name__} is not deterministic: two evaluations of the same "
-                    f"{batch.size} examples of batch 0 differ by {difference:.1e}"
-                )
+            _require_same(a, b, type(self.function.model).__name__, f"{batch.size} examples of batch 0")
+        if not self.loss_function.closed_form:
+            self._within_memory(self._require_deterministic_loss)
 
-    def _drawn_anew(self, seed: int, point: Point, batch: Batch) -> list[Tensor]:
+    def _require_deterministic_loss(self, batches: list[Batch]) -> None:
+        """Evaluate the loss twice on the same outputs: of all the first batch, as it may be no mean of parts."""
+        point, batch = self._point(), batches[0]
+        outputs = point.outputs(batch)
+        first, second = (self._drawn_anew(i, lambda: point.loss_of_outputs(outputs, batch)) for i in range(2))
+        _require_same(first, second, f"the loss {self.loss_function.name}", f"{batch.size} outputs of batch 0")
+
+    def _drawn_anew(self, seed: int, evaluate: Callable[[], Result]) -> Result:
         with replayed_randomness(self.function.device, seed):  # an evaluation alone leaves the generators as they were
-            return output_tensors(point.outputs(batch))
+            return evaluate()
+
+
+def _require_same(a: Tensor, b: Tensor, what: str, where: str) -> None:
+    if not a.is_floating_point() or not a.numel():
+        return
+    difference = float((a - b).abs().max())
+    if difference > 1e3 * torch.finfo(a.dtype).eps * float(a.abs().max()):
+        raise RuntimeError(
+            f"{what} is not deterministic: two evaluations of the same {where} differ by {difference:.1e}"
+        )

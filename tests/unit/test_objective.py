@@ -230,6 +230,31 @@ def test_any_callable_is_a_loss():
     torch.testing.assert_close(objective.hessian() @ v, difference, rtol=1e-6, atol=1e-8)
 
 
+RANDOM_LOSSES = {
+    "noise": lambda z, y: F.cross_entropy(z + 0.5 * torch.randn_like(z), y),
+    "dropout": lambda z, y: F.cross_entropy(F.dropout(z, 0.3), y),
+    "a sample of the examples": lambda z, y: F.cross_entropy(z[(i := torch.randperm(len(z))[:6])], y[i]),
+}
+
+
+class NoisyLoss(nn.Module):
+    def forward(self, z, y):
+        return F.cross_entropy(z * torch.empty_like(z).uniform_(0.9, 1.1), y)
+
+
+RANDOM_LOSSES["module"] = NoisyLoss()
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton", "hessian_by_differences", "empirical_fisher"])
+@pytest.mark.parametrize("loss", RANDOM_LOSSES.values(), ids=RANDOM_LOSSES.keys())
+def test_a_loss_that_draws_at_random_is_refused(loss, kind):
+    objective = Objective(_mlp(), [_batch(12), _batch(5)], loss)
+    with pytest.raises(
+        RuntimeError, match=r"the loss \S+ is not deterministic: two evaluations of the same 12 outputs"
+    ):
+        getattr(objective, kind)()
+
+
 # Bad input: one line that says what and where
 
 

@@ -107,6 +107,11 @@ class Point:
             raise ValueError(f"the loss {self.loss.name} must be one number, a mean over the batch; got {shape}")
         return value.reshape(())
 
+    def loss_of_outputs(self, outputs: Any, batch: Batch) -> Tensor:
+        """The same with the model at these parameters, which a loss may read."""
+        with self.function.policy_in_force(), self.function.at(self.parameters, self.constants, batch.index):
+            return self.loss_of(outputs, batch)
+
     def finite(self, value: Tensor, batch: Batch) -> Tensor:
         if not torch.isfinite(value):
             raise ValueError(f"batch {batch.index}: the loss is {value.item()} at these parameters")
