@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,19 +22,60 @@ def as_pairs(batches: Any) -> list[tuple[Inputs, Any]]:
 
     A batch is a pair, or a mapping of which one entry is called ``labels`` (``label``, ``targets``, ``target``).
 
+    Reading them leaves the generators of torch (on the CPU), NumPy and Python as they were, and a loader's own.
+
     Raises
     ------
     ValueError
-        If there is none, or one has another form.
+        If there is none, one has another form, or one was overwritten while later ones were read.
     """
     if isinstance(batches, Mapping) or _is_bare_pair(batches):
         batches = [batches]
     if not isinstance(batches, Iterable) or isinstance(batches, Tensor | str):
         raise ValueError(f"batches must be pairs (inputs, targets), got a {type(batches).__name__}")
-    pairs = [_pair(i, batch) for i, batch in enumerate(batches)]
+    pairs, traces = [], []
+    with _preserved_generators(batches):
+        for i, batch in enumerate(batches):
+            pairs.append(_pair(i, batch))
+            traces.append([] if isinstance(batches, list | tuple) else _traces(pairs[-1]))
     if not pairs:
         raise ValueError("an objective needs at least one batch, got none")
+    for i, (pair, before) in enumerate(zip(pairs, traces, strict=True)):
+        if before and _traces(pair) != before:
+            raise ValueError(
+                f"batch {i} was overwritten while later ones were read: the iterable uses its tensors again; let it "
+                "yield new ones (tensor.clone(), array.copy())"
+            )
     return pairs
+
+
+@contextmanager
+def _preserved_generators(batches: Any) -> Iterator[None]:
+    """Whatever is drawn inside (a loader's order, augmentations) leaves no trace in the user's generators."""
+    holders = (batches, getattr(batches, "sampler", None))
+    own = {id(g): g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)}
+    states = [(g, g.get_state()) for g in own.values()]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the user's, whatever its kind)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _traces(pair: tuple[Inputs, Any]) -> list[tuple[int, bytes]]:
+    """Of each tensor how often it was changed in place, and the first and last examples: its memory has other users."""
+    return [(0 if t.is_inference() else t._version, _ends(t)) for t in tensors_in(pair)]
+
+
+def _ends(t: Tensor) -> bytes:
+    if t.layout != torch.strided or t.is_quantized or not t.numel():
+        return b""
+    rows = (t[:1], t[-1:]) if t.ndim else (t,)
+    return b"".join(bytes(r.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) for r in rows)
 
 
 def layout(index: int, inputs: Inputs, targets: Any, batched: Batched) -> tuple[int, tuple[bool, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 from curvspace import Objective, class_gradients
 from curvspace.curvature import dense_matrix, eigsh, gram_eigh, projected_gauss_newton
+from curvspace.monitor import CurvatureMonitor
 from tests.unit.architectures import CASES
 from tests.unit.oracles import dense_hessian
 
@@ -253,6 +255,88 @@ def test_a_loss_that_draws_at_random_is_refused(loss, kind):
         RuntimeError, match=r"the loss \S+ is not deterministic: two evaluations of the same 12 outputs"
     ):
         getattr(objective, kind)()
+
+
+# Iterables of batches
+
+
+def _reusing(change):
+    """Two batches in the same memory."""
+
+    def loader(x, y):
+        a, b = torch.empty(6, 4).double(), torch.empty(6).long()
+        for part in (slice(0, 6), slice(6, 12)):
+            yield change(a, b, x[part], y[part])
+
+    return loader
+
+
+def _in_place(a, b, x, y):
+    return a.copy_(x), b.copy_(y)
+
+
+def _one_row(a, b, x, y):
+    a[3] = x[3]
+    return a, y
+
+
+def _without_versions(a, b, x, y):
+    a.data.copy_(x)
+    return a, y
+
+
+def _arrays(a, b, x, y):
+    return a.copy_(x).numpy(), y.numpy()
+
+
+def _mapping(a, b, x, y):
+    return {"input": a.copy_(x), "labels": y}
+
+
+@pytest.mark.parametrize("change", [_in_place, _one_row, _without_versions, _arrays, _mapping])
+def test_an_iterable_that_uses_its_memory_again(change):
+    with pytest.raises(ValueError, match="batch 0 was overwritten while later ones were read"):
+        Objective(_mlp(), _reusing(change)(*_batch(12)))
+
+
+def test_an_iterable_may_yield_the_same_or_views_of_one_tensor():
+    model, (x, y) = _mlp(), _batch(12)
+    x[0, 0] = float("nan")
+    assert len(Objective(model, ((x, y) for _ in range(2))).batches) == 2
+    x[0, 0] = 1
+    views = Objective(model, ((x[i : i + 5], y[i : i + 5].numpy()) for i in (0, 5, 10)))
+    assert views.loss() == pytest.approx(F.cross_entropy(model(x), y).item(), abs=1e-12)
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Draws from all generators."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        return torch.randn(4).double() + random.random() + np.random.rand(), i % 3  # noqa: NPY002
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("read", [Objective, CurvatureMonitor])
+def test_reading_a_loader_draws_nothing(read, shuffle, seeded):
+    own = torch.Generator().manual_seed(5) if seeded else None
+    loader = torch.utils.data.DataLoader(Augmented(), 5, shuffle=shuffle, generator=own)
+
+    def states():
+        return [
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
+            own.get_state().tolist() if own else None,
+        ]
+
+    model = _mlp()
+    before = states()
+    read(model, loader)
+    assert states() == before
 
 
 # Bad input: one line that says what and where
