@@ -9,8 +9,8 @@ For outputs z and targets y a loss gives
 
 The losses known here by name are weighted means, :math:`L = S/W` with S a sum over the examples and W the sum of
 their weights (labels that count, class weights, entries), or such a sum alone (``reduction="sum"``). Parts of a batch
-are put together by W, so that the whole has the value that torch gives it. Of any other callable only its value is
-known: it counts by its number of examples.
+are put together by W, so that the whole has the value that torch gives it; so are those of torch's other losses, by
+their reduction. Of any other callable only its value is known: it counts by its number of examples.
 """
 
 from __future__ import annotations
@@ -72,6 +72,23 @@ class Loss:
             if not g.requires_grad:  # linear in z
                 return torch.zeros_like(u)
             return pull_back([g], [z], [u.detach()], materialize_grads=True)[0]
+
+
+class TorchLoss(Loss):
+    """A loss of torch's that has no closed form here: a mean over the entries, one over the examples, or a sum."""
+
+    def __init__(self, function: Callable[[Any, Any], Tensor], reduction: str, over_entries: bool):
+        super().__init__(function)
+        self.name = getattr(getattr(function, "func", None), "__name__", self.name)
+        if reduction not in ("mean", "sum", "batchmean"):
+            raise ValueError(f'{self.name}: reduction must be "mean" or "sum", got {reduction!r}: a loss is one number')
+        self.reduction = "sum" if reduction == "sum" else "mean"
+        self._over_entries = over_entries and reduction == "mean"
+
+    def weight(self, targets: Any) -> float:
+        if self.reduction == "sum":
+            return 1.0
+        return float(_tensor(targets, self.name).numel()) if self._over_entries else super().weight(targets)
 
 
 class KnownLoss(Loss):
@@ -332,7 +349,7 @@ def get_loss(loss: str | Loss | Callable[[Any, Any], Tensor]) -> Loss:
         return KNOWN[loss]()
     if not callable(loss):
         raise ValueError(f"a loss is a name or a callable(outputs, targets), got {loss!r}")
-    return _recognised(loss) or Loss(loss)
+    return _recognised(loss) or _of_torch(loss) or Loss(loss)
 
 
 def _recognised(loss: Callable[[Any, Any], Tensor]) -> Loss | None:
@@ -351,6 +368,30 @@ def _recognised(loss: Callable[[Any, Any], Tensor]) -> Loss | None:
             return kind(**keywords)
     return None
 
+
+def _of_torch(loss: Callable[[Any, Any], Tensor]) -> Loss | None:
+    """A loss of torch's, or a user's module derived from one, whose reduction says how batches are put together."""
+    if isinstance(loss, nn.modules.loss._Loss):
+        name = type(loss).__name__
+        if type(loss).__module__ == nn.modules.loss.__name__:
+            return TorchLoss(loss, loss.reduction, name in _OVER_ENTRIES)
+        return TorchLoss(loss, "sum", False) if loss.reduction == "sum" else None
+    given: Any = loss
+    function, keywords = (given.func, given.keywords) if isinstance(loss, functools.partial) else (given, {})
+    name = getattr(function, "__name__", "")
+    own = getattr(F, name, None) is function and (name.endswith("_loss") or name in _OVER_ENTRIES)
+    if not own or not {"size_average", "reduce"}.isdisjoint(keywords):
+        return None
+    return TorchLoss(loss, keywords.get("reduction", "mean"), name in _OVER_ENTRIES)
+
+
+_OVER_ENTRIES = {
+    *("L1Loss", "SmoothL1Loss", "HuberLoss", "PoissonNLLLoss", "GaussianNLLLoss", "KLDivLoss", "BCELoss", "MSELoss"),
+    *("SoftMarginLoss", "HingeEmbeddingLoss", "BCEWithLogitsLoss"),
+    *("l1_loss", "smooth_l1_loss", "huber_loss", "poisson_nll_loss", "kl_div", "binary_cross_entropy", "mse_loss"),
+    *("soft_margin_loss", "hinge_embedding_loss", "binary_cross_entropy_with_logits"),
+}
+"""torch's losses of which "mean" is the mean over the targets' entries, as modules and as functions."""
 
 _OPTIONS: dict[type[KnownLoss], tuple[str, ...]] = {
     CrossEntropy: ("weight", "ignore_index", "label_smoothing"),

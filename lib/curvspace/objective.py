@@ -24,7 +24,13 @@ from curvspace.curvature.fingerprint import fingerprint, values_mark
 from curvspace.curvature.fisher import EmpiricalFisherOperator
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.linearisation import Batch, Point, mean_gradient
-from curvspace.curvature.operators import CurvatureOperator, Engine, GaussNewtonOperator, HessianOperator
+from curvspace.curvature.operators import (
+    CurvatureOperator,
+    Engine,
+    GaussNewtonOperator,
+    HessianOperator,
+    zero_gauss_newton,
+)
 from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, independent, within_memory
 from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
@@ -234,12 +240,7 @@ class Objective:
         """
         self._require_deterministic()
         if self.loss_function.linear:
-            warnings.warn(
-                f"{self.loss_function.name} is linear in the outputs: its Gauss-Newton matrix is 0 by definition; "
-                'for the usual one leave the log-softmax out of the model and take "cross_entropy"',
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(zero_gauss_newton(self.loss_function.name), RuntimeWarning, stacklevel=2)
         return self._following(
             GaussNewtonOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvspace import Objective
-from curvspace.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError, SquaredError, get_loss
+from curvspace.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError, SquaredError, TorchLoss, get_loss
 from curvspace.outputs import logits, pack
 
 W = torch.tensor([0.1, 2.0, 5.0], dtype=torch.float64)
@@ -113,7 +114,7 @@ def test_names_callables_and_what_is_recognised():
     smooth = get_loss(functools.partial(F.cross_entropy, label_smoothing=0.1))
     assert isinstance(smooth, CrossEntropy)
     assert smooth.label_smoothing == 0.1
-    assert type(get_loss(F.l1_loss)) is Loss
+    assert type(get_loss(F.l1_loss)) is TorchLoss
     assert type(get_loss(functools.partial(F.cross_entropy, size_average=False))) is Loss
 
     class Focal(nn.CrossEntropyLoss):
@@ -149,6 +150,107 @@ def test_nll_says_that_gauss_newton_is_zero_by_definition():
     expected = Objective(model[0], (x, y)).hessian()
     v = torch.randn(15).double()
     torch.testing.assert_close(H @ v, expected @ v, rtol=0, atol=1e-14)
+
+
+LINEAR = {
+    "lambda": (lambda z, y: F.nll_loss(z, y), _labels(6)),
+    "of a part": (lambda z, y: -z[:, 0].mean(), _labels(6)),
+    "absolute values": (nn.L1Loss(), _soft(6, 3)),
+    "KLDivLoss": (nn.KLDivLoss(reduction="batchmean"), _soft(6, 3)),
+    "partial": (functools.partial(F.kl_div, reduction="sum"), _soft(6, 3)),
+}
+
+
+@pytest.mark.parametrize(("loss", "targets"), LINEAR.values(), ids=LINEAR.keys())
+@pytest.mark.parametrize("engine", ["linearize", "recompute"])
+def test_other_linear_losses_say_so_at_their_first_product(loss, targets, engine):
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1)).double(), torch.randn(6, 4).double()
+    G = Objective(model, (x, targets), loss, engine=engine).gauss_newton()
+    with pytest.warns(RuntimeWarning, match="its Gauss-Newton matrix is 0 by definition") as said:
+        products = [G @ torch.ones(15).double() for _ in range(2)]
+    assert len(said) == 1
+    assert not torch.stack(products).any()
+    penalised = Objective(model, (x, targets), lambda z, y: loss(z, y) + model[0].weight.square().sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        G = penalised.gauss_newton()
+        assert (G @ torch.ones(15).double())[:12].tolist() == [2.0] * 12
+
+
+def _reductions(*more: str) -> tuple[str, ...]:
+    return ("sum", "mean", *more)
+
+
+TORCHS = {  # outputs and targets of 7 examples of 3 rows
+    (name, reduction): (module, function, reduction, targets)
+    for name, module, function, targets, reductions in (
+        ("l1", nn.L1Loss, F.l1_loss, "real", _reductions()),
+        ("smooth l1", nn.SmoothL1Loss, F.smooth_l1_loss, "real", _reductions()),
+        ("huber", nn.HuberLoss, F.huber_loss, "real", _reductions()),
+        ("poisson", nn.PoissonNLLLoss, F.poisson_nll_loss, "real", _reductions()),
+        ("mse", nn.MSELoss, F.mse_loss, "real", _reductions()),
+        ("soft margin", nn.SoftMarginLoss, F.soft_margin_loss, "signs", _reductions()),
+        ("hinge", nn.HingeEmbeddingLoss, F.hinge_embedding_loss, "signs", _reductions()),
+        ("kl", nn.KLDivLoss, F.kl_div, "soft", _reductions("batchmean")),
+        ("multi margin", nn.MultiMarginLoss, F.multi_margin_loss, "labels", _reductions()),
+        ("several labels", nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss, "soft", _reductions()),
+    )
+    for reduction in reductions
+}
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+@pytest.mark.parametrize("case", TORCHS, ids=" ".join)
+def test_torchs_losses_over_several_batches_have_the_value_of_all_examples(case, as_function):
+    module, function, reduction, kind = TORCHS[case]
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(7, 4).double()
+    targets = {
+        "real": torch.randn(7, 3).double().abs(),
+        "signs": torch.randn(7, 3).double().sign(),
+        "soft": _soft(7, 3),
+        "labels": _labels(7),
+    }[kind]
+    loss = functools.partial(function, reduction=reduction) if as_function else module(reduction=reduction)
+    value = loss(model(x), targets)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+    batches = [(x[:5], targets[:5]), (x[5:], targets[5:])]
+    for given, options in ((batches, {}), (batches, {"microbatch": 2}), ([(x, targets)], {"microbatch": 3})):
+        objective = Objective(model, given, loss, **options)
+        assert objective.loss() == pytest.approx(value.item(), rel=1e-12)
+        torch.testing.assert_close(objective.gradient(), gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [nn.L1Loss, nn.HuberLoss, functools.partial(nn.KLDivLoss, log_target=False)])
+def test_means_over_entries_count_entries(make):
+    torch.manual_seed(0)
+    model, loss = nn.Linear(4, 3).double(), make()
+    batches = [
+        (torch.randn(n, length, 4).double(), torch.rand(n, length, 3).double()) for n, length in ((5, 2), (2, 9))
+    ]
+    flat = [torch.cat([t.flatten(0, 1) for t in parts]) for parts in zip(*batches, strict=True)]
+    assert Objective(model, batches, loss).loss() == pytest.approx(loss(model(flat[0]), flat[1]).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [nn.HuberLoss(reduction="none"), functools.partial(F.l1_loss, reduction="none")])
+def test_losses_without_reduction(loss):
+    with pytest.raises(ValueError, match=r"reduction must be .*, got 'none': a loss is one number"):
+        get_loss(loss)
+
+
+class Cubed(nn.modules.loss._Loss):
+    def forward(self, z, y):
+        parts = (z - y).abs() ** 3
+        return parts.sum() if self.reduction == "sum" else parts.sum() / len(z)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_users_loss_with_a_reduction(reduction):
+    torch.manual_seed(0)
+    model, x, y, loss = nn.Linear(4, 3).double(), torch.randn(7, 4).double(), torch.randn(7, 3).double(), Cubed()
+    loss.reduction = reduction
+    objective = Objective(model, [(x[:5], y[:5]), (x[5:], y[5:])], loss)
+    assert objective.loss() == pytest.approx(loss(model(x), y).item(), rel=1e-12)
 
 
 def test_outputs_of_several_tensors_are_packed_and_unpacked():

@@ -220,6 +220,13 @@ class OutputCurvature:
         self.gradient = [g for g in gradient if g is not None and g.requires_grad]
         self.live = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]
 
+    def vanishes(self) -> bool:
+        """Whether a loss without closed form, of the outputs alone, turns out (piecewise) linear in them."""
+        if self.closed_form or self.read:
+            return False
+        u = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0)).to(self.z)
+        return not self.product(u, [])[0].any()
+
     def product(self, u: Tensor, v: Tensors) -> tuple[Tensor, list[Tensor]]:
         """The product with (u, v), u in the outputs and v in the parameters; of those only ``read`` matter."""
         if self.closed_form:

@@ -8,6 +8,7 @@ Only products are ever formed: ``H @ v`` for v (P,), ``H @ V`` for V (P, m).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -196,3 +197,21 @@ class GaussNewtonOperator(CurvatureOperator):
 
     name = "Gauss-Newton matrix"
     linearisation = GaussNewtonLinearisation
+    _tried = False
+
+    def _linearised(self, i: int, batch: Batch) -> Linearisation:
+        found = super()._linearised(i, batch)
+        assert isinstance(found, GaussNewtonLinearisation)
+        if not self._tried:
+            self._tried = True
+            if found.curvature.vanishes():
+                warnings.warn(zero_gauss_newton(self.point.loss.name), RuntimeWarning, stacklevel=2)
+        return found
+
+
+def zero_gauss_newton(loss: str) -> str:
+    """What to say of the Gauss-Newton matrix of a loss that is linear in the outputs."""
+    return (
+        f"{loss} is linear in the outputs: its Gauss-Newton matrix is 0 by definition; "
+        'for the usual one leave the log-softmax out of the model and take "cross_entropy"'
+    )
