@@ -107,6 +107,22 @@ def layout(index: int, inputs: Inputs, targets: Any, batched: Batched) -> tuple[
     return n, (*flags, *batch_flags(targets, n))
 
 
+def could_be_one_example(inputs: Inputs, targets: Any) -> bool:
+    """Whether a pair may be a single example without batch dimension: real inputs and targets, all of one dimension."""
+    tensors = [*tensors_in(inputs), *tensors_in(targets)]
+    return bool(tensors_in(inputs)) and all(t.ndim == 1 and t.is_floating_point() for t in tensors)
+
+
+def one_example(index: int, inputs: Inputs, targets: Any) -> str:
+    """What to say where a pair is one."""
+    x, y = (", ".join(str(tuple(t.shape)) for t in tensors_in(value)) for value in (inputs, targets))
+    return (
+        f"batch {index}, inputs {x} and targets {y}, seems to be one example without a batch dimension: the model does "
+        "not take fewer of them; give one example as (x[None], y[None]), a data set through a DataLoader, or say which "
+        "inputs have the examples along their first dimension (batched=[0]; none: ())"
+    )
+
+
 def _is_bare_pair(batches: Any) -> bool:
     return isinstance(batches, list | tuple) and len(batches) == 2 and any(_is_array(part) for part in batches)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from curvspace.batches import as_pairs, layout
+from curvspace.batches import as_pairs, could_be_one_example, layout, one_example
 from curvspace.curvature.differences import DifferenceHessianOperator
 from curvspace.curvature.fingerprint import fingerprint, values_mark
 from curvspace.curvature.fisher import EmpiricalFisherOperator
@@ -123,6 +123,8 @@ class Objective:
             if total == 0:
                 raise ValueError(f"{self.loss_function.name}: no target counts, all are ignored or have weight 0")
         self._given = [replace(b, weight=b.weight / total) for b in given if b.weight]
+        if batched is None:
+            self._require_batches()
 
     @property
     def device(self) -> torch.device:
@@ -314,6 +316,21 @@ class Objective:
         if self.group is not None:
             torch.distributed.all_reduce(value, group=self.group)
         return value
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _require_batches(self) -> None:
+        """One example without a batch dimension has the layout of a batch of numbers: then fewer of them do not fit."""
+        batch = next((b for b in self._given if b.size > 1 and could_be_one_example(b.inputs, b.targets)), None)
+        if batch is None:
+            return
+        fewer = batch.examples(slice(0, batch.size - 1))
+        try:
+            found = output_tensors(self._point().outputs(fewer))
+        except Exception as error:  # whatever the model raises on what it was not made for
+            raise ValueError(one_example(batch.index, batch.inputs, batch.targets)) from error
+        if any(t.ndim == 0 or len(t) != fewer.size for t in found):
+            raise ValueError(one_example(batch.index, batch.inputs, batch.targets))
 
     @torch.inference_mode(False)
     @torch.no_grad()

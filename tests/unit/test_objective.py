@@ -339,6 +339,54 @@ def test_reading_a_loader_draws_nothing(read, shuffle, seeded):
     assert states() == before
 
 
+def _same_width() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 4)).double()
+
+
+ONE_BY_ONE = {
+    "linear": (lambda: nn.Linear(4, 4).double(), "mse"),
+    "layers": (_same_width, "mse"),
+    "torch's": (_same_width, nn.HuberLoss()),
+    "a callable": (_same_width, lambda z, y: (z - y).square().mean()),
+    "padding": (lambda: nn.Sequential(nn.ConstantPad1d(1, 0.0), nn.Linear(6, 4)).double(), "mse"),
+}
+
+
+@pytest.mark.parametrize(("make", "loss"), ONE_BY_ONE.values(), ids=ONE_BY_ONE.keys())
+def test_examples_one_by_one_are_not_taken_for_batches(make, loss):
+    model, (x, _) = make(), _batch()
+    for batches in ([(a, a) for a in x], (x[0], x[0]), [((a,), a) for a in x]):
+        with pytest.raises(ValueError, match=r"batch 0, inputs \(4,\) and targets \(4,\), seems to be one example"):
+            Objective(model, batches, loss)
+    together = Objective(model, [(a[None], a[None]) for a in x], loss)
+    assert together.loss() == pytest.approx(Objective(model, (x, x), loss).loss(), abs=1e-12)
+
+
+class Curve(nn.Module):
+    """Takes numbers, one an example."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+    def forward(self, x):
+        return self.inner(x[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_batches_of_numbers(n):
+    model, x = Curve(), torch.randn(n).double()
+    expected = 0.5 * (model(x) - x).square().mean().item()
+    assert Objective(model, (x, x), "mse").loss() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_model_of_a_fixed_number_of_inputs_is_taken_at_the_users_word():
+    model, x = nn.Linear(4, 4).double(), torch.randn(4).double()
+    expected = 0.5 * (model(x) - x).square().sum().item() / 4
+    assert Objective(model, (x, x), "mse", batched=[0]).loss() == pytest.approx(expected, abs=1e-12)
+    assert Objective(model, (x, x), "mse", batched=()).loss() == pytest.approx(expected, abs=1e-12)
+
+
 # Bad input: one line that says what and where
 
 

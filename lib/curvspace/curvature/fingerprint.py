@@ -25,10 +25,10 @@ ENTRIES = 20_000
 VALUES = 1024
 """Entries up to which an input tensor that is not cut with the batch is compared by value."""
 
-_PLAIN = (
-    type(None) | bool | int | float | complex | str | bytes | enum.Enum | range | slice | type | types.ModuleType
-    | torch.dtype | torch.device | torch.layout | torch.memory_format
-)  # fmt: skip
+_PLAIN: tuple[type, ...] = (
+    *(type(None), bool, int, float, complex, str, bytes, enum.Enum, range, slice, type, types.ModuleType),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
 _numbers = count()
 _number_of = WeakIdKeyDictionary()
 _OWN_TO_MODULES = {*nn.Module().__dict__, "_compiled_call_impl"} - {"_forward_hooks", "_forward_pre_hooks"}
