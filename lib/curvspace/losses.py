@@ -16,6 +16,7 @@ their reduction. Of any other callable only its value is known: it counts by its
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -116,7 +117,13 @@ class KnownLoss(Loss):
         raise NotImplementedError
 
     def _divisor(self, targets: Tensor) -> Tensor | int:
-        return self.normaliser(targets) if self.reduction == "mean" else 1
+        """W of a mean, 1 of a sum. Where nothing counts, both derivatives over it are 0, though the mean is 0/0."""
+        if self.reduction != "mean":
+            return 1
+        total = self.normaliser(targets)
+        if not isinstance(total, Tensor):
+            return total
+        return total.masked_fill(total == 0, math.inf if total.is_floating_point() else 1)
 
 
 class CrossEntropy(KnownLoss):
@@ -128,7 +135,8 @@ class CrossEntropy(KnownLoss):
 
     with p the softmax of z and t the targets after class weights w and smoothing. Outputs (N, C) or (N, C, ...).
     Targets: integers of any type (N, ...), then W is the sum of their class weights, or probabilities of the outputs'
-    shape, then W is the number of positions. Labels equal to ``ignore_index`` do not count.
+    shape, then W is the number of positions. Labels equal to ``ignore_index`` do not count. Where none counts, L is NaN
+    and its derivatives are 0.
     """
 
     name = "cross_entropy"

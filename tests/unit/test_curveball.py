@@ -167,6 +167,25 @@ def test_first_step_is_the_line_minimum_along_the_gradient():
     torch.testing.assert_close(move, -opt.log()["beta"] * g)
 
 
+@pytest.mark.parametrize(
+    ("loss", "label"), [(nn.CrossEntropyLoss(), -100), (nn.CrossEntropyLoss(torch.tensor([0.0, 1.0, 1.0])), 0)]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_minibatch_of_which_nothing_counts_gives_nan_and_leaves_the_rest_finite(first, loss, label):
+    model = network("mlp")
+    optimizer = CurveBall(model, loss)
+    (x, y), (later, targets) = batches(2, "cross_entropy")
+    if not first:
+        optimizer.step(x, y)
+    before = parameter_vector(model)
+    assert optimizer.step(x, torch.full_like(y, label)).isnan()
+    assert parameter_vector(model).isfinite().all()
+    if first:
+        assert torch.equal(parameter_vector(model), before)
+    losses = [float(optimizer.step(later, targets)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
 def test_damping_rule_moves_both_ways_and_only_at_its_interval():
     model = network("mlp")
     stream = list(batches(11, "cross_entropy"))

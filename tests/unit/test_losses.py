@@ -100,6 +100,25 @@ def test_one_example_without_a_batch_dimension():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("positions", [(), (2,)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("weight", "label"), [(None, -100), (W, -100), (torch.tensor([0.0, 2.0, 5.0]).double(), 0)], ids=str
+)
+def test_derivatives_are_zero_where_no_target_counts(weight, label, smoothing, positions):
+    """torch's own gradient of ignored targets is 0 although the mean is NaN."""
+    y = torch.full((5, *positions), label)
+    z = torch.randn(5, 3, *positions).double().requires_grad_()
+    for module in (nn.CrossEntropyLoss(weight, label_smoothing=smoothing), nn.NLLLoss(weight)):
+        loss = get_loss(module)
+        value = loss(z, y)
+        assert value.isnan()
+        for found in (loss.gradient(z.detach(), y), loss.hessian_product(z.detach(), y, torch.randn_like(z))):
+            assert not found.any()
+        if label == -100:
+            assert not torch.autograd.grad(module(z, y), z)[0].any()
+
+
 def test_normalisations_of_the_squared_error():
     z, y = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.zeros(2, 2)
     assert float(SquaredError()(z, y)) == 0.5 * 5 / 2
