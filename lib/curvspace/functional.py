@@ -211,17 +211,18 @@ class _InnerProduct(torch.autograd.Function):
         return (None, *cotangents, *[None] * len(cotangents))
 
 
-def require_second_derivatives(gradient: Sequence[Tensor | None]) -> None:
+def require_second_derivatives(
+    gradient: Sequence[Tensor | None], instead: str = "; take objective.hessian_by_differences()"
+) -> None:
     """torch's own error for ``once_differentiable`` hangs beside the way to the parameters: it would take for constant
-    what it cannot differentiate, without a word."""
+    what it cannot differentiate, without a word. ``instead`` ends the message."""
     waiting = [g.grad_fn for g in gradient if g is not None and g.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
         if node.name() == "torch::autograd::Error":
             raise RuntimeError(
-                "the model or the loss has a function without second derivative (once_differentiable); "
-                "take objective.hessian_by_differences()"
+                f"the model or the loss has a function without second derivative (once_differentiable){instead}"
             )
         for following, _ in node.next_functions:
             if following is not None and following not in seen:

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from curvspace.functional import parameter_vector
+from curvspace.functional import assign_parameters, parameter_vector
 from curvspace.optim.first_order import FirstOrder
 from curvspace.optim.negative_curvature import NegativeCurvature
 
@@ -97,6 +98,65 @@ def test_the_estimate_converges_to_the_most_negative_pair():
         optimizer.step(x, y)
     assert optimizer.curvature == pytest.approx(float(values[0]), rel=1e-3)
     assert abs(float(optimizer.direction @ vectors[:, 0])) > 0.999
+
+
+LAYERS = {
+    "weight norm": lambda: [nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)), nn.Tanh()],
+    "weight norm by hook": lambda: [nn.utils.weight_norm(nn.Linear(5, 6), dim=None), nn.Tanh()],
+    "batch norm": lambda: [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh()],
+    "convolution": lambda: [nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 2, 3), nn.Softplus(), nn.Flatten()],
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_curvature_of_every_layer_is_that_of_central_differences(name):
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(*LAYERS[name](), nn.Linear(6, 3)).double(), batch()
+    optimizer = NegativeCurvature(model, torch.optim.SGD, lr=0.0, lr_negative=0.0)
+    v, here = optimizer.direction.clone(), parameter_vector(model)
+    optimizer.step(x, y)
+    averages = [b.clone() for b in model.buffers()]
+
+    def slope(h: float) -> Tensor:
+        assign_parameters(model, here + h * v)
+        loss = nn.functional.cross_entropy(model(x), y)
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))]) @ v
+
+    expected = float(slope(1e-5) - slope(-1e-5)) / 2e-5
+    assign_parameters(model, here)
+    assert optimizer.curvature == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    if name == "batch norm":  # its averages have moved once
+        torch.testing.assert_close(averages[0], 0.1 * model[0](x).mean(0))
+
+
+class OnceSquare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a):
+        ctx.save_for_backward(a)
+        return a * a
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return OnceSquare.apply(x)
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_a_function_without_second_derivative_is_refused_at_every_step(place):
+    layers = [nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)]
+    model = nn.Sequential(*layers[:place], Square(), *layers[place:]).double()
+    optimizer = NegativeCurvature(model, torch.optim.SGD, lr=0.1)
+    before = parameter_vector(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"without second derivative.*replace it"):
+            optimizer.step(*batch())
+    assert torch.equal(parameter_vector(model), before)
 
 
 def test_it_leaves_a_saddle_in_fewer_steps_than_its_base():

@@ -149,8 +149,9 @@ class SecondOrderLayers(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _PARSERS:
             bound = inspect.signature(_PARSERS[func]).bind(*args, **kwargs).arguments
-            unusual = isinstance(bound.get("padding"), str) or bound["input"].ndim != bound["weight"].ndim
-            if not unusual:
+            x = bound["input"]
+            unusual = isinstance(bound.get("padding"), str) or x.ndim != bound["weight"].ndim
+            if not unusual and not torch.is_autocast_enabled(x.device.type):  # a backward pass needs one type
                 return _Convolution.apply(*_PARSERS[func](**bound), self.linear)
         if func is torch.nn.functional.batch_norm:
             return batch_norm(*args, **kwargs, linear=self.linear)

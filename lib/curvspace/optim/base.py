@@ -130,6 +130,10 @@ class ModelOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} was made ({what}): make a new optimiser"
             )
 
+    def _modules(self) -> list[tuple[nn.Module, bool]]:
+        """The model's modules and their modes: where they are as they were, what was checked of them holds."""
+        return [(m, m.training) for m in self.model.modules()]
+
     def _require_shareable(self) -> None:
         name = type(self).__name__
         if not self.distributed:

@@ -13,14 +13,23 @@ since :math:`\nabla_v\, v^\top H v = 2Hv`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvspace.functional import Inputs, add_to_parameters, call, flatten, pull_back, unflatten
+from curvspace.curvature.second_order import SecondOrderLayers
+from curvspace.functional import (
+    Inputs,
+    add_to_parameters,
+    call,
+    flatten,
+    pull_back,
+    require_second_derivatives,
+    unflatten,
+)
 from curvspace.inner import inner, norm
 from curvspace.losses import Loss
 from curvspace.optim.base import require
@@ -68,6 +77,8 @@ class NegativeCurvature(FirstOrder):
     ------
     ValueError
         For a hyper-parameter out of its range, or a base that is no optimiser class.
+    RuntimeError
+        At a step, for a model or loss with a function that is ``once_differentiable``.
     """
 
     couples_parameters = True
@@ -96,6 +107,7 @@ class NegativeCurvature(FirstOrder):
         require(0.0 <= average < 1.0, "average", average, "in [0, 1)")
         super().__init__(model, kind, loss, **base_options)
         self.param_groups[0].update(lr_v=lr_v, lr_negative=lr_negative, every=every, average=average)
+        self._checked: list[tuple[nn.Module, bool]] = []
         self._v = self._random_direction(seed)
         self._value = self._v.new_tensor(math.nan)
         self._scale = self._v.new_tensor(0.0)
@@ -141,8 +153,10 @@ class NegativeCurvature(FirstOrder):
         parameters = self.param_groups[0]["params"]
         # Fused attention kernels have no second derivative; the plain one has.
         with sdpa_kernel(SDPBackend.MATH):
-            loss = self.loss(call(self.model, inputs), targets)
+            with SecondOrderLayers():
+                loss = self.loss(call(self.model, inputs), targets)
             gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            self._require_second_derivatives(gradients)
             curved = [
                 (g, t)
                 for g, t in zip(gradients, unflatten(self._v, parameters), strict=True)
@@ -162,6 +176,13 @@ class NegativeCurvature(FirstOrder):
         self.costs.backward += 3
         self.costs.products += 1
         return value, [g if u else None for g, u in zip(known, used, strict=True)], hv
+
+    def _require_second_derivatives(self, gradients: Sequence[Tensor | None]) -> None:
+        """Look through the graph at the first product, and when the modules or their modes have changed."""
+        modules = self._modules()
+        if modules != self._checked:
+            require_second_derivatives(gradients, "; NegativeCurvature needs one: replace it")
+            self._checked = modules
 
     # What follows stays on the device: a step must not wait for a number to reach the host.
 
