@@ -251,6 +251,76 @@ def test_reload_continues_bit_for_bit(kind, tmp_path):
     assert opt.costs.forward == resumed.costs.forward
 
 
+class Gate(nn.Module):
+    """A gate that the gradient takes for a constant, told by ``detach`` or by ``torch.no_grad``."""
+
+    def __init__(self, detach: bool):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b, self.detach = nn.Linear(4, 6).double(), nn.Linear(6, 3).double(), detach
+
+    def forward(self, x):
+        h = self.a(x)
+        if self.detach:
+            return self.b(h * torch.tanh(h).detach())
+        with torch.no_grad():
+            gate = torch.tanh(h)
+        return self.b(h * gate)
+
+
+def test_constants_by_no_grad_are_those_by_detach():
+    losses = []
+    for detach in (True, False):
+        optimizer = CurveBall(Gate(detach))
+        losses.append([float(optimizer.step(x, y)) for x, y in batches(6, "cross_entropy")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_scripted_function_may_lose_its_tangents_after_the_first_call():
+    class Swish(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+        def forward(self, x):
+            return self.function(x)
+
+    def swish(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x)
+
+    losses = []
+    for function in (swish, torch.jit.script(swish)):
+        model = network("mlp")
+        model[1] = Swish(function)
+        optimizer = CurveBall(model)
+        losses.append([float(optimizer.step(x, y)) for x, y in batches(8, "cross_entropy")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["mlp", "batchnorm", "convolution"])
+def test_scripted_models_take_the_steps_of_eager_ones(kind):
+    losses = []
+    for script in (lambda m: m, torch.jit.script):
+        optimizer = CurveBall(script(network(kind)))
+        losses.append([float(optimizer.step(x, y)) for x, y in batches(6, "cross_entropy")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+
+
+def test_the_transpose_is_checked_at_the_first_steps_and_when_modes_change():
+    model, calls = network("mlp"), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    optimizer = CurveBall(model, adapt_damping=False)
+    counts = []
+    for i, (x, y) in enumerate(batches(10, "cross_entropy")):
+        model.train(i < 5)
+        calls.clear()
+        optimizer.step(x, y)
+        counts.append(len(calls))
+    assert counts == [3, 3, 3, 2, 2] * 2
+
+
 def test_costs_count_passes():
     opt = CurveBall(network("mlp"))
     for x, y in batches(6, "cross_entropy"):

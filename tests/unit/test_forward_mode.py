@@ -7,7 +7,9 @@ import copy
 import odd_layers
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call, jvp
 
 from curvspace.functional import trainable_parameters
@@ -143,6 +145,151 @@ def test_odd_layers_move_buffers_and_generators_once(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), generator)
     for (key, found), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(found, expected, msg=key)
+
+
+class Gated(nn.Module):
+    """What ``by`` makes of the first layer is a constant to the backward pass."""
+
+    def __init__(self, by) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.a, self.b, self.by = nn.Linear(4, 5), nn.Linear(5, 3), by
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        with torch.no_grad():
+            constant = self.by(h)
+        return self.b(torch.tanh(h) * constant)
+
+
+class WrongRule(torch.autograd.Function):
+    """a², whose forward-mode rule forgets a factor."""
+
+    @staticmethod
+    def forward(ctx, a):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(a)
+        ctx.save_for_forward(a)
+        return a * a
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return 2 * ctx.saved_tensors[0] * g
+
+    @staticmethod
+    def jvp(ctx, t):  # type: ignore[no-untyped-def]
+        return ctx.saved_tensors[0] * t
+
+
+class Called(nn.Module):
+    """An activation by any callable."""
+
+    def __init__(self, function) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+INCONSISTENT = {
+    "gate": lambda: Gated(torch.sigmoid),
+    "statistics": lambda: Gated(lambda h: 1 / h.std(0)),
+    "codebook": lambda: Gated(lambda h: h.round() + 0.1 * h),
+    "wrong rule": lambda: nn.Sequential(nn.Linear(4, 5), Called(WrongRule.apply), nn.Linear(5, 3)),
+}
+
+
+def reverse_jacobian(model: nn.Module, x: Tensor) -> Tensor:
+    """(outputs, parameters), row by row from backward passes."""
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(z, parameters, retain_graph=True) for z in model(x).reshape(-1)]
+    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", INCONSISTENT)
+def test_products_are_those_of_the_backward_jacobian(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = INCONSISTENT[name]().to(dtype), torch.randn(6, 4, dtype=dtype)
+    J = reverse_jacobian(model, x)
+    first, second = ([torch.randn_like(p) for p in model.parameters()] for _ in range(2))
+    point = linearise(model, x, first)
+    for tangents, found in ((first, point.first), (second, point.push(second))):
+        torch.testing.assert_close(found.reshape(-1), J @ torch.cat([t.reshape(-1) for t in tangents]))
+    u = torch.randn(6, 3, dtype=dtype)
+    torch.testing.assert_close(torch.cat([g.reshape(-1) for g in point.pull(u)]), J.T @ u.reshape(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", list(cases()))
+def test_where_dual_numbers_serve_they_stay(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = cases()[name], torch.randn(5, 2, 6, 6, dtype=dtype)
+    model.to(dtype)(x)
+    assert type(linearise(model, x, [torch.randn_like(p) for p in model.parameters()])) is ForwardMode
+
+
+@torch.jit.script
+def scripted_swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+SCRIPTED = {
+    "whole": lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))),
+    "part": lambda: nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.Tanh())), nn.Linear(5, 3)),
+    "batch norm": lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))),
+    "traced": lambda: torch.jit.trace(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)),
+    "function": lambda: nn.Sequential(nn.Linear(4, 5), Called(scripted_swish), nn.Linear(5, 3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_scripted_modules_call_after_call(name: str) -> None:
+    """TorchScript optimises its graph after the first call."""
+    torch.manual_seed(0)
+    model, x = SCRIPTED[name](), torch.randn(6, 4)
+    for _ in range(4):
+        J = reverse_jacobian(model, x)
+        tangents = [torch.randn_like(p) for p in model.parameters()]
+        along = J @ torch.cat([t.reshape(-1) for t in tangents])
+        point = linearise(model, x, tangents)
+        torch.testing.assert_close(point.first.reshape(-1), along)
+        torch.testing.assert_close(point.push(tangents).reshape(-1), along)
+        torch.testing.assert_close(point.replay(), point.outputs.detach())
+
+
+def test_lost_tangents_are_an_error() -> None:
+    """Outputs that depend on the parameters and have no tangent."""
+    lost = lambda x: torch.zeros_like(x).requires_grad_() + forward_ad.unpack_dual(x).primal  # noqa: E731
+    model = nn.Sequential(nn.Linear(4, 3), Called(lost))
+    with pytest.raises(RuntimeError, match="Sequential has lost its tangents"):
+        ForwardMode(model, torch.randn(6, 4), zeros(model))
+
+
+class OnceSquare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(a)
+        return a * a
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return 2 * ctx.saved_tensors[0] * g
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_a_function_that_is_once_differentiable_is_named(place: int) -> None:
+    layers = [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)]
+    model = nn.Sequential(*layers[:place], Called(OnceSquare.apply), *layers[place:])
+    if place == 0:  # no parameter before it: nothing is missing
+        x = torch.randn(8, 4)
+        J, tangents = reverse_jacobian(model, x), [torch.randn_like(p) for p in model.parameters()]
+        found = linearise(model, x, tangents).first
+        torch.testing.assert_close(found.reshape(-1), J @ torch.cat([t.reshape(-1) for t in tangents]))
+        return
+    with pytest.raises(ValueError, match=r"has a layer with neither.*once_differentiable"):
+        linearise(model, torch.randn(8, 4), zeros(model))
 
 
 def zeros(model: nn.Module) -> list[Tensor]:

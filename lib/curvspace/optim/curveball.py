@@ -29,6 +29,10 @@ from curvspace.optim.forward_mode import ForwardMode, Linearised, linearise
 Rate = float | Literal["auto"]
 
 
+_CHECKED_STEPS = 3
+"""The first has no velocity yet, and what compiles itself while it runs does so at one of the first calls."""
+
+
 class CurveBall(ModelOptimizer):
     r"""Paper C's optimiser: ``loss = CurveBall(model).step(x, y)``.
 
@@ -56,9 +60,15 @@ class CurveBall(ModelOptimizer):
         :math:`\mu`: adds :math:`\tfrac\mu2|w|^2` to f, hence :math:`\mu w` to g and :math:`\mu I` to
         :math:`\hat G`. The loss returned by ``step`` is without it.
 
+    The first three steps, and those after modules or their modes have changed, also find out whether forward-mode
+    products are those of the model's gradient, by a random u: :math:`u^\top(Jt) = (J^\top u)^\top t`. Where they are
+    not (a model that computes under ``torch.no_grad()``, a wrong forward-mode rule), and for TorchScript and layers
+    without a forward-mode rule, :math:`Jt` comes by double backward. ``costs`` leave these two passes a step out.
+
     ``log()`` gives rho, beta, damping, ratio (:math:`\gamma`, of the latest check) and anomalies: how many steps
     had a non-finite solution of eq. 19 (then :math:`\rho = 0`) or a non-finite ratio (then :math:`\lambda` stays).
-    Raises ``ValueError`` for a bad hyper-parameter and for a second param group.
+    Raises ``ValueError`` for a bad hyper-parameter, for a second param group, and at a step for a layer that has
+    neither forward-mode nor second derivatives.
     """
 
     def __init__(
@@ -102,6 +112,8 @@ class CurveBall(ModelOptimizer):
         }
         super().__init__(model, defaults, loss)
         self._way: type[Linearised] = ForwardMode
+        self._checked: list[tuple[nn.Module, bool]] = []
+        self._to_check = 0
         start = (1.0 if _has_batch_norm(model) else 10.0) if damping == "auto" else damping
         nan = float("nan")
         self._load_extra_state({"damping": start, "rho": nan, "beta": nan, "ratio": nan, "anomalies": 0})
@@ -124,8 +136,7 @@ class CurveBall(ModelOptimizer):
 
         share = self.ranks.share(self.loss, targets, parameters[0].device)
         with self.evaluating():
-            point = linearise(self.model, inputs, velocity, self._way, self.loss.outputs)
-        self._way = type(point)  # a layer without a forward-mode rule will not get one
+            point = self._linearised(inputs, velocity)
         outputs, of_outputs = point.outputs.detach(), self._loss_of(point)
         with self.evaluating():
             loss, slope = self._value_and_slope(of_outputs, outputs, targets)
@@ -162,6 +173,15 @@ class CurveBall(ModelOptimizer):
         self.costs.jvp += 1
         self.costs.products += 1
         return loss
+
+    def _linearised(self, inputs: Inputs, velocity: list[Tensor]) -> Linearised:
+        """By dual numbers where they serve: found out anew when modules or modes have changed."""
+        modules = self._modules()
+        if modules != self._checked:
+            self._way, self._checked, self._to_check = ForwardMode, modules, _CHECKED_STEPS
+        point = linearise(self.model, inputs, velocity, self._way, self.loss.outputs, self._to_check > 0)
+        self._way, self._to_check = type(point), max(self._to_check - 1, 0)
+        return point
 
     def _loss_of(self, point: Linearised) -> Loss:
         """The loss as a function of the outputs as one tensor."""

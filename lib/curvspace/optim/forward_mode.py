@@ -27,7 +27,17 @@ from torch.overrides import TorchFunctionMode
 
 from curvspace.curvature.frozen import as_written, plain_attention
 from curvspace.curvature.memory import is_out_of_memory
-from curvspace.functional import Inputs, call, call_with, pull_back, trainable_parameters
+from curvspace.curvature.second_order import SecondOrderLayers
+from curvspace.functional import (
+    Inputs,
+    call,
+    call_with,
+    flatten,
+    pull_back,
+    require_second_derivatives,
+    trainable_parameters,
+)
+from curvspace.inner import inner, norm
 from curvspace.optim.draws import random_state, randomness_from, set_random_state
 from curvspace.outputs import pack
 
@@ -218,6 +228,20 @@ class Linearised:
         with torch.enable_grad(), as_written(), plain_attention():
             self._begin(tangents)
 
+    def check(self, tangents: Sequence[Tensor]) -> None:
+        """Raise if the products are not those of one Jacobian, which costs about as much as they do.
+
+        ``tangents``: those of the first pass.
+
+        Raises
+        ------
+        RuntimeError
+            If forward-mode products are not the transpose of the backward ones.
+        ValueError
+            If a layer has no second derivative where it is needed.
+        """
+        raise NotImplementedError
+
     def _begin(self, tangents: Sequence[Tensor]) -> None:
         """The first pass: sets ``outputs``, with their graph, and ``first``."""
         raise NotImplementedError
@@ -255,6 +279,8 @@ class ForwardMode(Linearised):
             duals = {n: forward_ad.make_dual(p, t) for (n, p), t in zip(tensors.items(), tangents, strict=True)}
             packed, self.unpack = pack(self.taken(call_with(self.model, {**duals, **(buffers or {})}, self.inputs)))
             z, dz = _unpack(packed)
+            if dz is None and (z if buffers is None else self.outputs).requires_grad:
+                raise RuntimeError(f"{type(self.model).__name__} has lost its tangents on the way to the outputs")
             return z, torch.zeros_like(z) if dz is None else dz.detach()
 
     @torch.no_grad()
@@ -265,7 +291,31 @@ class ForwardMode(Linearised):
             return self._dual_pass(detached, tangents, self._fresh_buffers())[1]
 
     def pull(self, cotangent: Tensor) -> tuple[Tensor, ...]:
-        return pull_back([self.outputs], list(self.parameters.values()), [cotangent], materialize_grads=True)
+        return self._pull(cotangent, retain_graph=False)
+
+    def _pull(self, cotangent: Tensor, retain_graph: bool) -> tuple[Tensor, ...]:
+        parameters = list(self.parameters.values())
+        return pull_back([self.outputs], parameters, [cotangent], retain_graph=retain_graph, materialize_grads=True)
+
+    def check(self, tangents: Sequence[Tensor]) -> None:
+        r""":math:`u^\top (J t)` against :math:`(J^\top u)^\top t` for a random u, with t_0 and with a random t.
+
+        They differ where the model computes under ``torch.no_grad()``, which stops a backward pass but no tangent,
+        where a forward-mode rule is wrong, and where compiled code drops tangents after its first call.
+        """
+        if not self.outputs.requires_grad:
+            return
+        generator = torch.Generator().manual_seed(0)  # the model's own draws stay as they are
+        random = [torch.randn(p.shape, generator=generator).to(p) for p in self.parameters.values()]
+        u = torch.randn(self.outputs.shape, generator=generator).to(self.outputs)
+        pulled = flatten(self._pull(u, retain_graph=True))
+        rounding = _rounding(self.outputs) ** (1 / 3)
+        for along, found in ((tangents, self.first), (random, self.push(random))):
+            pushed = found.reshape(-1).to(pulled)
+            forward, backward = inner(u.reshape(-1).to(pulled), pushed), inner(pulled, flatten(along))
+            size = torch.stack([norm(pushed), forward.abs(), backward.abs()]).max()  # |J t|: the spread over random u
+            if (forward - backward).abs() > rounding * size:
+                raise RuntimeError(f"forward-mode derivatives of {type(self.model).__name__} are not its backward ones")
 
 
 class DoubleBackward(Linearised):
@@ -277,7 +327,8 @@ class DoubleBackward(Linearised):
 
     def _begin(self, tangents: Sequence[Tensor]) -> None:
         parameters = list(self.parameters.values())
-        self.outputs, self.unpack = pack(self.taken(call(self.model, self.inputs)))
+        with SecondOrderLayers(linear=True):
+            self.outputs, self.unpack = pack(self.taken(call(self.model, self.inputs)))
         try:
             self._u = torch.zeros_like(self.outputs, requires_grad=True)
             pulled = pull_back([self.outputs], parameters, [self._u], create_graph=True, materialize_grads=True)
@@ -287,11 +338,19 @@ class DoubleBackward(Linearised):
         except (NotImplementedError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{type(self.model).__name__} has a layer with neither forward-mode nor second derivatives, "
-                f"which a Gauss-Newton product needs; replace it ({reason})"
-            ) from error
+            raise self._no_derivatives(error) from error
+
+    def check(self, tangents: Sequence[Tensor]) -> None:
+        try:
+            require_second_derivatives(self._pulled, "")
+        except RuntimeError as error:
+            raise self._no_derivatives(error) from error
+
+    def _no_derivatives(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"{type(self.model).__name__} has a layer with neither forward-mode nor second derivatives, "
+            f"which a Gauss-Newton product needs; replace it ({str(error).splitlines()[0]})"
+        )
 
     def push(self, tangents: Sequence[Tensor]) -> Tensor:
         along = [tangents[i] for i in self._live]
@@ -302,16 +361,31 @@ class DoubleBackward(Linearised):
         return pull_back([self.outputs], parameters, [cotangent], retain_graph=True, materialize_grads=True)
 
 
+def _rounding(outputs: Tensor) -> float:
+    """The relative rounding of the passes that lead to these outputs, those inside autocast being coarser."""
+    kind = outputs.device.type
+    types = [outputs.dtype, *([torch.get_autocast_dtype(kind)] if torch.is_autocast_enabled(kind) else [])]
+    return max(torch.finfo(t).eps for t in types)
+
+
+def _scripted(model: nn.Module) -> bool:
+    """Whether a module is TorchScript's, whose optimised graphs drop tangents from the second call on."""
+    return any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
+
+
 def linearise(
     model: nn.Module,
     inputs: Inputs,
     tangents: Sequence[Tensor],
     way: type[Linearised] = ForwardMode,
     taken: Callable[[Any], Any] = lambda raw: raw,
+    check: bool = True,
 ) -> Linearised:
-    """The model linearised by ``way``, or by :class:`DoubleBackward` where a layer has no forward-mode rule.
+    """The model linearised by ``way``, or by :class:`DoubleBackward` where dual numbers cannot serve.
 
-    Buffers and generators move once, whichever way it goes.
+    That is where a layer has no forward-mode rule, where a module is TorchScript's, and where ``check`` (one more
+    product each way) finds that J is not the transpose of J': a model that computes under ``torch.no_grad()``
+    means a constant, but a tangent passes. Buffers and generators move once, whichever way it goes.
 
     Raises
     ------
@@ -321,8 +395,17 @@ def linearise(
     device = next(iter(trainable_parameters(model).values())).device
     before = random_state(device)
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    if check and _scripted(model):
+        way = DoubleBackward
+
+    def linearised(way: type[Linearised]) -> Linearised:
+        point = way(model, inputs, tangents, taken)
+        if check:
+            point.check(tangents)
+        return point
+
     try:
-        return way(model, inputs, tangents, taken)
+        return linearised(way)
     except (NotImplementedError, RuntimeError) as error:
         if way is DoubleBackward or is_out_of_memory(error):
             raise
@@ -330,7 +413,7 @@ def linearise(
         for buffer, value in buffers:
             buffer.copy_(value)
     set_random_state(before, device)
-    return DoubleBackward(model, inputs, tangents, taken)
+    return linearised(DoubleBackward)
 
 
 Linearisation = linearise
