@@ -181,8 +181,11 @@ class CrossEntropy(KnownLoss):
         dim = min(1, outputs.ndim - 1)
         p = outputs.softmax(dim)
         pu = p * u
-        scale = self._row_weights(outputs, targets) / self._divisor(targets)
-        return (pu - p * pu.sum(dim, keepdim=True)) * scale.unsqueeze(dim)
+        return (pu - p * pu.sum(dim, keepdim=True)) * self.position_weights(outputs, targets).unsqueeze(dim)
+
+    def position_weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """s/W, one number an example and position: how much of the model's own Fisher matrix there is in H_L."""
+        return self._row_weights(outputs, targets) / self._divisor(targets)
 
     def _label_weights(self, labels: Tensor, class_weight: Tensor | None) -> Tensor:
         """The weight of each label: zero for ignored ones."""

@@ -11,7 +11,9 @@ from small_networks import C, batches, small_network
 from torch import Tensor, nn
 
 from curvspace.functional import assign_parameters, parameter_vector
+from curvspace.losses import get_loss
 from curvspace.optim import bsfa, build, fosi, gradient_centralisation, nudged_sgd
+from curvspace.optim.kfac import KFAC, _OwnLabels
 
 EXACT = {"tol": 1e-10, "max_products": 4000}
 
@@ -214,3 +216,56 @@ def test_newton_steps_follow_the_schedule_of_the_rate() -> None:
 def test_bad_values_are_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(small_network())
+
+
+_W3 = torch.tensor([0.5, 2.0, 3.0]).double()
+CROSS_ENTROPIES = {
+    "mean": nn.CrossEntropyLoss(),
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "weights": nn.CrossEntropyLoss(_W3),
+    "weights, sum": nn.CrossEntropyLoss(_W3, reduction="sum"),
+    "smoothing": nn.CrossEntropyLoss(label_smoothing=0.2),
+    "weights, smoothing": nn.CrossEntropyLoss(_W3, label_smoothing=0.2),
+    "ignored": nn.CrossEntropyLoss(ignore_index=1),
+}
+
+
+@pytest.mark.parametrize("positions", [(), (2,)])
+@pytest.mark.parametrize("name", CROSS_ENTROPIES)
+def test_kfac_draws_labels_whose_gradients_have_the_losses_hessian_for_second_moments(name, positions):
+    module = CROSS_ENTROPIES[name]
+    torch.manual_seed(0)
+    z, y = torch.randn(4, 3, *positions).double(), torch.randint(3, (4, *positions))
+    rows = z.movedim(1, -1).reshape(-1, 3)
+    own = _OwnLabels(get_loss(module).position_weights(z, y))
+    moments = torch.zeros(len(rows), 3, 3).double()
+    for label in range(3):
+        leaf = rows.clone().requires_grad_()
+        (g,) = torch.autograd.grad(own(leaf, torch.full((len(rows),), label)), leaf)
+        moments += rows.softmax(1)[:, label, None, None] * g[:, :, None] * g[:, None, :]
+
+    def of_rows(r: Tensor) -> Tensor:
+        return module(r.view(4, *positions, 3).movedim(-1, 1), y)
+
+    whole = torch.autograd.functional.hessian(of_rows, rows)
+    torch.testing.assert_close(moments, torch.stack([whole[i, :, i] for i in range(len(rows))]))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("factor", [2.0, 12.0])
+@pytest.mark.parametrize("refresh_every", [1, 2])
+def test_kfac_takes_the_same_step_on_a_multiple_of_the_loss(refresh_every, factor):
+    """Of a natural gradient the loss's scale drops out, if the damping has it too."""
+    pytest.importorskip("curvlinops")
+    weight = torch.full((C,), factor / 12).double()
+    losses = (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight, reduction="sum"), nn.CrossEntropyLoss(weight))
+    points = []
+    for loss, scale in zip(losses, (1.0, factor, 1.0), strict=True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, C)).double()
+        optimizer = KFAC(model, loss, lr=0.1, damping=1e-3 * scale, refresh_every=refresh_every)
+        for _ in range(3):
+            optimizer.step(torch.randn(12, 5).double(), torch.randint(C, (12,)))
+        points.append(parameter_vector(model))
+    torch.testing.assert_close(points[1], points[0])
+    torch.testing.assert_close(points[2], points[0])

@@ -9,20 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvspace.functional import Inputs, call, flatten, unflatten
 from curvspace.losses import CrossEntropy, Loss
 from curvspace.optim.base import ModelOptimizer, require
+from curvspace.outputs import logits
 
 
 class KFAC(ModelOptimizer):
     """w ← w + v with v ← momentum · v − lr · (F̂ + damping)⁻¹ g, F̂ the averaged Kronecker approximation of the Fisher.
 
-    For networks of linear and convolutional layers under cross-entropy, inputs a tensor. Every ``refresh_every`` steps
-    the present minibatch's factors (labels drawn from the model: one more forward and backward pass) are added with
-    weight 1 − ``average`` and inverted; the mean is corrected for its start at zero. ``damping`` enters both factors
-    as in K-FAC, section 6.3.
+    For networks of linear and convolutional layers under cross-entropy, inputs a tensor. F is the Gauss-Newton matrix
+    of the loss as it is given: a mean or a sum, with class weights, ignored labels and smoothing. Every
+    ``refresh_every`` steps the present minibatch's factors (labels drawn from the model: one more forward and backward
+    pass) are added with weight 1 − ``average`` and inverted; the mean is corrected for its start at zero. ``damping``
+    enters both factors as in K-FAC, section 6.3.
 
     Raises ``ValueError`` for a bad hyper-parameter, ``ImportError`` without curvlinops.
     """
@@ -54,11 +57,12 @@ class KFAC(ModelOptimizer):
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         group = self.param_groups[0]
         parameters = group["params"]
-        loss = self.loss(call(self.model, inputs), targets)
+        outputs = call(self.model, inputs)
+        loss = self.loss(outputs, targets)
         gradient = torch.autograd.grad(loss, parameters)
         refresh = self.steps % self.refresh_every == 0
         if refresh or self._inverse is None:
-            self._inverse = self._inverted(inputs, targets, refresh)
+            self._inverse = self._inverted(inputs, targets, logits(outputs).detach(), refresh)
         direction = unflatten(self._inverse @ flatten(gradient), parameters)
         with torch.no_grad():
             for p, d in zip(parameters, direction, strict=True):
@@ -69,7 +73,7 @@ class KFAC(ModelOptimizer):
         self.costs.backward += 1 + refresh
         return loss
 
-    def _inverted(self, inputs: Inputs, targets: Tensor, refresh: bool) -> Any:
+    def _inverted(self, inputs: Inputs, targets: Tensor, outputs: Tensor, refresh: bool) -> Any:
         """The damped inverse of curvlinops' operator with the running mean of the factors in place of a minibatch's.
 
         Without ``refresh`` (after a reload) the mean is as it was.
@@ -77,9 +81,10 @@ class KFAC(ModelOptimizer):
         from curvlinops import FisherType, KFACInverseLinearOperator, KFACLinearOperator
 
         group = self.param_groups[0]
+        assert isinstance(self.loss, CrossEntropy)
         operator = KFACLinearOperator(
             self.model,
-            nn.CrossEntropyLoss(),
+            _OwnLabels(self.loss.position_weights(outputs, targets)),
             group["params"],
             [(inputs, targets)],
             check_deterministic=False,
@@ -113,3 +118,18 @@ class KFAC(ModelOptimizer):
         self._factors = {
             kind: {name: f.to(device).clone() for name, f in found.items()} for kind, found in state["factors"].items()
         }
+
+
+class _OwnLabels(nn.CrossEntropyLoss):
+    r""":math:`-\sum_n \sqrt{w_n} \log p_{n\hat y_n}` for labels drawn from the model.
+
+    Second moments of its gradients in the outputs are :math:`w_n(\mathrm{diag}\,p_n - p_n p_n^\top)`, which is the
+    loss's Hessian in them for its own weights :math:`w_n`.
+    """
+
+    def __init__(self, weights: Tensor):
+        super().__init__(reduction="sum")
+        self._roots = weights.reshape(-1).sqrt()
+
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return (self._roots * F.cross_entropy(outputs, labels, reduction="none")).sum()
