@@ -118,6 +118,61 @@ def test_differences_of_gradients(dtype, close):
     torch.testing.assert_close(pairs.values, eigsh(exact, 2).values, rtol=1e-4, atol=0)
 
 
+class Moved(nn.Module):
+    """tanh(x w), held as w / scale + origin."""
+
+    def __init__(self, origin: float, scale: float, dtype: torch.dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter((origin + torch.randn(4, 3).double() / scale).to(dtype))
+        self.origin, self.scale = origin, scale
+
+    def forward(self, x):
+        return torch.tanh(x @ ((self.w - self.origin) * self.scale))
+
+
+@pytest.mark.parametrize(
+    ("origin", "scale", "dtype", "message"),
+    [
+        (1e6, 1.0, torch.float32, r"is lost in the rounding of parameters as large as 1.0e\+06"),
+        (1e8, 1.0, torch.float32, "is lost in the rounding"),
+        (1e14, 1.0, torch.float64, "is lost in the rounding"),
+        (0.0, 1e9, torch.float64, r"the gradient becomes another one.*give a smaller step"),
+        (0.0, 1e12, torch.float64, "the gradient becomes another one"),
+    ],
+)
+def test_differences_that_say_nothing_are_errors(origin, scale, dtype, message):
+    _, x, y = _problem()
+    objective = Objective(Moved(origin, scale, dtype), (x.to(dtype), y))
+    v = torch.randn(12, dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        objective.hessian_by_differences() @ v
+    if not origin:  # a step as small as the parameters serves
+        found = objective.hessian_by_differences(step=1e-4 / scale) @ v
+        torch.testing.assert_close(found, objective.hessian() @ v, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("origin", [0.0, 1e2, 1e3, 1e4])
+def test_the_reported_error_of_differences_counts_what_rounding_takes(origin):
+    _, x, y = _problem()
+    objective = Objective(Moved(origin, 1.0, torch.float32), (x.float(), y))
+    torch.manual_seed(5)
+    v = torch.randn(12)
+    H = objective.hessian_by_differences()
+    found, expected = H @ v, objective.hessian() @ v
+    assert float((found - expected).norm() / expected.norm()) < 2 * H.errors[0]
+
+
+@pytest.mark.parametrize("power", [1, 3])
+def test_differences_of_nothing_are_zero(power):
+    """A linear function, and a cubic one where it is flat."""
+    model = nn.Linear(4, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    x = torch.randn(5, 4).double()
+    H = Objective(model, (x, x), lambda z, _: (z**power).mean()).hessian_by_differences()
+    assert not (H @ torch.randn(4).double()).any()
+
+
 @pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(WEIGHT), lambda z, y: F.cross_entropy(z, y) * 3])
 def test_empirical_fisher(loss):
     model, x, y = _problem()

@@ -35,8 +35,15 @@ class DifferenceHessianOperator(CurvatureOperator):
     Attributes
     ----------
     errors : of each product so far, :math:`|R - D(h)| / |R|` with R the result: an estimate of D(h)'s relative
-        error, above that of R unless rounding prevails
+        error, above that of R unless rounding prevails; at least the part of the step that is lost in rounding
+        :math:`\theta \pm hu`
     rounding : the largest of them, at least the type's
+
+    Raises
+    ------
+    ValueError
+        In a product, where more than half of the step is lost in rounding, or where it leads so far that the gradient
+        is another one there although the differences are 0.
     """
 
     name = "Hessian by differences"
@@ -62,17 +69,40 @@ class DifferenceHessianOperator(CurvatureOperator):
         length = norm(v)
         if length == 0:
             return torch.zeros_like(v)
-        near, far = (self._slope(v / length, h, batches) for h in (self.step, 2 * self.step))
+        u, theta = v / length, flatten(p.detach() for p in self.point.parameters)
+        lost = self._lost(u, theta)
+        near, far = (self._slope(u, theta, h, batches) for h in (self.step, 2 * self.step))
         result = (4 * near - far) / 3
-        self.errors.append(float(norm(result - near) / norm(result).clamp_min(torch.finfo(v.dtype).tiny)))
+        if not result.any():
+            self._require_constant_gradient(u, theta, batches)
+        error = float(norm(result - near) / norm(result).clamp_min(torch.finfo(v.dtype).tiny))
+        self.errors.append(max(error, lost))
         self.rounding = max(self.rounding, self.errors[-1])
         return length * result
 
-    def _slope(self, u: Tensor, h: float, batches: list[Batch]) -> Tensor:
-        theta = flatten(p.detach() for p in self.point.parameters)
+    def _lost(self, u: Tensor, theta: Tensor) -> float:
+        """The part of the unit direction that is lost when the parameters move along it by a step."""
+        lost = float(norm(((theta + self.step * u) - (theta - self.step * u)) / (2 * self.step) - u))
+        if lost > 0.5:
+            raise ValueError(
+                f"{self.name}: a step of {self.step:.1e} is lost in the rounding of parameters as large as "
+                f"{float(theta.abs().max()):.1e} in {theta.dtype}; "
+                "give a larger step, or the objective dtype=torch.float64"
+            )
+        return lost
 
-        def gradient(at: Tensor) -> Tensor:
-            parameters = tuple(p.clone().requires_grad_() for p in unflatten(at, self.point.parameters))
-            return mean_gradient(replace(self.point, parameters=parameters), batches)
+    def _require_constant_gradient(self, u: Tensor, theta: Tensor, batches: list[Batch]) -> None:
+        """Differences of 0 are those of a gradient that stays, not of one that has gone on both sides."""
+        here, there = self._gradient(theta, batches), self._gradient(theta + self.step * u, batches)
+        if norm(here) > 0 and norm(there - here) > 0.5 * norm(here):
+            raise ValueError(
+                f"{self.name}: within a step of {self.step:.1e} the gradient becomes another one, from parameters as "
+                f"large as {float(theta.abs().max()):.1e}; give a smaller step"
+            )
 
-        return (gradient(theta + h * u) - gradient(theta - h * u)) / (2 * h)
+    def _slope(self, u: Tensor, theta: Tensor, h: float, batches: list[Batch]) -> Tensor:
+        return (self._gradient(theta + h * u, batches) - self._gradient(theta - h * u, batches)) / (2 * h)
+
+    def _gradient(self, theta: Tensor, batches: list[Batch]) -> Tensor:
+        parameters = tuple(p.clone().requires_grad_() for p in unflatten(theta, self.point.parameters))
+        return mean_gradient(replace(self.point, parameters=parameters), batches)
