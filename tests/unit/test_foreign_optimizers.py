@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from small_networks import C, batches, small_network
 from torch import nn
 
 from curvspace.functional import parameter_vector
-from curvspace.optim import FirstOrder, build
+from curvspace.optim import FirstOrder, SpanFilter, build
 
 TORCH = [
     "Adadelta",
@@ -160,3 +163,114 @@ def test_wrong_kinds_and_options_are_named() -> None:
         build("torch.optim:Muon", {}, model, C, lr=0.1)
     with pytest.raises(ValueError, match="no hidden weight matrix"):
         build("muon", {}, nn.Linear(5, C), C, lr=0.1)
+
+
+WRAPPERS: dict[str, Callable[[torch.optim.Optimizer, nn.Module], FirstOrder]] = {
+    "FirstOrder": lambda optimizer, model: FirstOrder(model, optimizer),
+    "SpanFilter": lambda optimizer, model: SpanFilter(optimizer, model, C, spans="mean-directions"),
+}
+INNER = {"SGD": {"lr": 0.1, "momentum": 0.9}, "AdamW": {"lr": 0.1}, "RMSprop": {"lr": 0.1, "momentum": 0.5}}
+
+
+def one_state(wrapper: FirstOrder) -> None:
+    assert wrapper.param_groups is wrapper.inner.param_groups
+    assert wrapper.state is wrapper.inner.state
+    saved, inner = wrapper.state_dict(), wrapper.inner.state_dict()
+    assert saved["param_groups"] == inner["param_groups"]
+    for key, entries in inner["state"].items():
+        for name, value in entries.items():
+            torch.testing.assert_close(saved["state"][key][name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", INNER)
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("loaded", ["wrapped", "wrapper"])
+@pytest.mark.parametrize("scheduled", ["wrapped", "wrapper"])
+def test_a_schedule_of_either_object_moves_the_rate_after_either_is_loaded(
+    scheduled: str, loaded: str, wrap: str, kind: str
+) -> None:
+    """Schedulers made before and after; torch's optimiser alone, loaded and scheduled alike, takes the same rates."""
+    model = small_network()
+    inner = getattr(torch.optim, kind)(model.parameters(), **INNER[kind])
+    wrapper = WRAPPERS[wrap](inner, model)
+    objects = {"wrapped": inner, "wrapper": wrapper}
+    x, y = batches(1)[0]
+    before = torch.optim.lr_scheduler.StepLR(objects[scheduled], 1, gamma=0.5)
+    wrapper.step(x, y)
+    saved = copy.deepcopy(objects[loaded].state_dict())
+    momentum = copy.deepcopy(inner.state_dict()["state"])
+    wrapper.step(x, y)
+    objects[loaded].load_state_dict(saved)
+    one_state(wrapper)
+    for key, entries in momentum.items():
+        for name, value in entries.items():
+            torch.testing.assert_close(wrapper.state_dict()["state"][key][name], value, rtol=0, atol=0)
+    before.step()
+    assert inner.param_groups[0]["lr"] == wrapper.param_groups[0]["lr"] == 0.05
+    after = torch.optim.lr_scheduler.StepLR(objects[scheduled], 1, gamma=0.1)
+    wrapper.step(x, y)
+    after.step()
+    assert inner.param_groups[0]["lr"] == wrapper.param_groups[0]["lr"] == pytest.approx(0.005)
+    start = parameter_vector(model)
+    inner.param_groups[0]["lr"] = 0.0
+    wrapper.step(x, y)
+    assert torch.equal(parameter_vector(model), start)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_groups_are_added_and_copied_with_the_wrapped_optimiser(wrap: str, way: str) -> None:
+    model = small_network()
+    wrapper = WRAPPERS[wrap](torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9), model)
+    wrapper.add_param_group({"params": [model[2].weight], "lr": 0.2})
+    wrapper.inner.add_param_group({"params": [model[2].bias], "lr": 0.3})
+    assert [g["lr"] for g in wrapper.param_groups] == [0.1, 0.2, 0.3]
+    one_state(wrapper)
+    x, y = batches(1)[0]
+    wrapper.step(x, y)
+    twin = pickle.loads(pickle.dumps(wrapper)) if way == "pickle" else copy.deepcopy(wrapper)
+    one_state(twin)
+    twin.inner.load_state_dict(copy.deepcopy(wrapper.inner.state_dict()))
+    one_state(twin)
+    assert twin.param_groups is not wrapper.param_groups
+    twin.param_groups[0]["lr"] = 0.0
+    assert wrapper.param_groups[0]["lr"] == wrapper.inner.param_groups[0]["lr"] == 0.1
+    twin.param_groups[0]["lr"] = 0.1
+    assert torch.equal(twin.step(x, y), wrapper.step(x, y))
+    assert torch.equal(parameter_vector(twin.model), parameter_vector(model))
+
+
+@pytest.mark.parametrize("part", ["head", "body", "all", "two optimisers"])
+def test_the_norm_is_of_this_minibatch_and_of_what_the_optimiser_holds(part: str) -> None:
+    """Against torch.autograd.grad, step after step; the ``grad`` of other parameters is as it was."""
+    model = small_network()
+    held = {"head": [model[2]], "body": [model[0]], "all": [model], "two optimisers": [model[2]]}[part]
+    own = [p for module in held for p in module.parameters()]
+    optimizer = FirstOrder(model, torch.optim.SGD(own, lr=0.1))
+    second = FirstOrder(model, torch.optim.SGD(model[0].parameters(), lr=0.1))
+    others = [p for p in model.parameters() if not any(p is q for q in own)]
+    for i, p in enumerate(others):
+        p.grad = torch.full_like(p, 2.0) if i % 2 else None
+    for x, y in batches(3):
+        expected = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), own)
+        present = [None if p.grad is None else p.grad.clone() for p in others]
+        optimizer.step(x, y)
+        torch.testing.assert_close(optimizer.grad_norm, torch.cat([g.flatten() for g in expected]).norm())
+        for p, g in zip(own, expected, strict=True):
+            torch.testing.assert_close(p.grad, g)
+        for p, g in zip(others, present, strict=True):
+            assert (p.grad is None) == (g is None)
+            assert g is None or torch.equal(p.grad, g)
+        if part == "two optimisers":
+            first = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model[0].parameters()))
+            second.step(x, y)
+            torch.testing.assert_close(second.grad_norm, torch.cat([g.flatten() for g in first]).norm())
+
+
+def test_the_norm_is_zero_where_the_loss_does_not_depend_on_what_is_held() -> None:
+    model = small_network()
+    model.register_parameter("loose", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    optimizer = FirstOrder(model, torch.optim.SGD([model.loose], lr=0.1))
+    optimizer.step(*batches(1)[0])
+    assert float(optimizer.grad_norm) == 0
+    assert torch.equal(model.loose, torch.ones(3, dtype=torch.float64))

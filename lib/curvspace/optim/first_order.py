@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ LossLike = str | Loss | Callable[[Tensor, Tensor], Tensor]
 class FirstOrder(ModelOptimizer):
     """``FirstOrder(model, torch.optim.SGD, lr=0.1, momentum=0.9).step(x, y)``.
 
-    The wrapped optimiser's param groups and state are this one's: schedulers and checkpoints act on it. One that
-    steps with a closure (``LBFGS``) is given one that evaluates the same minibatch. One with a training and an
+    The wrapped optimiser's param groups and state are this one's: schedulers and checkpoints act on either. It may hold
+    a part of the model: gradients of other parameters are left as they are, and ``grad_norm`` is that of its own. One
+    that steps with a closure (``LBFGS``) is given one that evaluates the same minibatch. One with a training and an
     evaluation mode (schedule-free ones) is in training mode; :meth:`evaluated` shows the weights of the other.
 
     Parameters
@@ -53,14 +55,37 @@ class FirstOrder(ModelOptimizer):
             inner: Any = optimizer(groups or parameters, **options)
         else:
             inner = optimizer
+        self.inner: Any = SimpleNamespace()  # takes the groups that the base class makes of the model's parameters
         super().__init__(model, inner.defaults, loss)
         self.inner = inner
-        self.param_groups = inner.param_groups
-        self.state = inner.state
         self._closure = _needs_closure(inner)
         self._moded = inner if callable(getattr(inner, "train", None)) else None
         if self._moded:
             self._moded.train()
+
+    @property  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimiser's, also when it has been given others."""
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = value
+
+    @property  # type: ignore[override]
+    def state(self) -> Any:
+        """The wrapped optimiser's, as the param groups are."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.inner.state = value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or (``load_state_dict``) param groups and state alone, which are the wrapped optimiser's."""
+        super().__setstate__({k: v for k, v in state.items() if k not in ("state", "param_groups")})
+        if "inner" not in state:
+            self.inner.__setstate__(state)
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         if self._closure:
@@ -82,18 +107,30 @@ class FirstOrder(ModelOptimizer):
         return loss
 
     def _gradient(self, inputs: Inputs, targets: Tensor) -> Tensor:
-        """The mean loss; its gradient is left in the parameters' ``grad``."""
+        """The mean loss; its gradient is left in the ``grad`` of the parameters that the optimiser holds."""
         self.inner.zero_grad(set_to_none=True)
+        own, others = self._parted()
         loss = self.loss(call(self.model, inputs), targets)
         if self.ranks.alone:
-            loss.backward()
+            with _gradients_kept(others):
+                loss.backward()
         else:
             loss = self._shared_backward(loss, targets)
-        norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
+        gradients = [p.grad for p in own if p.grad is not None]
+        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros_like(loss)]
+        self.grad_norm = torch.linalg.vector_norm(torch.stack(list(norms)))
         self.costs.forward += 1
         self.costs.backward += 1
         return loss
+
+    def _parted(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The model's parameters that the optimiser holds, and the others, in the model's order."""
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        own: list[Tensor] = []
+        others: list[Tensor] = []
+        for p in self.model.parameters():
+            (own if id(p) in held else others).append(p)
+        return own, others
 
     def _take(self) -> None:
         """The wrapped optimiser's own step, from the parameters' ``grad``."""
@@ -133,17 +170,28 @@ class FirstOrder(ModelOptimizer):
         return self.ranks.mean([loss.detach()], share)[0]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if hasattr(self, "inner"):
+        if isinstance(self.inner, torch.optim.Optimizer):
             self.inner.add_param_group(param_group)
         else:  # while the base class is set up
             super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.inner.param_groups = self.param_groups
-        self.inner.state = self.state
         if self._moded:
             self._moded.train()
+
+
+@contextmanager
+def _gradients_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """What a backward pass inside adds to these parameters' ``grad`` is dropped afterwards."""
+    present = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, g in zip(parameters, present, strict=True):
+            p.grad = g
 
 
 def refuse_unknown(kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
