@@ -308,6 +308,94 @@ def test_freezing_layers_starts_the_span_anew() -> None:
     assert len(span.span.blocks[0].T) == sum(p.numel() for p in model[3].parameters())
 
 
+def three_layers() -> nn.Sequential:
+    torch.manual_seed(2)
+    layers = [nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, C)]
+    return nn.Sequential(*layers).double().requires_grad_(False)
+
+
+def let_loose(model: nn.Sequential, layers: tuple[int, ...]) -> None:
+    for i in (0, 2, 4):
+        model[i].requires_grad_(i in layers)
+
+
+@pytest.mark.parametrize("between", ["nothing", "a reload", "a copy"])
+@pytest.mark.parametrize("spans", [("class-gradients",), ("class-gradients", "past-updates"), KINDS[:3]])
+@pytest.mark.parametrize("then", [(2,), (2, 4), "replaced"])
+def test_other_parameters_of_as_many_numbers_start_the_span_anew(then: object, spans: tuple, between: str) -> None:
+    """Frozen and let loose, or replaced by new ones, and as many numbers as before: equal to a new filter's gradient,
+    with nothing left in the span of the class gradients of what is trained now."""
+    options = {"spans": spans, "fraction": 1.0, "gain": 0.0, "refresh_every": 10}
+    model = three_layers()
+    let_loose(model, (0, 4) if then == (2, 4) else (0,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    span = SpanFilter(optimizer, model, C, **options)
+    data = batches(3)
+    for x, y in data[:2]:
+        backward(model, x, y)
+        span.filter(x, y)
+        optimizer.step()
+    if between == "a copy":
+        span = copy.deepcopy(span)
+        model = span.model
+    if then == "replaced":
+        model[0] = nn.Linear(5, 5).double()
+        span.add_param_group({"params": list(model[0].parameters())})
+    else:
+        let_loose(model, then)
+    if between == "a reload":
+        saved = span.state_dict()
+        span = SpanFilter(span.inner, model, C, **options)
+        span.load_state_dict(saved)
+    x, y = data[2]
+    new = SpanFilter(span.inner, model, C, **options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    results = []
+    for one in (span, new):
+        backward(model, x, y)
+        before = flatten(p.grad for p in trained)
+        one.filter(x, y)
+        results.append(flatten(p.grad for p in trained))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-12)
+    rows = []
+    for k in y.unique().tolist():
+        own = model(x)[y == k, k].mean()
+        rows.append(flatten(torch.autograd.grad(own, trained)))
+    Q = torch.linalg.qr(torch.stack(rows, 1))[0]
+    assert (Q.T @ before).norm() > 1e-2
+    assert (Q.T @ results[0]).norm() < 1e-10
+
+
+def test_a_span_is_kept_where_the_parameters_are_the_same() -> None:
+    model = three_layers()
+    let_loose(model, (0, 2, 4))
+    span = SpanFilter(sgd(model), model, C, refresh_every=10)
+    (x, y), (x2, y2) = batches(2)
+    span.step(x, y)
+    kept = span.span
+    again = SpanFilter(sgd(model), model, C, refresh_every=10)
+    again.load_state_dict(span.state_dict())
+    for one in (span, again, copy.deepcopy(span)):
+        one.step(x2, y2)
+        torch.testing.assert_close(one.span.matrix(), kept.matrix(), rtol=0, atol=0)
+
+
+def test_groups_that_are_added_to_the_wrapped_optimiser_are_filtered() -> None:
+    for which in ("wrapper", "wrapped"):
+        model = conv_network(norm=False)
+        optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        span = SpanFilter(optimizer, model, C, gamma=0.0, fraction=1.0)
+        x, y = images(1)[0]
+        backward(model, x, y)
+        span.filter(x, y)
+        (span if which == "wrapper" else optimizer).add_param_group({"params": list(model[3].parameters())})
+        backward(model, x, y)
+        g = gradients(model)
+        span.filter(x, y)
+        P = projector(dense_class_gradients(model, x, y))
+        torch.testing.assert_close(gradients(model), g - P @ g, rtol=0, atol=1e-9)
+
+
 def test_closures_and_losses_of_ones_own() -> None:
     model = small_network()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)

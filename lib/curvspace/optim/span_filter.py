@@ -120,7 +120,6 @@ class SpanFilter(FirstOrder):
         self.refresh_every, self.batch_norm = refresh_every, batch_norm
         self.num_classes = num_classes
         self._options = (gamma, past_updates, seed)
-        self._find_moved()
         require(bool(self._filtered()), "optimizer", type(optimizer).__name__, "one that holds parameters of the model")
         self._log: dict[str, Any] = {}
         self._start()
@@ -137,7 +136,7 @@ class SpanFilter(FirstOrder):
         self.span: Span | None = None
         """The span as it was last refreshed; None before the first call of :meth:`filter`."""
         self._calls = 0
-        self._size: int | None = None
+        self._space: list[tuple[Tensor, torch.Size]] | None = None
         self._mean: dict[str, Tensor] = {}
         self._last: Tensor | None = None
 
@@ -155,9 +154,7 @@ class SpanFilter(FirstOrder):
         dtype = torch.promote_types(present[0].dtype, torch.float32)
         whole = flatten(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))
         whole = whole.to(dtype)
-        if self._size not in (None, len(whole)):  # parameters were frozen, or let loose: another space
-            self._start()
-        self._size = len(whole)
+        self._enter_space(parameters)
         self._note_update(parameters, dtype)
         if self._calls % self.refresh_every == 0:
             self._refresh(parameters, whole, inputs, targets)
@@ -189,18 +186,21 @@ class SpanFilter(FirstOrder):
         self.filter(inputs, targets)
         return loss
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        if hasattr(self, "_moved"):
-            self._find_moved()
-
-    def _find_moved(self) -> None:
-        """The model's parameters that the optimiser moves, in the model's order."""
-        held = {id(p) for group in self.inner.param_groups for p in group["params"]}
-        self._moved = [p for p in self.model.parameters() if id(p) in held]
-
     def _filtered(self) -> list[Tensor]:
-        return [p for p in self._moved if p.requires_grad]
+        """The model's trainable parameters that the optimiser moves, in the model's order."""
+        return [p for p in self._parted()[0] if p.requires_grad]
+
+    def _enter_space(self, parameters: Sequence[Tensor]) -> None:
+        """Begin anew where other parameters are filtered than at the last call: some were frozen, let loose, replaced.
+
+        As many numbers are not the same space: a layer may have been frozen while another of its size was let loose.
+        """
+        known = self._space
+        self._space = [(p, p.shape) for p in parameters]
+        if known is not None and not _same(known, self._space):
+            present = self._space
+            self._start()
+            self._space = present
 
     def _centralise(self, gradients: Sequence[Tensor | None]) -> None:
         """Mean directions alone, tensor by tensor."""
@@ -287,19 +287,39 @@ class SpanFilter(FirstOrder):
         return {
             "bases": bases,
             "calls": self._calls,
-            "size": self._size,
+            "space": self._positions(),
             "mean": copied(self._mean),
             "last": self._last,
         }
 
+    def _positions(self) -> list[Any] | None:
+        """The filtered parameters, for a file: their positions in the model, and their shapes."""
+        if self._space is None:
+            return None
+        positions = {id(p): i for i, p in enumerate(self.model.parameters())}
+        return [[positions.get(id(p), -1), list(shape)] for p, shape in self._space]
+
+    def _at_positions(self, saved: list[Any] | None) -> list[tuple[Tensor, torch.Size]] | None:
+        """Those of :meth:`_positions`; a parameter that is not there is like none of the model's."""
+        if saved is None:
+            return None
+        parameters = dict(enumerate(self.model.parameters()))
+        return [(parameters.get(i, torch.empty(0)), torch.Size(shape)) for i, shape in saved]
+
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         device = self._filtered()[0].device
-        self._calls, self._size, self._mean = state["calls"], state["size"], copied(state["mean"], device)
+        self._calls, self._mean = state["calls"], copied(state["mean"], device)
+        self._space = self._at_positions(state["space"])
         self._last = None if state["last"] is None else state["last"].to(device)
         for kind, basis in self.bases.items():
             basis.state = copied(state["bases"][kind], device)
             basis.restore()
         self._join()
+
+
+def _same(a: Sequence[tuple[Tensor, torch.Size]], b: Sequence[tuple[Tensor, torch.Size]]) -> bool:
+    """Whether both are the same parameters in the same shapes and order."""
+    return len(a) == len(b) and all(p is q and m == n for (p, m), (q, n) in zip(a, b, strict=True))
 
 
 def span_filter(
