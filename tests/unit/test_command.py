@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import curvspace
 from curvspace.cli.app import app
+from curvspace.training.spec import derived_seed
 
 HERE = "test_command"
 
@@ -58,6 +59,68 @@ def dataset():
 
 def scaled_loss(outputs, targets):
     return 2 * nn.functional.cross_entropy(outputs, targets)
+
+
+class Bank(nn.Module):
+    """Reads a memory: an input that may be as long as the batch without holding its examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x, bank):
+        return self.inner(x + torch.softmax(x @ bank.T, 1) @ bank)
+
+
+class MaskFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, mask, x):
+        return self.inner(x * mask.sum())
+
+
+class Centred(nn.Module):
+    """Each example's output depends on the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.inner(x - x.mean(0))
+
+
+def too_wide():
+    return nn.Linear(7, 3)
+
+
+def with_batch_norm():
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def bank_pair():
+    x, y = pair()
+    return (x, torch.randn(30, 4, generator=torch.Generator().manual_seed(1))), y
+
+
+def bank_listed():
+    return [bank_pair()]
+
+
+def bank_mapping():
+    (x, bank), y = bank_pair()
+    return [{"x": x, "bank": bank, "labels": y}]
+
+
+def mask_pair():
+    x, y = pair()
+    return (torch.ones(6, 6) / 36, x), y
+
+
+def coupled_loss(outputs, targets):
+    return nn.functional.cross_entropy(outputs, targets) ** 2
 
 
 def run(*words: str | Path, ok: bool = True) -> str:
@@ -133,6 +196,63 @@ def test_options_of_the_subject(weights, tmp_path):
     assert saved["values"].tolist() == pytest.approx(once["values"])
     assert (tmp_path / "p.png").stat().st_size > 1000
     assert "eigenvalue" in run(*common, "-q")
+
+
+def loss_of(model: str, data: str, *words: str) -> float:
+    got = found("sharpness", "--model", f"{HERE}:{model}", "--data", f"{HERE}:{data}", "--dtype", "float64", *words)
+    return got["rows"][0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "cut"),
+    [
+        ("Bank", "bank_pair", ("--batch-size", "8")),
+        ("Bank", "bank_pair", ("--examples", "12")),
+        ("Bank", "bank_listed", ("--examples", "12")),
+        ("Bank", "bank_mapping", ("--examples", "12")),
+        ("Centred", "pair", ("--batch-size", "8")),
+        ("Centred", "listed", ("--examples", "25")),
+        ("build", "pair", ("--loss", f"{HERE}:coupled_loss", "--batch-size", "8")),
+    ],
+)
+def test_a_batch_whose_parts_make_another_function_is_not_cut(model, data, cut):
+    words = ("--model", f"{HERE}:{model}", "--data", f"{HERE}:{data}", *cut)
+    message = run("sharpness", *words, "--device", "cpu", ok=False)
+    assert "does not treat examples one by one; leave out --batch-size and --examples" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "cut"),
+    [
+        ("build", "pair", "7"),
+        ("MaskFirst", "mask_pair", "8"),
+        ("with_batch_norm", "pair", "8"),
+        ("Bank", "bank_pair", ""),
+    ],
+)
+def test_the_loss_of_a_pair_is_that_of_the_whole_batch(model, data, cut):
+    inputs, y = globals()[data]()
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(0, "init"))
+        network = globals()[model]().double().eval()
+    tensors = [t.double() for t in (inputs if isinstance(inputs, tuple) else (inputs,))]
+    expected = float(nn.functional.cross_entropy(network(*tensors), y))
+    assert loss_of(model, data, *(("--batch-size", cut) if cut else ())) == pytest.approx(expected, rel=1e-9)
+
+
+def test_parts_of_a_pair_have_batch_statistics_of_their_own():
+    x, y = pair()
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(0, "init"))
+        network = with_batch_norm().double()
+    parts = [float(nn.functional.cross_entropy(network(x[i : i + 10].double()), y[i : i + 10])) for i in (0, 10, 20)]
+    got = loss_of("with_batch_norm", "pair", "--batch-size", "10", "--batch-norm", "batch")
+    assert got == pytest.approx(sum(parts) / 3, rel=1e-9)
+
+
+def test_a_network_that_fails_says_so_itself():
+    words = ("--model", f"{HERE}:too_wide", "--data", f"{HERE}:pair", "--batch-size", "8")
+    assert "shapes cannot be multiplied" in run("sharpness", *words, "--device", "cpu", ok=False)
 
 
 def test_models_made_from_shape_and_classes_or_options():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace import Objective, datasets, models
-from curvspace.batches import as_pairs
+from curvspace.batches import as_pairs, layout
 from curvspace.cli.common import load_function, set_threads
 from curvspace.cli.options import Subject, parsed
 from curvspace.curvature.frozen import FrozenModel
@@ -22,7 +23,7 @@ from curvspace.datasets.catalogue import EMBEDDED, KNOWN, MADE_HERE, source_name
 from curvspace.datasets.store import Arrays
 from curvspace.device import use
 from curvspace.errors import UserError
-from curvspace.functional import batch_size, select
+from curvspace.functional import batch_size, take
 from curvspace.training import tensor_file
 from curvspace.training.record import RunRecord, data_options
 from curvspace.training.spec import derived_seed
@@ -30,6 +31,12 @@ from curvspace.training.spec import derived_seed
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 EXAMPLES = 2000
 """Of a named data set, unless the user says how many."""
+
+BATCH_SIZE = 500
+"""Of a data set, unless the user says otherwise."""
+
+Cut = tuple[Any, Any, int]
+"""A batch (inputs, targets) of which parts were taken, and their number of examples."""
 
 
 @dataclass
@@ -74,7 +81,7 @@ class Loaded:
         return {
             "of": str(self.subject.run or self.subject.model),
             "data": self.subject.data or "the run's training data",
-            "examples": sum(batch_size(x) for x, _ in self.batches),
+            "examples": sum(batch_size(y) for _, y in self.batches),
             "parameters": FrozenModel(self.model, parameters=self.subject.parameters or None).size,
             "step": self.steps[-1] if self.record else None,
             "matrix": self.subject.matrix,
@@ -105,11 +112,13 @@ def opened(subject: Subject) -> Iterator[Loaded]:
             return
         assert subject.model is not None
         assert subject.data is not None
-        batches, shape, classes = _data(subject.data, subject)
+        batches, shape, classes, cuts = _data(subject.data, subject)
         model = _model(subject.model, parsed(subject.model_option), shape, classes, subject.seed)
         if subject.checkpoint is not None:
             load_weights(model, subject.checkpoint)
         loss = _loss(subject.loss or "cross_entropy")
+        for cut in cuts:
+            _require_parts(model.eval(), cut, loss, subject)
         yield Loaded(subject, model.to(device).eval(), batches, loss, None, [0], device)
 
 
@@ -140,7 +149,7 @@ def _of_run(subject: Subject, folder: Path, device: torch.device) -> Loaded:
         raise UserError(f"{folder} has no checkpoint {subject.step!r}; it has {_some(record.steps)}, or: last, all")
     block = data_options(record.spec["dataset"])
     data = datasets.load(_folder(subject, datasets.folder_name(record.spec["dataset"]["name"], block)), block)
-    batches = limited(data.batches("train", subject.batch_size), subject.batches, subject.examples or EXAMPLES)
+    batches, _ = limited(_named(data, subject), subject.batches, subject.examples or EXAMPLES)
     loss = _loss(subject.loss or record.spec.get("task", {}).get("loss", "cross_entropy"))
     model = record.build_model(data).to(device).eval()
     return Loaded(subject, model, batches, loss, record, steps, device)
@@ -160,20 +169,26 @@ def _folder(subject: Subject, name: str) -> Path:
     return folder
 
 
-def _data(name: str, subject: Subject) -> tuple[list[tuple[Any, Tensor]], tuple[int, ...], int]:
-    """Batches, the shape of an example, and the number of classes (of outputs), of named data or the user's."""
+def _named(data: datasets.DataSet, subject: Subject) -> Iterable[Any]:
+    return data.batches("train", subject.batch_size or BATCH_SIZE)
+
+
+def _data(name: str, subject: Subject) -> tuple[list[tuple[Any, Tensor]], tuple[int, ...], int, list[Cut]]:
+    """Batches, the shape of an example, and the number of classes (of outputs), of named data or the user's; what was
+    cut of the user's batches."""
     if ":" in name:
         found = load_function(name)()
         if not isinstance(found, Arrays):
-            batches = limited(as_batches(found, subject.batch_size, name), subject.batches, subject.examples)
-            return batches, _shape(batches), _classes(batches)
+            given, of_pair = as_batches(found, subject.batch_size, name)
+            batches, of_last = limited(given, subject.batches, subject.examples)
+            return batches, _shape(batches), _classes(batches), of_pair + of_last
         data = _prepared(name, subject)
     elif name in source_names():
         data = _prepared(name, subject)
     else:
         raise UserError(f"--data {name!r} is no data set; there are: {', '.join(source_names())}, or module:function")
-    batches = limited(data.batches("train", subject.batch_size), subject.batches, subject.examples or EXAMPLES)
-    return batches, data.input_shape, data.num_classes
+    batches, _ = limited(_named(data, subject), subject.batches, subject.examples or EXAMPLES)
+    return batches, data.input_shape, data.num_classes, []
 
 
 def _prepared(name: str, subject: Subject) -> datasets.DataSet:
@@ -188,35 +203,63 @@ def _prepared(name: str, subject: Subject) -> datasets.DataSet:
     return datasets.load(_folder(subject, name) if name in KNOWN else here, {"source": name})
 
 
-def as_batches(found: Any, size: int, name: str) -> Iterable[tuple[Any, Tensor]]:
-    """Batches of what a user's function returned: a pair of tensors, a data set, or anything that gives batches."""
+def as_batches(found: Any, size: int | None, name: str) -> tuple[Iterable[tuple[Any, Tensor]], list[Cut]]:
+    """Batches of what a user's function returned: a pair of tensors, a data set, or anything that gives batches.
+
+    A pair is one batch unless a size is given; then the parts, and what was cut.
+    """
     if isinstance(found, list | tuple) and len(found) == 2 and isinstance(found[1], Tensor):
-        x, y = found
-        return [(select(x, slice(i, i + size)), y[i : i + size]) for i in range(0, batch_size(x), size)]
+        ((x, y),) = as_pairs([found])
+        n, flags = layout(0, x, y, None)
+        if size is None or n <= size:
+            return [(x, y)], []
+        return [take((x, y), slice(i, i + size), flags) for i in range(0, n, size)], [(x, y, size)]
     if isinstance(found, torch.utils.data.Dataset) and not isinstance(found, torch.utils.data.IterableDataset):
-        return torch.utils.data.DataLoader(found, batch_size=size)
+        return torch.utils.data.DataLoader(found, batch_size=size or BATCH_SIZE), []
     if isinstance(found, Iterable):
-        return found
+        return found, []
     raise UserError(
         f"{name} returned {type(found).__name__}; wanted: (inputs, targets), a data set, a loader, or a list of batches"
     )
 
 
-def limited(batches: Iterable[Any], count: int | None, examples: int | None) -> list[tuple[Any, Tensor]]:
-    """The first batches, the last of them cut to the number of examples."""
+def limited(
+    batches: Iterable[Any], count: int | None, examples: int | None
+) -> tuple[list[tuple[Any, Tensor]], list[Cut]]:
+    """The first batches, the last of them cut to the number of examples; what was cut."""
     kept: list[tuple[Any, Tensor]] = []
+    cuts: list[Cut] = []
     room = examples
-    for batch in islice(batches, count):
+    for i, batch in enumerate(islice(batches, count)):
         ((x, y),) = as_pairs([batch])
-        n = batch_size(x)
+        n, flags = layout(i, x, y, None)
         if room is not None and n > room:
-            x, y, n = select(x, slice(0, room)), y[:room], room
+            cuts.append((x, y, room))
+            (x, y), n = take((x, y), slice(0, room), flags), room
         kept.append((x, y))
         if room is not None and (room := room - n) == 0:
             break
     if not kept:
         raise UserError("the data gave no batch")
-    return kept
+    return kept, cuts
+
+
+def _require_parts(model: nn.Module, cut: Cut, loss: Any, subject: Subject) -> None:
+    """Raise ``UserError`` where parts of a batch make another function than the whole.
+
+    Batch normalisation does not count: its statistics are those of the batches that are asked for.
+    """
+    x, y, size = cut
+    options: dict[str, Any] = {"batch_norm": "running", "dtype": DTYPES[subject.dtype]}
+    with suppress(ValueError):
+        _ = Objective(model, [(x, y)], loss, microbatch=size, **options).batches
+        return
+    whole = Objective(model, [(x, y)], loss, microbatch=None, **options).loss()  # the model's own error, if any
+    if math.isfinite(whole):
+        raise UserError(
+            f"a batch of {batch_size(y)} examples cannot be cut into parts of {size}: the model or the loss does "
+            "not treat examples one by one; leave out --batch-size and --examples, or let --data give minibatches"
+        )
 
 
 def _shape(batches: list[tuple[Any, Tensor]]) -> tuple[int, ...]:

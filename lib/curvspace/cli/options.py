@@ -29,7 +29,7 @@ class Subject:
     loss: Annotated[str | None, typer.Option(help="cross_entropy (default), mse, module:function.")] = None
     examples: Annotated[int | None, typer.Option(help="At most so many examples (named data: 2000).")] = None
     batches: Annotated[int | None, typer.Option(help="At most so many batches.")] = None
-    batch_size: Annotated[int, typer.Option(help="Of named data, and of data sets without batches.")] = 500
+    batch_size: Annotated[int | None, typer.Option(help="Of data sets (500); of a pair, else one batch.")] = None
     parameters: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Only these, e.g. 'head.*'.")] = None
     matrix: Annotated[str, typer.Option(help="hessian or gauss-newton (eigs, density).")] = "hessian"
     batch_norm: Annotated[str, typer.Option(help="running or batch statistics.")] = "running"
