@@ -189,11 +189,12 @@ class CrossEntropy(KnownLoss):
 
     def _label_weights(self, labels: Tensor, class_weight: Tensor | None) -> Tensor:
         """The weight of each label: zero for ignored ones."""
+        labels = labels.long()  # in a shorter type another label may equal ignore_index
         counts = labels != self.ignore_index
         if class_weight is None:
             return counts
         w = class_weight.to(labels.device)
-        return w[torch.where(counts, labels, 0).long()] * counts
+        return w[torch.where(counts, labels, 0)] * counts
 
     def _soft_targets(self, z: Tensor, targets: Tensor) -> Tensor:
         """t, the shape of z."""
@@ -203,8 +204,9 @@ class CrossEntropy(KnownLoss):
             t = targets.to(z.dtype)
             counts = None
         else:
-            counts = targets != self.ignore_index
-            t = F.one_hot(torch.where(counts, targets, 0).long(), c).movedim(-1, dim).to(z.dtype)
+            labels = targets.long()
+            counts = labels != self.ignore_index
+            t = F.one_hot(torch.where(counts, labels, 0), c).movedim(-1, dim).to(z.dtype)
         if smoothing:
             t = (1 - smoothing) * t + smoothing / c
         if w is not None:
@@ -218,7 +220,7 @@ class CrossEntropy(KnownLoss):
         w = _like(self.class_weight, z)
         s = self._label_weights(targets, w).to(z.dtype)
         if w is not None and self.label_smoothing:
-            smooth = (self.label_smoothing / len(w)) * w.sum() * (targets != self.ignore_index)
+            smooth = (self.label_smoothing / len(w)) * w.sum() * (targets.long() != self.ignore_index)
             s = (1 - self.label_smoothing) * s + smooth
         return s
 

@@ -93,6 +93,22 @@ def test_value_gradient_and_hessian_product(ours, theirs, targets):
         torch.testing.assert_close(sum(v * w for v, w in parts if w) / total, value, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": torch.linspace(0.5, 1, 200).double()}])
+def test_labels_of_a_short_type_are_not_taken_for_ignored_ones(options: dict, dtype: torch.dtype) -> None:
+    """156 is -100 modulo 256: gradient and products against autograd of torch's own loss with int64 labels."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4, 200, generator=generator, dtype=torch.float64, requires_grad=True)
+    u = torch.randn(4, 200, generator=generator, dtype=torch.float64)
+    y = torch.tensor([156, 3, 199, 156])
+    loss = CrossEntropy(**options)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(z, y, **options), z, create_graph=True)
+    (product,) = torch.autograd.grad(gradient, z, u)
+    torch.testing.assert_close(loss(z, y.to(dtype)), F.cross_entropy(z, y, **options))
+    torch.testing.assert_close(loss.gradient(z.detach(), y.to(dtype)), gradient.detach())
+    torch.testing.assert_close(loss.hessian_product(z.detach(), y.to(dtype), u), product)
+
+
 def test_one_example_without_a_batch_dimension():
     z, y = torch.randn(3).double(), torch.tensor(1)
     expected = torch.autograd.functional.hessian(lambda z: F.cross_entropy(z, y), z)
