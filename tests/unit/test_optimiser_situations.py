@@ -364,3 +364,23 @@ def test_a_shared_module_keeps_its_parameters() -> None:
             second.step(x, y)
         assert all(p is q for p, q in zip(held, shared.parameters(), strict=True)), name
         torch.testing.assert_close(parameter_vector(shared), parameter_vector(plain), rtol=0, atol=1e-9, msg=name)
+
+
+CLASSES = {
+    "paper A": lambda m: optim.class_gradient_newton(m, C, damping=1.0),
+    "Rayleigh-Ritz": lambda m: optim.rayleigh_ritz_newton(m, C),
+    "bulk": lambda m: optim.bulk_sgd(m, C, span="class-gradients"),
+    "adam": MAKE["adam"],
+    "CurveBall": MAKE["CurveBall"],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+@pytest.mark.parametrize("name", CLASSES)
+def test_labels_of_any_integer_type(name: str, dtype: torch.dtype) -> None:
+    """The steps are those with torch's usual int64."""
+    x, y = data()
+    usual, other = (CLASSES[name](network()) for _ in range(2))
+    for _ in range(2):
+        assert torch.equal(usual.step(x, y), other.step(x, y.to(dtype)))
+    assert torch.equal(parameter_vector(usual.model), parameter_vector(other.model))

@@ -449,3 +449,106 @@ def test_misuse_is_named() -> None:
     with pytest.raises(ValueError, match="gains"):
         build("span-filter", {"base": {"kind": "sgd"}, "gains": 1}, model, C, lr=1.0)
     assert isinstance(build("span-filter", {"base": {"kind": "sgd"}}, model, C, lr=1.0), FirstOrder)
+
+
+class Function(nn.Module):
+    """A linear layer with a rule of its own for several inputs."""
+
+    def __init__(self, rule):
+        super().__init__()
+        torch.manual_seed(3)
+        self.inner, self.rule = nn.Linear(5, C).double(), rule
+
+    def forward(self, *args, **kwargs):
+        return self.rule(self.inner, *args, **kwargs)
+
+
+def messages(inner, x, edges):
+    return inner(x).index_add(0, edges[1], inner(x)[edges[0]])
+
+
+EDGES = torch.stack([torch.arange(24), torch.arange(24).flip(0)])
+MASK = torch.full((6, 6), 0.5, dtype=torch.float64)
+INPUTS = {
+    "mask first": (lambda inner, mask, x: inner(x * mask.mean()), lambda x: (MASK, x), (0.5, 1.0)),
+    "positions first": (
+        lambda inner, position_ids, x: inner(x + position_ids.double().mean()),
+        lambda x: {"position_ids": torch.arange(4)[None], "x": x},
+        (0.5, 1.0),
+    ),
+    "edges first": (lambda inner, edges, x: messages(inner, x, edges), lambda x: (EDGES, x), (1.0,)),
+    "edges last": (messages, lambda x: (x, EDGES), (1.0,)),
+    "a mapping of outputs": (lambda inner, x: {"logits": inner(x)}, lambda x: x, (0.5, 1.0)),
+}
+
+
+@pytest.mark.parametrize("num_classes", [None, C])
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_and_outputs_in_other_forms(name: str, num_classes: int | None) -> None:
+    """Against class gradients of the first examples by autograd, one class at a time."""
+    rule, form, fractions = INPUTS[name]
+    x, y = batches(1)[0]
+    for fraction in fractions:
+        model = Function(rule)
+        span = SpanFilter(sgd(model), model, num_classes, gamma=0.0, fraction=fraction)
+
+        def outputs(rows: Tensor, model: nn.Module = model) -> Tensor:
+            inputs = form(rows)
+            if isinstance(inputs, dict):
+                z = model(**inputs)
+            else:
+                z = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+            return z["logits"] if isinstance(z, dict) else z
+
+        n = round(fraction * len(y))
+        z, parameters = outputs(x[:n]), list(model.parameters())
+        rows = [
+            flatten(torch.autograd.grad(z[y[:n] == k, k].mean(), parameters, retain_graph=True))
+            for k in y[:n].unique().tolist()
+        ]
+        model.zero_grad()
+        nn.functional.cross_entropy(outputs(x), y).backward()
+        g = gradients(model)
+        span.filter(form(x), y)
+        torch.testing.assert_close(gradients(model), g - projector(torch.stack(rows, 1)) @ g, rtol=0, atol=1e-9)
+
+
+def test_a_part_of_examples_that_the_model_mixes_is_refused() -> None:
+    x, y = batches(1)[0]
+    rules = {
+        "edges": (messages, (x, EDGES)),
+        "edges first": (lambda inner, edges, x: messages(inner, x, edges), (EDGES, x)),
+        "a mean": (lambda inner, x: inner(x - x.mean(0)), x),
+    }
+    for rule, inputs in rules.values():
+        model = Function(rule)
+        with pytest.raises(ValueError, match="does not treat examples one by one; use fraction=1"):
+            SpanFilter(sgd(model), model, C).step(inputs, y)
+        SpanFilter(sgd(model), model, C, fraction=1.0).step(inputs, y)
+
+
+def test_outputs_that_are_no_logits_are_named() -> None:
+    x, y = batches(1)[0]
+    for rule, message in (
+        (lambda inner, x: {"a": inner(x), "b": inner(x)}, "a dict without one tensor or .logits"),
+        (lambda inner, x: inner(x)[:, 0], r"shape \(24,\); class gradients need \(N, C\)"),
+    ):
+        model = Function(rule)
+        with pytest.raises(ValueError, match=message):
+            SpanFilter(sgd(model), model).filter(x, y)
+    model = small_network()
+    with pytest.raises(ValueError, match="a batch of 24 inputs has 23 targets"):
+        SpanFilter(sgd(model), model, C).filter(x, y[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
+    x, y = batches(1)[0]
+    filtered = []
+    for labels in (y, y.to(dtype)):
+        model = small_network()
+        span = SpanFilter(sgd(model), model, C)
+        backward(model, x, y)
+        span.filter(x, labels)
+        filtered.append(gradients(model))
+    assert torch.equal(*filtered)

@@ -21,7 +21,17 @@ from curvspace.curvature.layerwise import LayerRecorder, add_class_gradients
 from curvspace.curvature.split import independent
 from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
-from curvspace.functional import Batched, Inputs, batch_flags, batch_size, call, flatten, take, trainable_parameters
+from curvspace.functional import (
+    Batched,
+    Inputs,
+    batch_flags,
+    batch_size,
+    call,
+    flatten,
+    preserved_buffers,
+    take,
+    trainable_parameters,
+)
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import joined, logits
 
@@ -60,6 +70,35 @@ def splits_exactly(
     """
     n = y.shape[0]
     return n == 1 or independent(FrozenModel(model, batch_norm), x, n, batch_flags(x, n, batched))
+
+
+def require_part_exact(
+    model: nn.Module, x: Inputs, y: Tensor, fraction: float, *, batch_norm: BatchNorm = None
+) -> None:
+    """Raise ``ValueError`` where the first examples of a batch alone would be another function of the parameters.
+
+    Batch statistics are those of the part.
+    """
+    if not any(batch_flags(x, len(y))):
+        raise ValueError(f"a batch of {batch_size(x)} inputs has {len(y)} targets")
+    if FrozenModel(model, batch_norm).uses_batch_statistics or splits_exactly(model, x, y, batch_norm=batch_norm):
+        return
+    raise ValueError(
+        f"fraction={fraction} of a batch would be another function: {type(model).__name__} does not treat "
+        "examples one by one; use fraction=1"
+    )
+
+
+def number_of_classes(model: nn.Module, x: Inputs) -> int:
+    """C by the model's outputs (N, C); its buffers stay as they are.
+
+    Raises ``ValueError`` for outputs of another form.
+    """
+    with preserved_buffers(model), torch.no_grad():
+        z = logits(call(model, x), "class gradients need one tensor (N, C)")
+    if z.ndim != 2:
+        raise ValueError(f"the model's outputs have shape {tuple(z.shape)}; class gradients need (N, C)")
+    return z.shape[1]
 
 
 def split_pass(
@@ -289,7 +328,7 @@ def class_curvatures(c: Tensor, probabilities: Tensor, y: Tensor) -> Tensor:
     c are class gradients (C, P), ``probabilities`` (N,) the softmax probability of each example's own class y (N,).
     """
     spread = torch.zeros(len(c), dtype=probabilities.dtype, device=c.device)
-    spread.index_add_(0, y, probabilities * (1 - probabilities))
+    spread.index_add_(0, y.long(), probabilities * (1 - probabilities))
     return spread / len(y) * c.square().sum(1)
 
 
@@ -361,10 +400,11 @@ def _class_counts(y: Tensor, num_classes: int) -> Tensor:
         raise ValueError(f"class gradients need integer targets of shape (N,), got {y.dtype} {tuple(y.shape)}")
     if len(y) == 0:
         raise ValueError("a batch of class gradients is empty")
+    y = y.long()
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= num_classes:
         raise ValueError(f"targets must be in 0..{num_classes - 1}, got {low}..{high}")
-    return torch.bincount(y.long(), minlength=num_classes)
+    return torch.bincount(y, minlength=num_classes)
 
 
 def _members(y: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from curvspace.curvature.class_gradients import class_curvatures
+from curvspace.curvature.class_gradients import class_curvatures, number_of_classes
 from curvspace.curvature.frozen import BatchNorm
 from curvspace.errors import refuse_old
-from curvspace.functional import call, preserved_buffers, trainable_parameters
+from curvspace.functional import trainable_parameters
 from curvspace.optim.base import require, require_flag
 from curvspace.optim.mean_directions import joint_span, mean_span
 from curvspace.optim.minibatch import Algorithm, Minibatch
@@ -30,7 +30,6 @@ from curvspace.optim.span import (
     symmetric_span,
     unit_span,
 )
-from curvspace.outputs import logits
 from curvspace.subspace import orthonormal_basis
 
 Orthonormal = bool | Literal["qr", "symmetric"]
@@ -156,8 +155,7 @@ class ClassGradients(Basis):
         if not refresh:
             return super().observe(batch, refresh=False)
         if self.num_classes is None:
-            with torch.no_grad(), preserved_buffers(batch.model):
-                self.num_classes = logits(call(batch.model, batch.inputs)).shape[1]
+            self.num_classes = number_of_classes(batch.model, batch.inputs)
         found = batch.classes(self.num_classes, self.batch_norm, self.algorithm)
         if self.reduction == "class-sum":
             total = found.class_gradients * found.counts[:, None]

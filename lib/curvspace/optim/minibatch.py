@@ -10,7 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curvspace.curvature.class_gradients import ClassPass, class_gradients, split_pass, splits_exactly, vjp_pass
+from curvspace.curvature.class_gradients import (
+    ClassPass,
+    class_gradients,
+    require_part_exact,
+    split_pass,
+    splits_exactly,
+    vjp_pass,
+)
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.operators import CurvatureOperator
 from curvspace.curvature.projected import projected_gauss_newton
@@ -69,12 +76,8 @@ class Minibatch:
         m = max(1, round(fraction * n))
         if m >= n and self.ranks.alone:
             return self
-        alone = FrozenModel(self.model).uses_batch_statistics or splits_exactly(self.model, self.inputs, self.targets)
-        if m < n and not alone:
-            raise ValueError(
-                f"fraction={fraction} of a batch would be another function: {type(self.model).__name__} does not treat "
-                "examples one by one; use fraction=1"
-            )
+        if m < n:
+            require_part_exact(self.model, self.inputs, self.targets, fraction)
         inputs, targets = select((self.inputs, self.targets), slice(0, m), size=n)
         return Minibatch(
             self.model, self.loss, inputs, targets, self.costs, self.weight * m / n, self.ranks, self.evaluating

@@ -22,17 +22,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from curvspace.curvature.class_gradients import class_gradients
-from curvspace.functional import (
-    Inputs,
-    batch_size,
-    call,
-    flatten,
-    preserved_buffers,
-    select,
-    trainable_parameters,
-    unflatten,
-)
+from curvspace.curvature.class_gradients import class_gradients, number_of_classes, require_part_exact
+from curvspace.functional import Inputs, batch_size, flatten, select, trainable_parameters, unflatten
 from curvspace.optim.base import copied, require
 from curvspace.optim.bases import Basis, ClassGradients, MeanDirections, PastUpdates, RandomDirections
 from curvspace.optim.first_order import FirstOrder, LossLike
@@ -75,7 +66,8 @@ class SpanFilter(FirstOrder):
     gamma
         Decay of the class gradients' running average, over refreshes.
     fraction
-        Share of the minibatch on which class gradients are taken, the first of its examples.
+        Share of the minibatch on which class gradients are taken, the first of its examples. 1 for a model that does
+        not treat examples one by one.
     batch_norm
         Statistics of batch normalisation in the class gradients: ``"running"`` (stored), ``"batch"`` (one backward
         pass per class) or None (the module's mode).
@@ -87,7 +79,8 @@ class SpanFilter(FirstOrder):
     Raises
     ------
     ValueError
-        For a value out of range, for sparse gradients, and for class gradients without integer targets (N,).
+        For a value out of range, for sparse gradients, and for class gradients without integer targets (N,), without
+        outputs (N, C), or of a part of examples that the model mixes.
     """
 
     def __init__(
@@ -229,18 +222,21 @@ class SpanFilter(FirstOrder):
 
     def _class_gradients(self, inputs: Inputs, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Of the share of the minibatch, with a column for each filtered parameter; the counts (C,)."""
-        n = batch_size(inputs)
-        part = slice(0, max(1, round(self.fraction * n)))
+        n = batch_size(targets)
+        m = max(1, round(self.fraction * n))
+        if m < n:
+            require_part_exact(self.model, inputs, targets, self.fraction, batch_norm=self.batch_norm)
+        x, y = select((inputs, targets), slice(0, m), size=n)
         with torch.autocast(targets.device.type, enabled=False):
             c, counts = class_gradients(
                 self.model,
-                select(inputs, part),
-                targets[part],
+                x,
+                y,
                 self._classes(inputs),
                 batch_norm=self.batch_norm,
                 dtype=dtype,
             )
-        share = len(targets[part]) / n
+        share = m / n
         self.costs.forward += share
         self.costs.backward += share
         if not self.ranks.alone:
@@ -255,9 +251,9 @@ class SpanFilter(FirstOrder):
 
     def _classes(self, inputs: Inputs | None) -> int:
         if self.num_classes is None:
-            require(inputs is not None, "num_classes", None, "given for random directions")
-            with preserved_buffers(self.model), torch.no_grad():
-                self.num_classes = call(self.model, inputs).shape[1]  # type: ignore[arg-type]
+            if inputs is None:
+                raise ValueError("num_classes must be given for random directions, got None")
+            self.num_classes = number_of_classes(self.model, inputs)
         return self.num_classes
 
     def _running(self, inner: Tensor) -> Tensor:
