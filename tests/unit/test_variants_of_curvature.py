@@ -243,6 +243,82 @@ def test_preconditioner_is_what_the_optimiser_divides_by(kind, options):
         torch.testing.assert_close(moved, 1e-3 * beta * momentum * now.scale**2, rtol=1e-6, atol=1e-12)
 
 
+GROUPED = {
+    "SGD": {},
+    "Adam": {},
+    "AdamW": {"weight_decay": 0.0},
+    "Adamax": {},
+    "RMSprop": {},
+    "Adagrad": {},
+    "Adagrad, decaying": {"lr_decay": 0.5},
+}
+
+
+@pytest.mark.parametrize("rates", [(1.0, 0.01), (0.01, 1.0), (0.3, 0.0), (0.2, 0.2)])
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_of_different_rates(name, rates):
+    """Against the step that torch takes: one that moves by M g has the bound 2 over the largest eigenvalue of M A."""
+    model, x, y = _problem()
+    groups = [{"params": list(model[part].parameters()), "lr": 1.0} for part in (0, 2)]
+    groups[1]["params"] += list(model[3].parameters())
+    optimiser = getattr(torch.optim, name.split(",")[0])(groups, lr=1.0, **GROUPED[name])
+    for _ in range(3):
+        optimiser.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        if name != "SGD":
+            for group in optimiser.param_groups:
+                group["lr"] = 0.0
+        optimiser.step()
+    for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        group["lr"] = rate
+    H = Objective(model, (x, y)).hessian()
+    A, dense = preconditioned(H, optimiser), dense_matrix(H)
+    for group in optimiser.param_groups:
+        group["lr"] = 1.0
+    alike = preconditioned(H, optimiser).scale.square()  # 1/P
+    sizes = [sum(p.numel() for p in group["params"]) for group in optimiser.param_groups]
+    by_entry = torch.cat([torch.full((n,), rate, dtype=torch.float64) for n, rate in zip(sizes, rates, strict=True)])
+    torch.testing.assert_close(max(rates) * A.scale.square(), by_entry * alike)
+    moves = torch.linalg.eigvals((by_entry * alike)[:, None] * dense).real.max()
+    torch.testing.assert_close(max(rates) * eigsh(A, 1).values[0], moves, rtol=1e-3, atol=0)
+
+
+def test_rates_by_the_steps_that_torch_takes():
+    model, x, y = _problem()
+    groups = [{"params": list(model[0].parameters()), "lr": 1.0}, {"params": list(model[2:].parameters()), "lr": 0.01}]
+    H = Objective(model, (x, y)).hessian()
+    for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad):
+        optimiser = kind(
+            [dict(group) for group in groups], **({"lr_decay": 0.5} if kind is torch.optim.Adagrad else {})
+        )
+        if kind is not torch.optim.SGD:
+            optimiser.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimiser.step()
+        # Adam by its momentum alone, the others by a gradient too small to count in P.
+        gradient = [
+            torch.zeros_like(p) if kind is torch.optim.Adam else torch.full_like(p, 1e-9) for p in model.parameters()
+        ]
+        pushed = [
+            optimiser.param_groups[0]["betas"][0] * optimiser.state[p]["exp_avg"] if kind is torch.optim.Adam else g
+            for p, g in zip(model.parameters(), gradient, strict=True)
+        ]
+        pushed = torch.cat([g.clone().flatten() for g in pushed])
+        before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
+        for p, g in zip(model.parameters(), gradient, strict=True):
+            p.grad = g
+        if kind is torch.optim.Adam:
+            optimiser.step()
+            scale = preconditioned(H, optimiser).scale
+            rate = 1.0
+        else:
+            scale = preconditioned(H, optimiser).scale
+            rate = 1.0 / (1 + 0.5) if kind is torch.optim.Adagrad else 1.0
+            optimiser.step()
+        moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+        torch.testing.assert_close(moved, rate * pushed * scale**2, rtol=1e-5, atol=1e-15)
+
+
 def test_preconditioner_errors():
     model, x, y = _problem()
     H = Objective(model, (x, y)).hessian()

@@ -3,7 +3,8 @@ r"""Curvature as an adaptive optimiser sees it: :math:`P^{-1/2} A P^{-1/2}`.
 A torch optimiser with step :math:`\theta \leftarrow \theta - \eta P^{-1} m`, P diagonal, is stable on a quadratic
 while the largest eigenvalue of the preconditioned Hessian is below :math:`2/\eta`, or, with momentum
 :math:`m \leftarrow \beta m + (1-\beta) g`, below :math:`(2+2\beta)/((1-\beta)\eta)`: :math:`38/\eta` for Adam's
-:math:`\beta = 0.9`.
+:math:`\beta = 0.9`. Where param groups have rates :math:`\eta_i` of their own, :math:`\eta` is the largest of them and
+P is divided by :math:`\eta_i/\eta`: the bounds hold as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from curvspace.functional import flatten
 
 
 class PreconditionedOperator:
-    r""":math:`D A D` with D a positive diagonal (P,), here :math:`P^{-1/2}`; same spectrum as :math:`P^{-1} A`."""
+    r""":math:`D A D` with D a diagonal (P,), not negative, here :math:`P^{-1/2}`; same spectrum as :math:`P^{-1} A`."""
 
     deterministic = True
 
@@ -42,7 +43,9 @@ def preconditioned(operator: CurvatureOperator, optimizer: torch.optim.Optimizer
     r""":math:`P^{-1/2} A P^{-1/2}` with P from the present state of a torch optimiser of the same model.
 
     P as in the optimiser's next step: for Adam and AdamW :math:`(1-\beta_1^t)(\sqrt{v/(1-\beta_2^t)} + \epsilon)`,
-    for Adamax :math:`(1-\beta_1^t) u`, for RMSprop and Adagrad :math:`\sqrt{v} + \epsilon`, for SGD the identity.
+    for Adamax :math:`(1-\beta_1^t) u`, for RMSprop and Adagrad :math:`\sqrt{v} + \epsilon`, for SGD the identity; each
+    divided by :math:`\eta_i/\eta`, with :math:`\eta_i` the present rate of the parameter's group and :math:`\eta` the
+    largest rate among the operator's parameters. Multiply all rates by c, and the matrix is the same.
 
     Raises
     ------
@@ -52,14 +55,26 @@ def preconditioned(operator: CurvatureOperator, optimizer: torch.optim.Optimizer
     function = operator.point.function
     parameters = dict(function.model.named_parameters())
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    diagonals = []
+    diagonals, rates = [], []
     for name in function.names:
         p = parameters[name]
         if id(p) not in groups:
             raise ValueError(f"the optimiser does not hold parameter {name!r} of the operator")
         diagonals.append(_diagonal(optimizer, groups[id(p)], p, name))
+        rates.append(_rate(optimizer, groups[id(p)], p))
     scale = flatten(diagonals).to(operator.device, operator.dtype).rsqrt()
+    if len(set(rates)) > 1:
+        shares = [torch.full_like(d, rate / max(rates)) for d, rate in zip(diagonals, rates, strict=True)]
+        scale *= flatten(shares).to(scale).sqrt()
     return PreconditionedOperator(operator, scale)
+
+
+def _rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], p: Tensor) -> float:
+    """The learning rate of a parameter's next step, with the decay that Adagrad has of its own."""
+    rate = float(group["lr"])
+    if group.get("lr_decay"):
+        rate /= 1 + float(optimizer.state[p]["step"]) * group["lr_decay"]
+    return rate
 
 
 def _diagonal(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], p: Tensor, name: str) -> Tensor:
