@@ -329,3 +329,60 @@ def test_operators_that_cannot_be_solved():
         eigsh(torch.full((4, 4), float("nan")), 2)
     with pytest.raises(ValueError, match="square"):
         eigsh(torch.ones(3, 4), 2)
+
+
+def _fitted(dtype: torch.dtype, width: float, loss: str, seed: int) -> Objective:
+    """A network whose outputs, as large as ``width``, are on the right side for every example."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[2].weight.data.mul_(width)
+    x = torch.randn(20, 4)
+    z = model(x).detach()
+    return Objective(model, [(x, z.argmax(1) if loss == "cross_entropy" else (z > 0).float())], loss, dtype=dtype)
+
+
+@pytest.mark.filterwarnings("ignore:eigsh. not converged")
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy_with_logits"])
+@pytest.mark.parametrize("which", ["LA", "BE"])
+@pytest.mark.parametrize("width", [3e2, 1e3, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_curvature_of_a_network_that_has_fitted_its_data_is_rounding(dtype, width, which, loss):
+    for seed in range(3):
+        pairs = eigsh(_fitted(dtype, width, loss, seed).hessian(), 2, which)
+        values = dense_matrix(_fitted(torch.float64, width, loss, seed).hessian()).double()
+        values = torch.linalg.eigvalsh((values + values.T) / 2)
+        expected = values[[-1, -2]] if which == "LA" else values[[-1, 0]]
+        terms = 10 * width**2 * torch.finfo(dtype).eps
+        assert ((pairs.values.double() - expected).abs() <= terms + 1e-3 * expected.abs()).all()
+
+
+class WrongSquare(torch.autograd.Function):
+    """x², whose second derivative lacks symmetry: that of the sum in each entry of a row is taken from the next."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * g * (x + x.roll(1, -1) - x.roll(1, -1).detach())
+
+
+@pytest.mark.parametrize("width", [1.0, 1e2, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_wrong_second_derivative_is_found_however_well_the_data_are_fitted(dtype, width):
+    class Wrong(nn.Sequential):
+        def forward(self, x):
+            return super().forward(WrongSquare.apply(self.scale * x))
+
+    torch.manual_seed(0)
+    model = Wrong(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model.scale = nn.Parameter(torch.randn(4))
+    model[2].weight.data.mul_(width)
+    x = torch.randn(20, 4)
+    y = model(x).detach().argmax(1)
+    y[0] = (y[0] + 1) % 3
+    with pytest.raises(RuntimeError, match="not symmetric"):
+        eigsh(Objective(model, [(x, y)], dtype=dtype).hessian(), 2)

@@ -83,7 +83,8 @@ def eigsh(
 
     The tolerance is relative to each pair's own eigenvalue, as in ARPACK and scipy's ``eigsh``. A residual below
     :math:`20\,\epsilon\,|\lambda|_{max}` is within rounding and counts as converged, :math:`\epsilon` = 1.2e-7 for
-    float32: an eigenvalue that small next to the largest is known no better than that.
+    float32: an eigenvalue that small next to the largest is known no better than that. Nor is any eigenvalue where the
+    whole matrix is of the size of rounding (a network that has fitted its data): ``errors`` say how well.
 
     Parameters
     ----------
@@ -190,9 +191,10 @@ class _WantedPairs:
         """Whether the values are those of ``before``, as far as the tolerance can tell."""
         return bool(((self.values - before).abs() <= self.bounds).all())
 
-    def with_errors_of_products(self, error: float) -> _WantedPairs:
+    def with_errors_of_products(self, error: float, noise: float) -> _WantedPairs:
         """The same pairs with residuals that count what is wrong with a product along them."""
-        return replace(self, lengths=(self.lengths.square() + error**2).sqrt())
+        rounding = max(self.rounding, 2 * noise)
+        return replace(self, lengths=(self.lengths.square() + error**2).sqrt(), rounding=rounding)
 
 
 def _iterate(basis: KrylovBasis, k: int, which: Which, tol: float, max_products: int) -> tuple[_WantedPairs, bool]:
@@ -220,7 +222,7 @@ def _iterate(basis: KrylovBasis, k: int, which: Which, tol: float, max_products:
 
 def _wanted_pairs(basis: KrylovBasis, k: int, which: Which, tol: float) -> _WantedPairs:
     theta, s = basis.ritz()
-    rounding = ROUNDING * basis.eps * float(theta.abs().max())
+    rounding = max(ROUNDING * basis.eps * float(theta.abs().max()), 2 * basis.noise)
     return _WantedPairs(k, theta, s, _select(theta, min(k, len(theta)), which), basis.residual_norms(s), tol, rounding)
 
 
@@ -318,12 +320,12 @@ def _finished(basis: KrylovBasis, pairs: _WantedPairs, found: bool, max_products
     """The result, after one product along all pairs at once that must agree with what the basis says of them."""
     if basis.products < max_products:
         difference = basis.disagreement(pairs.coordinates)
-        if difference > basis.asymmetry:
+        if not basis.is_rounding(difference * basis.largest):
             raise RuntimeError(
                 f"products with the operator contradict each other by {difference:.1e} of the largest: it is "
                 f"not linear, not deterministic, or {basis.A.dtype} is too inexact for it"
             )
-        pairs = pairs.with_errors_of_products(difference * basis.largest)
+        pairs = pairs.with_errors_of_products(difference * basis.largest, basis.noise)
     unit = basis.unit or 1.0
     converged = found and pairs.converged
     if not converged:

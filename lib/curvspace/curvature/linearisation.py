@@ -246,6 +246,11 @@ class GaussNewtonLinearisation(Linearisation):
     G = [J; I]ᵀ ∇²L(z, theta) [J; I], which has the Hessian of a penalty in full. ``diverged`` lets a loss be nan.
     """
 
+    @staticmethod
+    def outputs_from(z: Tensor) -> Tensor:
+        """The outputs at which the loss has its second derivative."""
+        return z
+
     def __init__(self, point: Point, batch: Batch, diverged: bool = False):
         self.weight = batch.weight
         kept: dict[str, Any] = {}
@@ -253,7 +258,7 @@ class GaussNewtonLinearisation(Linearisation):
         def outputs() -> Tensor:
             def cut_off(raw: Any) -> Any:
                 kept["z"], unpack = pack(raw)
-                kept["leaf"] = kept["z"].detach().requires_grad_()
+                kept["leaf"] = self.outputs_from(kept["z"].detach()).requires_grad_()
                 return unpack(kept["leaf"])
 
             _, kept["loss"] = point.evaluate(batch, cut_off)
@@ -278,3 +283,15 @@ class GaussNewtonLinearisation(Linearisation):
         for n, i in enumerate(self.curvature.read):
             result[i] = result[i] + self.weight * torch.stack([hv[n] for _, hv in pairs])
         return result
+
+
+class UnsaturatedLinearisation(GaussNewtonLinearisation):
+    r"""The same with the loss's Hessian at outputs 0, where nothing in it cancels: :math:`J^\top \nabla_z^2\ell(0) J`.
+
+    Far from there a softmax's :math:`p\circ u - p\,(p^\top u)` is a small difference of terms of that size.
+    """
+
+    outputs_from = staticmethod(torch.zeros_like)
+
+    def __init__(self, point: Point, batch: Batch):
+        super().__init__(point, batch, diverged=True)

@@ -21,6 +21,7 @@ from curvspace.curvature.linearisation import (
     HessianLinearisation,
     Linearisation,
     Point,
+    UnsaturatedLinearisation,
 )
 from curvspace.curvature.memory import default_budget, is_out_of_memory, kept_bytes
 from curvspace.curvature.split import within_memory
@@ -101,6 +102,12 @@ class CurvatureOperator:
             torch.distributed.all_reduce(result, group=self.group)
         self.products += len(rows)
         return result[0] if v.ndim == 1 else result.T
+
+    def cancelling_terms(self) -> CurvatureOperator:
+        """An operator as large as the terms whose sum a product is: with the loss's Hessian at outputs 0."""
+        terms = CurvatureOperator(self.point, self.batches, "recompute", self._budget, self.group)
+        terms.linearisation = UnsaturatedLinearisation
+        return terms
 
     def refresh(self) -> None:
         """Take the model's present parameters in place of those at the last refresh, or at the construction."""
