@@ -164,6 +164,21 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
                 store.update(entries)
 
 
+def without_graph(compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives, evaluated without a graph; with one, cut off after, if it takes derivatives itself.
+
+    Those are models whose outputs are derivatives (forces, differential equations), by ``torch.autograd.grad``.
+    """
+    try:
+        with torch.no_grad():
+            return compute()
+    except (RuntimeError, ValueError) as error:
+        if "require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        return map_tensors(Tensor.detach, compute())
+
+
 def without_autocast(f: Callable[..., Any]) -> Callable[..., Any]:
     """``f``, whose first argument has a ``device``, computes in its tensors' types whatever surrounds the call."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from curvspace.curvature.linearisation import Point
-from curvspace.functional import flatten, map_tensors, unflatten
+from curvspace.functional import flatten, map_tensors, unflatten, without_graph
 from curvspace.inner import inner, norm
 from curvspace.losses import Loss
 from curvspace.objective import Objective
@@ -94,7 +95,7 @@ class LossScanner:
         point = replace(self._point, parameters=unflatten(theta, self._point.parameters))
         total = torch.zeros((), dtype=torch.float64, device=theta.device)
         for b in self._batches:
-            total = total + b.weight * point.value(b).double()
+            total = total + b.weight * without_graph(partial(point.value, b)).double()
         return total
 
     def _many(self, origin: Tensor, direction: Tensor, t: Sequence[float]) -> Tensor:

@@ -13,6 +13,7 @@ import glob
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -34,7 +35,7 @@ from curvspace.curvature.operators import (
 from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, independent, within_memory
 from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
-from curvspace.functional import Batched, replayed_randomness, without_autocast
+from curvspace.functional import Batched, replayed_randomness, without_autocast, without_graph
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import output_tensors
 
@@ -210,8 +211,7 @@ class Objective:
         point = self._point()
 
         def total(batches: list[Batch]) -> Tensor:
-            with torch.no_grad():
-                parts = [b.weight * point.value(b).double() for b in batches]
+            parts = [b.weight * without_graph(partial(point.value, b)).double() for b in batches]
             return torch.stack(parts).sum() if parts else self._scalar(0)
 
         return float(self._summed(self._within_memory(total)))
@@ -318,7 +318,6 @@ class Objective:
         return value
 
     @torch.inference_mode(False)
-    @torch.no_grad()
     def _require_batches(self) -> None:
         """One example without a batch dimension has the layout of a batch of numbers: then fewer of them do not fit."""
         batch = next((b for b in self._given if b.size > 1 and could_be_one_example(b.inputs, b.targets)), None)
@@ -326,14 +325,13 @@ class Objective:
             return
         fewer = batch.examples(slice(0, batch.size - 1))
         try:
-            found = output_tensors(self._point().outputs(fewer))
+            found = without_graph(lambda: output_tensors(self._point().outputs(fewer)))
         except Exception as error:  # whatever the model raises on what it was not made for
             raise ValueError(one_example(batch.index, batch.inputs, batch.targets)) from error
         if any(t.ndim == 0 or len(t) != fewer.size for t in found):
             raise ValueError(one_example(batch.index, batch.inputs, batch.targets))
 
     @torch.inference_mode(False)
-    @torch.no_grad()
     def _require_deterministic(self) -> None:
         """Evaluate a few examples twice: a product with a kept graph would hide that the model draws at random.
 
@@ -354,13 +352,13 @@ class Objective:
     def _require_deterministic_loss(self, batches: list[Batch]) -> None:
         """Evaluate the loss twice on the same outputs: of all the first batch, as it may be no mean of parts."""
         point, batch = self._point(), batches[0]
-        outputs = point.outputs(batch)
+        outputs = without_graph(lambda: point.outputs(batch))
         first, second = (self._drawn_anew(i, lambda: point.loss_of_outputs(outputs, batch)) for i in range(2))
         _require_same(first, second, f"the loss {self.loss_function.name}", f"{batch.size} outputs of batch 0")
 
     def _drawn_anew(self, seed: int, evaluate: Callable[[], Result]) -> Result:
         with replayed_randomness(self.function.device, seed):  # an evaluation alone leaves the generators as they were
-            return evaluate()
+            return without_graph(evaluate)
 
 
 def _require_same(a: Tensor, b: Tensor, what: str, where: str) -> None:

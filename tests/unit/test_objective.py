@@ -13,6 +13,7 @@ from torch import nn
 
 from curvspace import Objective, class_gradients
 from curvspace.curvature import dense_matrix, eigsh, gram_eigh, projected_gauss_newton
+from curvspace.functional import assign_parameters, parameter_vector
 from curvspace.monitor import CurvatureMonitor
 from tests.unit.architectures import CASES
 from tests.unit.oracles import dense_hessian
@@ -484,3 +485,45 @@ def test_old_and_unknown_options():
         class_gradients(_mlp(), *batch, 3, method="vjp")
     with pytest.raises(TypeError, match="Objective has no option 'engines'"):
         Objective(_mlp(), batch, engines="auto")
+
+
+class Derivative(nn.Module):
+    """Outputs made of the first or second derivative of a network in its inputs, or of that and the network itself."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.energy = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        z = x.detach().requires_grad_()
+        e = self.energy(z)
+        (slope,) = torch.autograd.grad(e.sum(), z, create_graph=True)
+        if self.kind == "twice":
+            (slope,) = torch.autograd.grad(slope.square().sum(), z, create_graph=True)
+        return self.head(slope if self.kind != "both" else slope + e)
+
+
+@pytest.mark.parametrize("n", [12, 300])
+@pytest.mark.parametrize("kind", ["once", "twice", "both"])
+def test_a_model_that_takes_derivatives_in_its_inputs(kind, n):
+    torch.manual_seed(0)
+    model = Derivative(kind).double()
+    x, y = torch.randn(n, 4).double(), torch.randint(3, (n,))
+    objective = Objective(model, [(x, y)])
+    theta = parameter_vector(model)
+    v = torch.randn(len(theta), generator=torch.Generator().manual_seed(1)).double()
+    assert objective.loss() == pytest.approx(F.cross_entropy(model(x), y).item())
+    product, by_differences = objective.hessian() @ v, objective.hessian_by_differences() @ v
+    gauss_newton = objective.gauss_newton() @ v
+    assert float(v @ gauss_newton) > 0
+    slope, h = float(objective.gradient() @ v), 1e-5
+    values, gradients = [], []
+    for sign in (1, -1):
+        assign_parameters(model, theta + sign * h * v)
+        values.append(objective.loss())
+        gradients.append(objective.gradient())
+    assert (values[0] - values[1]) / (2 * h) == pytest.approx(slope, rel=1e-6)
+    torch.testing.assert_close(product, (gradients[0] - gradients[1]) / (2 * h), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(by_differences, product, rtol=1e-6, atol=1e-7)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.linearisation import Batch, Point
 from curvspace.curvature.memory import is_out_of_memory, kept_bytes
-from curvspace.functional import Inputs, take, tensors_in
+from curvspace.functional import Inputs, take, tensors_in, without_graph
 from curvspace.losses import Loss
 from curvspace.outputs import output_tensors
 
@@ -161,7 +162,7 @@ def _may_index_examples(inputs: Inputs, flags: Sequence[bool]) -> bool:
 @torch.no_grad()
 def _adds_up(point: Point, batch: Batch, parts: Sequence[Batch]) -> bool:
     """Whether the loss of a batch is the weighted sum of its parts', in value and in gradient by the outputs."""
-    outputs = [point.outputs(part) for part in parts]
+    outputs = [without_graph(partial(point.outputs, part)) for part in parts]
     if not all(isinstance(z, Tensor) and z.ndim and len(z) == p.size for z, p in zip(outputs, parts, strict=True)):
         return False
     low = outputs[0].dtype in (torch.float16, torch.bfloat16)

@@ -30,6 +30,7 @@ from curvspace.functional import (
     replayed_randomness,
     select,
     trainable_parameters,
+    without_graph,
 )
 from curvspace.inner import inner
 from curvspace.losses import Loss
@@ -167,8 +168,12 @@ class Minibatch:
         Two calls draw the same random numbers (dropout masks).
         """
         torch.clear_autocast_cache()  # it may hold casts of what the parameters were
-        with preserved_buffers(self.model), replayed_randomness(self.device), self.evaluating():
-            loss = self.loss(call(self.model, self.inputs), self.targets)
+
+        def evaluated() -> Tensor:
+            with preserved_buffers(self.model), replayed_randomness(self.device), self.evaluating():
+                return self.loss(call(self.model, self.inputs), self.targets)
+
+        loss = without_graph(evaluated)
         self._count(forward=1)
         return self.mean(loss)[0]
 
