@@ -527,3 +527,16 @@ def test_a_model_that_takes_derivatives_in_its_inputs(kind, n):
     assert (values[0] - values[1]) / (2 * h) == pytest.approx(slope, rel=1e-6)
     torch.testing.assert_close(product, (gradients[0] - gradients[1]) / (2 * h), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(by_differences, product, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("change", [lambda m: m[0].weight.requires_grad_(False), lambda m: m.pop(3)])
+@pytest.mark.parametrize("use", ["refresh", "loss", "gradient", "num_parameters", "hessian"])
+def test_trainable_parameters_that_have_changed_since(change, use):
+    model = _mlp()
+    objective = Objective(model, [_batch()])
+    operator = objective.hessian()
+    change(model)
+    with pytest.raises(RuntimeError, match=r"'\d.weight'.* is frozen or gone since this objective or operator was made"):
+        getattr(operator if use == "refresh" else objective, use)()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert Objective(model, [_batch()]).gradient().shape == (trainable,)

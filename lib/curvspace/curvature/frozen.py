@@ -99,8 +99,7 @@ class FrozenModel:
     @property
     def size(self) -> int:
         """P, the number of coordinates."""
-        found = trainable_parameters(self.model)
-        return sum(found[name].numel() for name in self.names)
+        return sum(p.numel() for p in self._chosen_ones())
 
     @property
     def modes(self) -> tuple[bool, ...]:
@@ -133,11 +132,20 @@ class FrozenModel:
 
     def parameters(self) -> tuple[Tensor, ...]:
         """Copies of the chosen parameters as fresh leaves that require gradients."""
-        found = trainable_parameters(self.model)
+        chosen = self._chosen_ones()
         with torch.inference_mode(False):
-            return tuple(
-                found[name].detach().to(self.device, self.dtype, copy=True).requires_grad_() for name in self.names
+            return tuple(p.detach().to(self.device, self.dtype, copy=True).requires_grad_() for p in chosen)
+
+    def _chosen_ones(self) -> list[Tensor]:
+        found = trainable_parameters(self.model)
+        gone = [name for name in self.names if name not in found]
+        if gone:
+            names = ", ".join(map(repr, gone[:4])) + ", …" * (len(gone) > 4)
+            raise RuntimeError(
+                f"the trainable parameters of {type(self.model).__name__} have changed: {names} is frozen or gone since "
+                "this objective or operator was made: make a new one"
             )
+        return [found[name] for name in self.names]
 
     def constants(self) -> dict[str, Tensor]:
         """Copies of everything else that the model holds: buffers and the other parameters."""
