@@ -164,6 +164,11 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
                 store.update(entries)
 
 
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made in inference mode, whose tensors autograd refuses."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def without_graph(compute: Callable[[], Any]) -> Any:
     """What ``compute`` gives, evaluated without a graph; with one, cut off after, if it takes derivatives itself.
 

@@ -74,6 +74,7 @@ class LossScanner:
         r""":math:`L(\theta + t_i d)` for each i: direction (P,), t (m,), result (m,)."""
         return self._along(self.origin, direction, t)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _along(self, origin: Tensor, direction: Tensor, t: Sequence[float] | Floats) -> Floats:
         start = time.perf_counter()

@@ -143,6 +143,7 @@ class Objective:
         return self.function.policy
 
     @property
+    @torch.inference_mode(False)
     def batches(self) -> list[Batch]:
         """What is evaluated at a time, with weights that sum to 1.
 
@@ -247,6 +248,7 @@ class Objective:
             GaussNewtonOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
         )
 
+    @torch.inference_mode(False)
     def empirical_fisher(self) -> EmpiricalFisherOperator:
         """The empirical Fisher matrix, N times the sum of the examples' gradient shares squared; a copy at the call.
 

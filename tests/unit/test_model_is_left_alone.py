@@ -14,8 +14,17 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from curvspace import Objective, class_gradients, eigsh
-from curvspace.curvature import cross_class_gradients
+from curvspace.curvature import (
+    cross_class_gradients,
+    dense_matrix,
+    gram_eigh,
+    hutchpp,
+    projected_gauss_newton,
+    spectral_density,
+)
 from curvspace.functional import tensors_in
+from curvspace.landscape import LossScanner
+from curvspace.monitor import CurvatureMonitor
 from tests.unit.architectures import CASES
 
 
@@ -314,6 +323,46 @@ def test_inference_mode():
         frozen = nn.Linear(5, 3).double()
     with pytest.raises(ValueError, match="requires_grad=True"):
         Objective(frozen.requires_grad_(False), (x, y))
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+COMPUTATIONS: dict[str, Callable[[Objective], Any]] = {
+    "eigsh": lambda o: eigsh(o.hessian(), 2).values,
+    "Gauss-Newton eigsh": lambda o: eigsh(o.gauss_newton(), 2).values,
+    "differences": lambda o: o.hessian_by_differences() @ torch.ones(o.num_parameters).double(),
+    "Fisher": lambda o: o.empirical_fisher() @ torch.ones(o.num_parameters, 2).double(),
+    "density": lambda o: spectral_density(o.hessian(), steps=5, probes=2).density,
+    "trace": lambda o: hutchpp(o.hessian(), 9).value,
+    "gram_eigh": lambda o: gram_eigh(o.gauss_newton())[0],
+    "dense": lambda o: dense_matrix(o.hessian()),
+    "projected": lambda o: projected_gauss_newton(
+        o.model, *_plain_batch(), "cross_entropy", torch.eye(o.num_parameters).double()[:, :3]
+    ),
+    "monitor": lambda o: CurvatureMonitor(o.model, [_plain_batch()], k=1, share=None).measure(0)["sharpness"],
+    "landscape": lambda o: LossScanner(o).along(torch.ones(o.num_parameters).double(), [0.0, 0.1]),
+}
+
+
+def _plain_batch(n: int = 9) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 5, generator=generator).double(), torch.arange(n) % 3
+
+
+@pytest.mark.parametrize("n", [9, 300])
+@pytest.mark.parametrize("inside", ["nothing", "batch", "batch and model"])
+@pytest.mark.parametrize("name", COMPUTATIONS)
+def test_every_computation_leaves_inference_mode(name, inside, n):
+    model, batch = _network(), _plain_batch(n)
+    expected = COMPUTATIONS[name](Objective(model, batch))
+    with torch.inference_mode():
+        model = _network() if inside == "batch and model" else model
+        batch = _plain_batch(n) if inside != "nothing" else batch
+        found = COMPUTATIONS[name](Objective(model, batch))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_kinds_of_parameters():

@@ -40,6 +40,7 @@ def dense_eigh(A: SymmetricOperator, limit: int = MAX_DENSE) -> tuple[Tensor, Te
     return values, vectors
 
 
+@torch.inference_mode(False)
 def gram_eigh(G: GaussNewtonOperator, tol: float = 1e-10) -> tuple[Tensor, Tensor]:
     r"""All non-zero eigenpairs of a Gauss-Newton matrix from its Gram matrix; exact, whatever P is.
 

@@ -23,6 +23,7 @@ from curvspace.functional import (
     Inputs,
     call,
     map_tensors,
+    ordinary,
     preserved_attributes,
     replayed_randomness,
     require_second_derivatives,
@@ -142,8 +143,8 @@ class FrozenModel:
         if gone:
             names = ", ".join(map(repr, gone[:4])) + ", …" * (len(gone) > 4)
             raise RuntimeError(
-                f"the trainable parameters of {type(self.model).__name__} have changed: {names} is frozen or gone since "
-                "this objective or operator was made: make a new one"
+                f"the trainable parameters of {type(self.model).__name__} have changed: {names} is frozen or gone "
+                "since this objective or operator was made: make a new one"
             )
         return [found[name] for name in self.names]
 
@@ -158,8 +159,7 @@ class FrozenModel:
         """Tensors (also inside tuples and mappings) on the model's device, floating ones in its type."""
 
         def move(t: Tensor) -> Tensor:
-            t = t.to(self.device, self.dtype if t.is_floating_point() else t.dtype)
-            return t.clone() if t.is_inference() else t
+            return ordinary(t.to(self.device, self.dtype if t.is_floating_point() else t.dtype))
 
         return map_tensors(move, value)
 

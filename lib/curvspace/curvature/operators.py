@@ -26,7 +26,7 @@ from curvspace.curvature.linearisation import (
 from curvspace.curvature.memory import default_budget, is_out_of_memory, kept_bytes
 from curvspace.curvature.split import within_memory
 from curvspace.denormals import flushed
-from curvspace.functional import unflatten, without_autocast
+from curvspace.functional import ordinary, unflatten, without_autocast
 
 Engine = Literal["auto", "linearize", "recompute"]
 
@@ -91,7 +91,7 @@ class CurvatureOperator:
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(f"{self.name} of shape {self.shape} cannot multiply a tensor of shape {tuple(v.shape)}")
         self._require_unchanged()
-        rows = v.detach().to(self.device, self.dtype).reshape(self.shape[1], -1).T.contiguous()
+        rows = ordinary(v.detach().to(self.device, self.dtype).reshape(self.shape[1], -1).T.contiguous())
         given = self.batches
         result, self.batches = within_memory(
             lambda batches: self._multiply(rows, batches), given, lambda: self.point, self._release

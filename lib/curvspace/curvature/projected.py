@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.linearisation import Batch, GaussNewtonLinearisation, JacobianLinearisation, Point
-from curvspace.functional import Inputs, batch_size, flatten, unflatten
+from curvspace.functional import Inputs, batch_size, flatten, ordinary, unflatten
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import logits
 
 
+@torch.inference_mode(False)
 def jacobian_products(model: nn.Module, x: Inputs, Q: Tensor, *, batch_norm: BatchNorm = None) -> tuple[Tensor, Tensor]:
     """Outputs z (N, ...) and their derivatives J Q along the k columns of Q (P, k), stacked first: (k, N, ...)."""
     function = FrozenModel(model, batch_norm)
@@ -24,6 +25,7 @@ def jacobian_products(model: nn.Module, x: Inputs, Q: Tensor, *, batch_norm: Bat
     return jacobian.z.detach(), torch.stack(products)
 
 
+@torch.inference_mode(False)
 def projected_gauss_newton(
     model: nn.Module,
     x: Inputs,
@@ -51,7 +53,7 @@ def projected_gauss_newton(
 
 
 def _rows(function: FrozenModel, Q: Tensor) -> Tensor:
-    return Q.detach().to(function.device, function.dtype).T.contiguous()
+    return ordinary(Q.detach().to(function.device, function.dtype).T.contiguous())
 
 
 def _products(left: list[Tensor], right: list[Tensor]) -> Tensor:

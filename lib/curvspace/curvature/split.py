@@ -77,6 +77,7 @@ def cut(point: Point, batches: Sequence[Batch], size: int) -> list[Batch] | None
     return parts
 
 
+@torch.inference_mode(False)
 def independent(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[bool]) -> bool:
     """Whether the model treats ``size`` examples one by one; ``flags`` as in :func:`~curvspace.functional.take`.
 

@@ -8,7 +8,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -301,11 +301,15 @@ class CurvatureMonitor:
 
 @contextmanager
 def _untouched(device: torch.device) -> Iterator[None]:
-    """Generators as they were afterwards; neither autocast nor ``no_grad`` of the caller reaches inside."""
+    """Generators as they were afterwards; no mode of the caller (autocast, ``no_grad``, inference) reaches inside."""
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002  the user's may be legacy
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=devices))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(device.type, enabled=False))
             yield
     finally:
         np.random.set_state(numpy_state)  # noqa: NPY002
