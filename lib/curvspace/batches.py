@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvspace.functional import Batched, Inputs, batch_flags, batch_size, tensors_in
+from curvspace.functional import Batched, Inputs, batch_flags, batch_size, tensors_in, tuple_like
 
 LABELS = ("labels", "label", "targets", "target")
 """Keys under which a mapping may hold its targets."""
@@ -158,5 +158,5 @@ def _as_tensors(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _as_tensors(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return tuple(_as_tensors(v) for v in value)
+        return tuple_like(value, (_as_tensors(v) for v in value))
     return value

@@ -257,8 +257,14 @@ def map_tensors(f: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: map_tensors(f, v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return tuple(map_tensors(f, v) for v in value)
+        return tuple_like(value, (map_tensors(f, v) for v in value))
     return value
+
+
+def tuple_like(value: Sequence[Any], entries: Iterable[Any]) -> tuple[Any, ...]:
+    """The entries as a tuple, with the names that a named tuple ``value`` gives them."""
+    make: Callable[[Iterable[Any]], tuple[Any, ...]] = getattr(value, "_make", tuple)
+    return make(entries)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

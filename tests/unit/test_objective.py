@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -540,3 +541,58 @@ def test_trainable_parameters_that_have_changed_since(change, use):
         getattr(operator if use == "refresh" else objective, use)()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert Objective(model, [_batch()]).gradient().shape == (trainable,)
+
+
+class Fields(nn.Module):
+    """Reads its inputs, or one of them, by name."""
+
+    def __init__(self, nested: bool):
+        super().__init__()
+        self.nested, self.layer = nested, nn.Linear(4, 3)
+
+    def forward(self, first, scale):
+        x = first.x * first.mask if self.nested else first
+        return self.layer(x) * scale
+
+
+class Inner(NamedTuple):
+    x: torch.Tensor
+    mask: torch.Tensor
+
+
+class Outer(NamedTuple):
+    first: Any
+    scale: torch.Tensor
+
+
+class Labels(NamedTuple):
+    classes: torch.Tensor
+    weights: np.ndarray | torch.Tensor
+
+
+def _weighted(outputs, targets):
+    losses = F.cross_entropy(outputs, targets.classes, reduction="none")
+    return (losses * targets.weights).mean()
+
+
+@pytest.mark.parametrize("n", [12, 300])
+@pytest.mark.parametrize("nested", [False, True])
+def test_named_tuples_keep_their_names(nested, n):
+    torch.manual_seed(0)
+    model = Fields(nested).double()
+    x, y = _batch(n)
+    mask, scale, weights = torch.rand(n, 4).double(), torch.full((), 2.0).double(), torch.rand(n).double()
+    inputs = Outer(Inner(x, mask) if nested else x * mask, scale)
+    objective = Objective(model, [(inputs, Labels(y, weights.numpy()))], _weighted, microbatch="auto")
+
+    def doubled(z, y):
+        return _weighted(2 * z, Labels(y, weights))
+
+    linear = Objective(nn.Sequential(model.layer), [((x * mask,), y)], doubled, microbatch=None)
+    assert objective.loss() == pytest.approx(linear.loss())
+    torch.testing.assert_close(objective.gradient(), linear.gradient())
+    torch.testing.assert_close(dense_matrix(objective.hessian()), dense_matrix(linear.hessian()))
+    classes = Objective(model, [(inputs, y)])
+    assert classes.loss() == pytest.approx(F.cross_entropy(model(*inputs), y).item())
+    single = class_gradients(model, inputs, y, 3)[0]
+    torch.testing.assert_close(single, class_gradients(model, tuple(inputs), y, 3)[0])
