@@ -150,7 +150,7 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
     ]
     for module, attributes, *_ in saved:
         for name, value in attributes.items():  # plain tensors could be changed in place
-            if type(value) is Tensor and not value.requires_grad and value.nbytes <= 2**20:
+            if type(value) is Tensor and not value.requires_grad and bytes_of(value) <= 2**20:
                 module.__dict__[name] = value.clone()
     try:
         yield
@@ -162,6 +162,22 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
             for store, entries in zip(own, stores, strict=True):
                 store.clear()
                 store.update(entries)
+
+
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors of which a tensor consists: itself, or the indices and values of a sparse one."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Bytes of a tensor, dense or sparse."""
+    return sum(part.nbytes for part in dense_parts(tensor))
 
 
 def ordinary(tensor: Tensor) -> Tensor:
@@ -291,7 +307,8 @@ def batch_size(value: Any) -> int:
 def batch_flags(value: Any, size: int, batched: Batched = None) -> tuple[bool, ...]:
     """Which tensors of inputs (or targets) have ``size`` examples along their first dimension, in order.
 
-    Those in the entries that ``batched`` names by position or key; without it, those whose first dimension is ``size``.
+    Those in the entries that ``batched`` names by position or key; without it, those whose first dimension is ``size``
+    and that are not sparse (a sparse one has a row an example where it joins examples: a graph).
 
     Raises
     ------
@@ -299,7 +316,7 @@ def batch_flags(value: Any, size: int, batched: Batched = None) -> tuple[bool, .
         If there is no such entry, or it is not ``size`` long.
     """
     if batched is None:
-        return tuple(t.ndim > 0 and t.shape[0] == size for t in tensors_in(value))
+        return tuple(t.layout is torch.strided and t.ndim > 0 and t.shape[0] == size for t in tensors_in(value))
     entries = dict(value) if isinstance(value, Mapping) else dict(enumerate(value if _is_sequence(value) else [value]))
     unknown = [key for key in batched if key not in entries]
     if unknown:

@@ -596,3 +596,39 @@ def test_named_tuples_keep_their_names(nested, n):
     assert classes.loss() == pytest.approx(F.cross_entropy(model(*inputs), y).item())
     single = class_gradients(model, inputs, y, 3)[0]
     torch.testing.assert_close(single, class_gradients(model, tuple(inputs), y, 3)[0])
+
+
+class Graph(nn.Module):
+    """A layer whose examples are joined by a sparse matrix: an attribute, a buffer, or an input."""
+
+    def __init__(self, place: str, adjacency: torch.Tensor):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        if place == "attribute":
+            self.adjacency = adjacency
+        if place == "buffer":
+            self.register_buffer("adjacency", adjacency)
+
+    def forward(self, x, adjacency=None):
+        return (self.adjacency if adjacency is None else adjacency) @ self.layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_sparse_csc"])
+@pytest.mark.parametrize("place", ["attribute", "buffer", "input"])
+@pytest.mark.parametrize("n", [12, 300])
+def test_sparse_tensors(place, layout, n):
+    torch.manual_seed(0)
+    dense = torch.rand(n, n).double() * (torch.rand(n, n) < 0.1)
+    adjacency = getattr(dense, layout)()
+    model, reference = (Graph(place, a).double() for a in (adjacency, dense))
+    reference.layer.load_state_dict(model.layer.state_dict())
+    x, y = _batch(n)
+    objective, expected = (
+        Objective(m, [((x, a) if place == "input" else x, y)]) for m, a in ((model, adjacency), (reference, dense))
+    )
+    v = torch.randn(objective.num_parameters, generator=torch.Generator().manual_seed(1)).double()
+    assert objective.loss() == pytest.approx(expected.loss())
+    torch.testing.assert_close(objective.gradient(), expected.gradient())
+    for kind in ("hessian", "gauss_newton"):
+        torch.testing.assert_close(getattr(objective, kind)() @ v, getattr(expected, kind)() @ v)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from curvspace.functional import dense_parts
+
 
 class KeptBytes:
     """The distinct storages that a graph has saved."""
@@ -21,9 +23,10 @@ class KeptBytes:
         check off). autograd gives it its graph back; with it, what an operation keeps of its own result would hold that
         operation, and neither would ever be freed.
         """
-        storage = tensor.untyped_storage()
-        size = min(storage.nbytes(), tensor.nbytes)  # a batch is often a view of the whole data set
-        self._sizes[storage.data_ptr()] = max(size, self._sizes.get(storage.data_ptr(), 0))
+        for part in dense_parts(tensor.detach()):
+            storage = part.untyped_storage()
+            size = min(storage.nbytes(), part.nbytes)  # a batch is often a view of the whole data set
+            self._sizes[storage.data_ptr()] = max(size, self._sizes.get(storage.data_ptr(), 0))
         return tensor.detach(), 0 if tensor.is_inference() else tensor._version
 
     def total(self, excluding: Iterable[Tensor] = ()) -> int:
