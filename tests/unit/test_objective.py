@@ -17,7 +17,7 @@ from curvspace.curvature import dense_matrix, eigsh, gram_eigh, projected_gauss_
 from curvspace.functional import assign_parameters, parameter_vector
 from curvspace.monitor import CurvatureMonitor
 from tests.unit.architectures import CASES
-from tests.unit.oracles import dense_hessian
+from tests.unit.oracles import central_difference, dense_hessian
 
 
 def _mlp(dropout: float = 0.0) -> nn.Module:
@@ -632,3 +632,35 @@ def test_sparse_tensors(place, layout, n):
     torch.testing.assert_close(objective.gradient(), expected.gradient())
     for kind in ("hessian", "gauss_newton"):
         torch.testing.assert_close(getattr(objective, kind)() @ v, getattr(expected, kind)() @ v)
+
+
+class FunctionalSlope(nn.Module):
+    """Outputs made of a network's derivative in its inputs, by ``torch.func``."""
+
+    def __init__(self, transform):
+        super().__init__()
+        self.transform = transform
+        self.energy, self.head = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.transform(lambda z: self.energy(z).sum(), x))
+
+
+TRANSFORMS = {
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(x),
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones((), dtype=x.dtype))[0],
+}
+
+
+@pytest.mark.parametrize("n", [12, 300])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_model_that_uses_functional_transforms(transform, n):
+    torch.manual_seed(0)
+    model = FunctionalSlope(TRANSFORMS[transform]).double()
+    x, y = _batch(n)
+    objective = Objective(model, [(x, y)])
+    v = torch.randn(objective.num_parameters, generator=torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(objective.hessian() @ v, central_difference(model, [(x, y)], "cross_entropy", v))
+    kept = Objective(model, [(x, y)], engine="linearize").gauss_newton() @ v
+    torch.testing.assert_close(objective.gauss_newton() @ v, kept)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from curvspace.functional import dense_parts
+
+Result = TypeVar("Result")
 
 
 class KeptBytes:
@@ -34,12 +36,19 @@ class KeptBytes:
         return sum(size for pointer, size in self._sizes.items() if pointer not in known)
 
 
-@contextmanager
-def kept_bytes() -> Iterator[KeptBytes]:
-    """Count the storages of the tensors that autograd saves inside."""
+def with_kept_bytes(compute: Callable[[], Result]) -> tuple[Result, KeptBytes | None]:
+    """What ``compute`` gives, and the storages of the tensors that autograd saves meanwhile.
+
+    None for the storages where a model uses ``torch.func``, inside of which torch refuses to tell.
+    """
     kept = KeptBytes()
-    with torch.autograd.graph.saved_tensors_hooks(kept.add, _unchanged):
-        yield kept
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(kept.add, _unchanged):
+            return compute(), kept
+    except (RuntimeError, ValueError) as error:
+        if "support saved tensor hooks" not in str(error):
+            raise
+    return compute(), None
 
 
 def _unchanged(saved: tuple[Tensor, int]) -> Tensor:

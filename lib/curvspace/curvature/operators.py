@@ -8,6 +8,7 @@ Only products are ever formed: ``H @ v`` for v (P,), ``H @ V`` for V (P, m).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from curvspace.curvature.linearisation import (
     Point,
     UnsaturatedLinearisation,
 )
-from curvspace.curvature.memory import default_budget, is_out_of_memory, kept_bytes
+from curvspace.curvature.memory import default_budget, is_out_of_memory, with_kept_bytes
 from curvspace.curvature.split import within_memory
 from curvspace.denormals import flushed
 from curvspace.functional import ordinary, unflatten, without_autocast
@@ -42,7 +43,8 @@ class CurvatureOperator:
         Weighted batches; each is multiplied on its own.
     engine
         ``"linearize"`` keeps each batch's graph, ``"recompute"`` rebuilds it for each ``@``, ``"auto"`` keeps as
-        many as fit in ``memory_budget`` bytes (default: a share of the free memory).
+        many as fit in ``memory_budget`` bytes (default: a share of the free memory), and none where their size cannot
+        be told (a model that uses ``torch.func``).
     group
         A ``torch.distributed`` process group: each rank holds its own batches, products are summed.
 
@@ -163,9 +165,9 @@ class CurvatureOperator:
         if i in self._kept:
             return self._kept[i]
         if self.engine == "auto" and self._bytes_per_example is None:
-            with kept_bytes() as kept:
-                linearisation = self.linearisation(self.point, batch)
-            self._bytes_per_example = kept.total(excluding=self.point.parameters) / batch.size
+            linearisation, kept = with_kept_bytes(lambda: self.linearisation(self.point, batch))
+            total = math.inf if kept is None else kept.total(excluding=self.point.parameters)
+            self._bytes_per_example = total / batch.size
         else:
             linearisation = self.linearisation(self.point, batch)
         if self.engine == "linearize" or (self.engine == "auto" and self._fits(batch)):

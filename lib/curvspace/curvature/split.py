@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.linearisation import Batch, Point
-from curvspace.curvature.memory import is_out_of_memory, kept_bytes
+from curvspace.curvature.memory import is_out_of_memory, with_kept_bytes
 from curvspace.functional import Inputs, take, tensors_in, without_graph
 from curvspace.losses import Loss
 from curvspace.outputs import output_tensors
@@ -194,8 +194,10 @@ def _loss_and_slope(point: Point, z: Tensor, batch: Batch) -> tuple[Tensor, Tens
 def cache_friendly_size(point: Point, batch: Batch) -> int:
     """How many examples to evaluate at a time on a CPU, a power of two, from the activations of a pilot pass."""
     pilot = batch.examples(slice(0, min(PILOT, batch.size)))
-    with torch.enable_grad(), kept_bytes() as kept:
-        point.value(pilot)
+    with torch.enable_grad():
+        _, kept = with_kept_bytes(lambda: point.value(pilot))
+    if kept is None:
+        return batch.size
     per_example = max(1, kept.total(excluding=point.parameters) // pilot.size)
     return max(32, 1 << (CACHE_BYTES // per_example).bit_length() - 1)
 
