@@ -664,3 +664,32 @@ def test_a_model_that_uses_functional_transforms(transform, n):
     torch.testing.assert_close(objective.hessian() @ v, central_difference(model, [(x, y)], "cross_entropy", v))
     kept = Objective(model, [(x, y)], engine="linearize").gauss_newton() @ v
     torch.testing.assert_close(objective.gauss_newton() @ v, kept)
+
+
+class Holder(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+SCRIPTED = {
+    "script": (lambda m, x: torch.jit.script(m), "it was compiled by torch.jit.script"),
+    "trace": (torch.jit.trace, "it was compiled by torch.jit.script or torch.jit.trace"),
+    "one module": (lambda m, x: nn.Sequential(torch.jit.script(m)), "its module '0' was compiled"),
+    "a module in a module": (lambda m, x: Holder(nn.Sequential(torch.jit.script(m[0]), *m[1:])), "'inner.0'"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("kind", SCRIPTED)
+def test_a_scripted_model_is_refused(kind):
+    x, y = _batch()
+    make, message = SCRIPTED[kind]
+    model = make(_mlp(), x)
+    with pytest.raises(TypeError, match=message):
+        Objective(model, [(x, y)])
+    with pytest.raises(TypeError, match=message):
+        class_gradients(model, x, y, 3)

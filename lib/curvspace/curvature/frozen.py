@@ -70,6 +70,7 @@ class FrozenModel:
                 f'batch_norm must be "batch", "running" or None (the module\'s present mode), got {batch_norm!r}'
             )
         self.model = model = unwrapped(model)
+        _refuse_scripted(model)
         found = trainable_parameters(model)
         self.names = _chosen(list(found), parameters)
         self.dtype = dtype or _widest(found.values())
@@ -259,6 +260,17 @@ class FrozenModel:
                     module.training = not mode
                 for embedding in sparse:
                     embedding.sparse = True
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    """Their parameters cannot be replaced from outside, and what the compiler makes lacks second derivatives."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"its module {name!r}" if name else "it"
+            raise TypeError(
+                f"{type(model).__name__}: {what} was compiled by torch.jit.script or torch.jit.trace, "
+                "which curvature cannot be computed of: give the module as it was before that, with the same weights"
+            )
 
 
 def _chosen(names: list[str], patterns: str | Sequence[str] | None) -> list[str]:
