@@ -143,7 +143,6 @@ class Objective:
         return self.function.policy
 
     @property
-    @torch.inference_mode(False)
     def batches(self) -> list[Batch]:
         """What is evaluated at a time, with weights that sum to 1.
 
@@ -156,7 +155,8 @@ class Objective:
         """
         here = self._cut_for()
         if self._parts is None or here is None or here != self._parts[0]:
-            self._parts = here, self._cut()
+            with torch.inference_mode(False):
+                self._parts = here, self._cut()
         return self._parts[1]
 
     @property

@@ -291,7 +291,9 @@ class UnsaturatedLinearisation(GaussNewtonLinearisation):
     Far from there a softmax's :math:`p\circ u - p\,(p^\top u)` is a small difference of terms of that size.
     """
 
-    outputs_from = staticmethod(torch.zeros_like)
+    @staticmethod
+    def outputs_from(z: Tensor) -> Tensor:
+        return torch.zeros_like(z)
 
     def __init__(self, point: Point, batch: Batch):
         super().__init__(point, batch, diverged=True)
