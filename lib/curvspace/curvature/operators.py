@@ -71,6 +71,7 @@ class CurvatureOperator:
         if engine not in ("auto", "linearize", "recompute"):
             raise ValueError(f'engine must be "auto", "linearize" or "recompute", got {engine!r}')
         self.point = point
+        self.batches: list[Batch] = []
         self.given: Callable[[], Sequence[Batch]] = lambda: batches  # cut otherwise, maybe, after a refresh
         self._take(batches)
         self.engine = engine
