@@ -305,7 +305,7 @@ class SpanFilter(FirstOrder):
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         device = self._filtered()[0].device
         self._calls, self._mean = state["calls"], copied(state["mean"], device)
-        self._space = self._at_positions(state["space"])
+        self._space = self._at_positions(state.get("space"))
         self._last = None if state["last"] is None else state["last"].to(device)
         for kind, basis in self.bases.items():
             basis.state = copied(state["bases"][kind], device)
