@@ -47,7 +47,8 @@ paper: $(READY)  ## the papers' own scale; wants a GPU (not timed as a whole yet
 	$(SNAKEMAKE) --configfile workflow/presets/paper.yaml
 
 test: $(READY)  ## the test suite, with the smoke preset in it (longer than smoke)
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 -m "not network and not smoke and not slurm"
+	$(BIN)/python -m pytest -m smoke
 
 test-quick: $(READY)  ## the unit tests alone
 	$(BIN)/python -m pytest -n 2 tests/unit tests/papers

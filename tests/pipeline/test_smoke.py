@@ -14,7 +14,7 @@ from conftest import ROOT, Project
 PRESET = ("--configfile", "workflow/presets/smoke.yaml")
 RESULTS = Path("results/smoke")
 
-pytestmark = [pytest.mark.smoke, pytest.mark.xdist_group("smoke")]  # one worker runs the preset, once
+pytestmark = pytest.mark.smoke
 
 
 @pytest.fixture(scope="module")
