@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.weak import WeakIdKeyDictionary
 
 from curvspace.functional import Inputs
@@ -41,13 +42,15 @@ class _Unknown(Exception):
 def fingerprint(model: nn.Module, coordinates: Collection[str], inputs: Inputs, flags: Sequence[bool]) -> Any:
     """A hashable key of the model and of what it is called with, or None where something cannot be told.
 
-    The values of the parameters named by ``coordinates`` and of the examples (tensors with a flag) do not count.
+    The values of the parameters named by ``coordinates`` and of the examples (tensors with a flag) do not count, nor do
+    running statistics, which each training step moves: they scale and shift every example alike.
     """
     look = _Look()
     try:
         modules = tuple((name, look.module(m)) for name, m in model.named_modules(remove_duplicate=False))
         others = tuple((n, look.tensor(p)) for n, p in model.named_parameters() if n not in coordinates)
-        buffers = tuple((n, look.tensor(b)) for n, b in model.named_buffers())
+        moving = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
+        buffers = tuple((n, look.tensor(b)) for n, b in model.named_buffers() if id(b) not in moving)
         remaining = iter(flags)
         given = look.nested(inputs, lambda t: _of_input(t, next(remaining)))
         key = (modules, others, buffers, given)
