@@ -71,7 +71,7 @@ def assert_same_run(found: RunRecord, whole: RunRecord) -> None:
         assert str(first["optimizer"]["state"]) == str(second["optimizer"]["state"])
 
 
-EVERY = {"kill -9": 4}
+EVERY = 8
 """A fault strikes at every line in so many, for the time it takes; with ``CURVSPACE_EVERY_LINE`` set, at all."""
 
 
@@ -82,7 +82,7 @@ def test_a_run_struck_at_any_line_is_done_again_to_the_same_end(fault, training,
     monkeypatch.setattr(lock, "POLL_S", 0.05)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)  # what a process leaves, not what a machine does
     whole = training("whole")()
-    every = 1 if os.environ.get("CURVSPACE_EVERY_LINE") else EVERY.get(fault, 8)
+    every = 1 if os.environ.get("CURVSPACE_EVERY_LINE") else EVERY
     moments = list(faults.moments(faults.lines(training("counted"))))[::every]
     for turn, (line, pass_) in enumerate(moments):
         status = faults.struck(training("struck"), faults.FAULTS[fault], line, pass_)

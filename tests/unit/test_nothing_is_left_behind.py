@@ -81,10 +81,12 @@ def step_of(kind: str) -> Callable[[], object]:
         "negative-curvature": {"base": "SGD"},
     }
 
+    whole_matrix = kind == "levenberg-marquardt"  # so many products a step as there are parameters
+
     def work() -> object:
-        optimizer = build(kind, given.get(kind, {}), network().eval(), 3, 0.01)
-        steps = 1 if kind == "levenberg-marquardt" else 3  # it forms a whole matrix
-        return [float(optimizer.step(X, Y)) for _ in range(steps)]
+        model = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)) if whole_matrix else network().eval()
+        optimizer = build(kind, given.get(kind, {}), model, 3, 0.01)
+        return [float(optimizer.step(X, Y)) for _ in range(3)]
 
     return work
 
