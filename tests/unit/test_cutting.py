@@ -354,3 +354,56 @@ def test_a_scan_goes_where_the_loss_no_longer_adds_up(loss):
     theta, other = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, there))
     expected = [loss(m(x), y).item() for m in (model, there)]
     assert scanner.along(other - theta, [0.0, 1.0]) == pytest.approx(expected, abs=1e-12)
+
+
+class OverTime(nn.Module):
+    """As many times as examples; ``time_first`` says which comes first."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head, self.time_first = nn.Linear(4, 6), nn.Linear(6, 3), False
+
+    def forward(self, x):
+        if self.time_first:
+            return self.head(torch.tanh(self.inner(x.transpose(0, 1))).mean(0))
+        return self.head(torch.tanh(self.inner(x)).mean(1))
+
+
+def test_another_layout_inside_is_noticed_layer_by_layer():
+    """Both are right one by one; what a layer keeps first is no longer the examples."""
+    torch.manual_seed(0)
+    model, x, y = OverTime().double(), torch.randn(8, 8, 4, dtype=torch.float64), torch.arange(8) % 3
+    for time_first in (False, True, False):
+        model.time_first = time_first
+        slow, _ = class_gradients(model, x, y, 3, algorithm="vjp")
+        torch.testing.assert_close(class_gradients(model, x, y, 3)[0], slow, rtol=0, atol=1e-12)
+        torch.testing.assert_close(split_pass(model, x, y, 3).class_gradients, slow, rtol=0, atol=1e-12)
+
+
+class RuledOut(nn.Module):
+    """A class that no example may have."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x).masked_fill(torch.arange(4) == 3, -torch.inf)
+
+
+def test_a_class_that_is_ruled_out_is_no_reason_not_to_cut():
+    torch.manual_seed(0)
+    model, (x, y) = RuledOut().double(), _sorted_batch()
+    assert splits_exactly(model, x, y)
+    whole, cut = Objective(model, (x, y)), Objective(model, (x, y), microbatch=7)
+    v = torch.randn(20, dtype=torch.float64)
+    assert cut.loss() == pytest.approx(whole.loss(), abs=1e-12)
+    torch.testing.assert_close(cut.gradient(), whole.gradient(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(cut.hessian() @ v, whole.hessian() @ v, rtol=0, atol=1e-12)
+
+
+def test_of_a_model_that_has_diverged_it_is_said_that_the_loss_is_nan():
+    model, (x, y) = nn.Linear(4, 3).double(), _sorted_batch()
+    nn.init.constant_(model.weight, torch.nan)
+    with pytest.raises(ValueError, match="the loss is nan"):
+        Objective(model, (x, y), microbatch=7).gradient()

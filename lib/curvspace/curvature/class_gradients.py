@@ -16,9 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.layerwise import LayerRecorder, add_class_gradients
-from curvspace.curvature.split import independent
+from curvspace.curvature.split import REMEMBERED, independent
 from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
 from curvspace.functional import (
@@ -119,7 +120,7 @@ def split_pass(
     loss = get_loss(loss)
     parameters = list(trainable_parameters(model).values())
     flags, counts = _layout(x, y, num_classes, batched)
-    known, key = _known_layers.setdefault(model, {}), (FrozenModel(model).modes, _ids(parameters))
+    known, key = _known(FrozenModel(model), "called", x, flags)
     if known.get(key, True) and not torch.is_autocast_enabled(parameters[0].device.type):
         found, known[key] = _layerwise_pass(model, x, y, counts, loss, checked=key in known)
         return found
@@ -140,7 +141,18 @@ def split_pass(
 
 
 _known_layers: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
-"""For a model, its modes and trainable parameters: whether its class gradients come right layer by layer."""
+"""For a model, as it is and is called: whether its class gradients come right layer by layer."""
+
+
+def _known(function: FrozenModel, way: str, x: Inputs, flags: Sequence[bool]) -> tuple[dict[Any, bool], Any]:
+    """What is remembered of a model, and the key of its present state; nothing where a change could not be seen."""
+    what = fingerprint(function.model, function.names, x, flags)
+    if what is None:
+        return {}, None
+    known = _known_layers.setdefault(function.model, {})
+    while len(known) >= REMEMBERED:
+        known.pop(next(iter(known)))
+    return known, (way, function.modes, tuple(function.names), what)
 
 
 def _layerwise_pass(
@@ -298,7 +310,7 @@ def _layer_by_layer(
 
     The batch, sorted by class, is cut into passes of ``AT_ONCE`` examples or as many as the largest class has.
     """
-    known, key = _known_layers.setdefault(function.model, {}), ("frozen", function.modes, _ids(function.originals()))
+    known, key = _known(function, "frozen", x, flags)
     if not known.get(key, True):
         return False
     order = torch.argsort(y, stable=True)
@@ -372,10 +384,6 @@ def _gradient(value: Tensor, parameters: list[Tensor], retain_graph: bool = Fals
 def _weighted(z: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     r""":math:`z^i_{y_i} / |B_{y_i}|` of each example (N,): the sum over a class has the class gradient."""
     return z.gather(1, y.long()[:, None])[:, 0] / counts[y.long()]
-
-
-def _ids(parameters: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(map(id, parameters))
 
 
 def _flat(gradient: list[Tensor | None], like: tuple[Tensor, ...]) -> Tensor:

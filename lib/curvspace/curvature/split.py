@@ -90,13 +90,13 @@ def independent(function: FrozenModel, inputs: Inputs, size: int, flags: Sequenc
     flags = tuple(flags[: len(tensors_in(inputs))])
     what = fingerprint(function.model, function.names, inputs, flags)
     if what is None:  # it could have changed since: tried each time
-        return bool(_tried(function, inputs, size, flags))
+        return _tried(function, inputs, size, flags) is not False
     key = (function.modes, tuple(function.names), function.dtype, flags, min(SAMPLE, size), what)
     known = _known_independent.setdefault(function.model, {})
     if key not in known:
         found = _tried(function, inputs, size, flags)
-        if found is None:  # not finite: nothing learnt
-            return False
+        if found is None:  # nothing learnt; nothing that is made of such outputs is finite, cut or not
+            return True
         while len(known) >= REMEMBERED:
             known.pop(next(iter(known)))
         known[key] = found
@@ -132,16 +132,18 @@ def _same_in_parts(function: FrozenModel, inputs: Inputs, n: int, flags: Sequenc
             raise ValueError("outputs without a batch dimension")
         z = torch.cat([t.reshape(t.shape[0], -1) for t in outputs], dim=1)
         u = torch.randn(n, z.shape[1], generator=torch.Generator().manual_seed(0)).to(z)[part]
-        gradient = function.gradient((z * u).sum(), theta)
+        finite = torch.where(z.isfinite(), z, 0)  # a class may be ruled out by a logit of minus infinity
+        gradient = function.gradient((finite * u).sum(), theta)
         return z.detach(), [torch.zeros_like(p) if g is None else g for g, p in zip(gradient, theta, strict=True)]
 
     with torch.enable_grad(), function.policy_in_force():
         whole, of_whole = evaluated(slice(0, n))
         parts = [evaluated(slice(0, first)), evaluated(slice(first, n))]
-    if not whole.isfinite().all():
+    if not whole.isfinite().any():
         return None
-    tolerance = 1e3 * torch.finfo(function.dtype).eps
-    if not _close(whole, torch.cat([z for z, _ in parts]), tolerance):
+    tolerance, apart = 1e3 * torch.finfo(function.dtype).eps, torch.cat([z for z, _ in parts])
+    finite = whole.isfinite()
+    if not (finite == apart.isfinite()).all() or not _close(whole[finite], apart[finite], tolerance):
         return False
     summed = [a + b for a, b in zip(parts[0][1], parts[1][1], strict=True)]
     return all(_close(a, b, tolerance) for a, b in zip(of_whole, summed, strict=True))
