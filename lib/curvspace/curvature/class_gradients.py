@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
-from curvspace.curvature.layerwise import LayerRecorder, add_class_gradients
+from curvspace.curvature.layerwise import LayerRecorder, add_class_gradients, agrees_with_autograd, moves_examples
 from curvspace.curvature.split import REMEMBERED, independent
 from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
@@ -122,7 +123,9 @@ def split_pass(
     flags, counts = _layout(x, y, num_classes, batched)
     known, key = _known(FrozenModel(model), "called", x, flags)
     if known.get(key, True) and not torch.is_autocast_enabled(parameters[0].device.type):
-        found, known[key] = _layerwise_pass(model, x, y, counts, loss, checked=key in known)
+        found, right = _layerwise_pass(model, x, y, counts, loss, checked=key in known)
+        if right is not None:
+            known[key] = right
         return found
     c = parameters[0].new_zeros(num_classes, sum(p.numel() for p in parameters))
     outputs, order = [], []
@@ -157,11 +160,10 @@ def _known(function: FrozenModel, way: str, x: Inputs, flags: Sequence[bool]) ->
 
 def _layerwise_pass(
     model: nn.Module, x: Inputs, y: Tensor, counts: Tensor, loss: Loss, checked: bool
-) -> tuple[ClassPass, bool]:
+) -> tuple[ClassPass, bool | None]:
     """The pass, and whether it could be made layer by layer; if not, it was made by one backward pass a class.
 
-    Unless that is ``checked``, the gradient of the largest class is compared: a model may keep something else than
-    the examples in the first dimension.
+    Unless that is ``checked``, it is compared with autograd, by which nothing may be learnt (None).
     """
     parameters = list(trainable_parameters(model).values())
     recorder = LayerRecorder(parameters, len(y))
@@ -171,19 +173,17 @@ def _layerwise_pass(
         z = _checked_outputs(raw, len(counts), len(y))
         value = loss(raw, y)
         own = _weighted(z, y, counts)
-    gradient = _gradient(value, parameters, retain_graph=True)
+    differentiated = partial(_gradient, parameters=parameters, retain_graph=True)
+    gradient = differentiated(value)
     c = gradient.new_zeros(len(counts), gradient.numel())
     members = list(_members(y, counts))
 
-    def of_class(part: Tensor) -> Tensor:
-        return _gradient(own[part].sum(), parameters, retain_graph=True)
-
     order = torch.cat([part for _, part in members])
-    complete = _by_layer(recorder, own, counts, order, parameters, c, None if checked else of_class)
-    if not complete:
+    right = _by_layer(recorder, own, counts, order, parameters, c, None if checked else differentiated)
+    if right is False:
         for k, part in members:
-            c[k] = of_class(part)
-    return ClassPass(value.detach(), gradient, c, counts, _own_probabilities(z, y)), complete
+            c[k] = differentiated(own[part].sum())
+    return ClassPass(value.detach(), gradient, c, counts, _own_probabilities(z, y)), right
 
 
 def _by_layer(
@@ -193,26 +193,22 @@ def _by_layer(
     order: Tensor | None,
     parameters: Sequence[Tensor],
     c: Tensor,
-    of_class: Callable[[Tensor], Tensor] | None,
-) -> bool:
-    """Add the examples' part of the class gradients to c; False, and c is not to be used, where that cannot be done.
+    differentiated: Callable[[Tensor], Tensor] | None,
+) -> bool | None:
+    """Add the examples' part of the class gradients to c; False, and c is as it was, where that cannot be done.
 
     own (N,) is of :func:`_weighted`, with its graph, which is kept; ``counts`` are of these examples; ``order`` sorts
-    them by class, None if they are sorted. ``of_class``, if given, is autograd's answer for some of the examples: the
-    largest class is compared with it, whose row must have been zero.
+    them by class, None if they are sorted. With ``differentiated``, autograd's gradient of a scalar, it is tried before
+    whether that can be done, of which None says that nothing was learnt.
     """
-    if not recorder.complete:
+    if not recorder.complete or moves_examples(own, len(own)):
         return False
-    present = counts.nonzero()[:, 0].tolist()
-    sizes = counts[present].tolist()
-    add_class_gradients(recorder.layers, own.sum(), sizes, order, parameters, [c[k] for k in present])
-    if of_class is None:
-        return True
-    at = sizes.index(max(sizes))
-    places = torch.arange(len(own), device=own.device) if order is None else order
-    expected = of_class(places.split(sizes)[at])
-    difference = (c[present[at]] - expected).norm()
-    return bool(difference <= 1e-3 * expected.norm()) or not bool(expected.isfinite().all())
+    right = agrees_with_autograd(recorder.layers, own, parameters, differentiated) if differentiated else True
+    if right is not False:
+        present = counts.nonzero()[:, 0].tolist()
+        rows = [c[k] for k in present]
+        add_class_gradients(recorder.layers, own.sum(), counts[present].tolist(), order, parameters, rows)
+    return right
 
 
 def vjp_pass(
@@ -313,6 +309,10 @@ def _layer_by_layer(
     known, key = _known(function, "frozen", x, flags)
     if not known.get(key, True):
         return False
+
+    def differentiated(value: Tensor) -> Tensor:
+        return _flat(function.gradient(value, theta), theta)
+
     order = torch.argsort(y, stable=True)
     x, y = take(x, order, flags), y[order]
     passes = -(-len(y) // max(AT_ONCE, int(counts.max())))
@@ -323,12 +323,11 @@ def _layer_by_layer(
             raw = function.evaluate(theta, constants, take(x, part, flags))
         own = _weighted(_checked_outputs(raw, len(counts), len(places)), y[part], counts)
 
-        def of_class(examples: Tensor, own: Tensor = own) -> Tensor:
-            return _flat(function.gradient(own[examples].sum(), theta), theta)
-
         here = torch.bincount(y[part].long(), minlength=len(counts))
-        known[key] = _by_layer(recorder, own, here, None, theta, c, None if key in known else of_class)
-        if not known[key]:
+        right = _by_layer(recorder, own, here, None, theta, c, None if key in known else differentiated)
+        if right is not None:
+            known[key] = right
+        if right is False:
             c.zero_()
             return False
     return True

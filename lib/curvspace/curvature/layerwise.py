@@ -91,6 +91,54 @@ class LayerRecorder(TorchFunctionMode):
         return _Layer(x.detach(), get_gradient_edge(result), parts)
 
 
+def moves_examples(outputs: Tensor, size: int) -> bool:
+    """Whether the graph of ``outputs`` takes the ``size`` examples by indices, sorts them or takes them apart.
+
+    Which goes where may depend on the data, and differ from one batch to the next. Positions that are the same in every
+    batch, and what functions of the user's own do, are left to :func:`agrees_with_autograd`.
+    """
+    waiting = [outputs.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        found = _MOVES.get(node.name())
+        if found is not None and found(node, size):
+            return True
+        new = {following for following, _ in node.next_functions} - seen
+        seen |= new
+        waiting.extend(new)
+    return False
+
+
+def agrees_with_autograd(
+    layers: Sequence[_Layer],
+    own: Tensor,
+    parameters: Sequence[Tensor],
+    gradient: Callable[[Tensor], Tensor],
+) -> bool | None:
+    """Whether a randomly weighted sum of the examples' scalars ``own`` (N,) has the ``gradient`` that autograd says.
+
+    Each parameter is compared, as a model may keep something else than the examples in the first dimension of a layer.
+    None: nothing is learnt, as a gradient is zero or not finite.
+    """
+    weights = torch.randn(len(own), generator=torch.Generator().manual_seed(0)).to(own)
+    with torch.enable_grad():
+        expected = gradient((weights * own).sum())
+    found = torch.zeros_like(expected)
+    add_class_gradients(layers, own.sum(), [len(own)], None, parameters, [found], weights)
+    if not expected.isfinite().all():
+        return None
+    sizes = [p.numel() for p in parameters]
+    differences = torch.stack([d.norm() for d in (found - expected).split(sizes)])
+    norms = torch.stack([e.norm() for e in expected.split(sizes)])
+    rounding = min(1e3 * torch.finfo(own.dtype).eps, 1e-3) * expected.norm()
+    if not (differences <= 1e-3 * norms + rounding).all():
+        return False
+    return True if norms.all() else None
+
+
 def add_class_gradients(
     layers: Sequence[_Layer],
     selected: Tensor,
@@ -98,6 +146,7 @@ def add_class_gradients(
     order: Tensor | None,
     parameters: Sequence[Tensor],
     rows: Sequence[Tensor],
+    weights: Tensor | None = None,
 ) -> None:
     r"""Add :math:`\sum_{i\in B_k}\nabla_\theta s_i` to the row (P,) of each class k present.
 
@@ -111,6 +160,8 @@ def add_class_gradients(
         The number of each class's examples, at least one.
     order
         The positions of the first class's examples, then of the next one's, and so on; None: the batch has this order.
+    weights
+        Of each example (N,) in the sums; None: one.
     """
     deltas = torch.autograd.grad(selected, [layer.edge for layer in layers], retain_graph=True, allow_unused=True)
     places = {id(p): i for i, p in enumerate(parameters)}
@@ -119,6 +170,8 @@ def add_class_gradients(
         for layer, delta in zip(layers, deltas, strict=True):
             if delta is None:
                 continue
+            if weights is not None:
+                delta = delta * weights.view(-1, *[1] * (delta.ndim - 1))
             both = (layer.inputs, delta) if order is None else (layer.inputs[order], delta[order])
             for view, a, d in zip(views, *(t.split(list(counts)) for t in both), strict=True):
                 for parameter, part in layer.parts:
@@ -184,3 +237,40 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         return _tensors(list(value.values()))
     return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
+
+
+def _along_first(node: Any, size: int) -> bool:
+    """Whether a function acts along the first dimension of its result."""
+    dims = getattr(node, "_saved_dims", None) or (getattr(node, "_saved_dim", 0),)
+    return any(d in (0, 2**64 - len(node._input_metadata[0].shape)) for d in dims)  # dimensions < 0 are as given
+
+
+def _by_indices(node: Any, size: int) -> bool:
+    first = node._saved_indices[0]
+    return first is not None and not torch.equal(first.flatten(), torch.arange(first.numel(), device=first.device))
+
+
+def _taken_apart(node: Any, size: int) -> bool:
+    whole = getattr(node, "_saved_start", 1) == 0 and node._saved_end >= size and node._saved_step == 1
+    return node._saved_dim == 0 and node._saved_self_sym_sizes[0] == size and not whole
+
+
+def _written(where: Callable[[Any, int], bool]) -> Callable[[Any, int], bool]:
+    """Where what is written into a tensor has a graph: the tensor itself keeps its places."""
+    return lambda node, size: node.next_functions[-1][0] is not None and where(node, size)
+
+
+_MOVES: dict[str, Callable[[Any, int], bool]] = {
+    **dict.fromkeys(("IndexSelectBackward0", "GatherBackward0", "FlipBackward0", "RollBackward0"), _along_first),
+    **dict.fromkeys(("SortBackward0", "TopkBackward0"), _along_first),
+    **dict.fromkeys(("IndexBackward0", "UnsafeIndexBackward0"), _by_indices),
+    **dict.fromkeys(("IndexPutBackward0", "UnsafeIndexPutBackward0"), _written(_by_indices)),
+    **dict.fromkeys(("IndexCopyBackward0", "IndexAddBackward0", "IndexReduceBackward0"), _written(_along_first)),
+    **dict.fromkeys(("ScatterBackward0", "ScatterAddBackward0", "ScatterReduceBackward0"), _written(_along_first)),
+    **dict.fromkeys(("MaskedSelectBackward0", "TakeBackward0", "EmbeddingBackward0"), lambda node, size: True),
+    **dict.fromkeys(("MaskedScatterBackward0", "PutBackward0"), _written(lambda node, size: True)),
+    **dict.fromkeys(("SelectBackward0", "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"), _taken_apart),
+    "UnbindBackward0": lambda node, size: node._saved_dim == 0 and len(node._input_metadata) == size,
+    "MmBackward0": _written(lambda node, size: node.next_functions[1][0].name() != "TBackward0"),
+}
+"""The functions that may move examples along the first dimension, by their names in the graph, and whether one does."""
