@@ -10,7 +10,7 @@ Everything in the library that moves in parameter space goes through these few f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -313,7 +313,7 @@ def batch_flags(value: Any, size: int, batched: Batched = None) -> tuple[bool, .
     Raises
     ------
     ValueError
-        If there is no such entry, or it is not ``size`` long.
+        If there is no such entry, or it is not ``size`` long, or no tensor.
     """
     if batched is None:
         return tuple(t.layout is torch.strided and t.ndim > 0 and t.shape[0] == size for t in tensors_in(value))
@@ -323,6 +323,8 @@ def batch_flags(value: Any, size: int, batched: Batched = None) -> tuple[bool, .
         raise ValueError(f"batched names {unknown[0]!r}, but the inputs are {list(entries)}")
     flags: list[bool] = []
     for key, entry in entries.items():
+        if key in batched and has_uncut_examples(entry, size):
+            raise ValueError(f"batched names {key!r}, which holds what is no tensor: only tensors are cut, make it one")
         for t in tensors_in(entry):
             if key in batched and (t.ndim == 0 or t.shape[0] != size):
                 raise ValueError(f"batched names {key!r} of shape {tuple(t.shape)}, but there are {size} targets")
@@ -340,6 +342,17 @@ def take(value: Any, index: Tensor | slice, flags: Sequence[bool]) -> Any:
         return t[index.to(t.device) if isinstance(index, Tensor) else index]
 
     return map_tensors(one, value)
+
+
+def has_uncut_examples(value: Any, size: int) -> bool:
+    """Whether inputs hold something of each of ``size`` examples that is no tensor (a list of lengths, an array), which
+    :func:`take` leaves whole."""
+    if isinstance(value, Tensor | str | bytes) or getattr(value, "ndim", 1) == 0:
+        return False
+    if isinstance(value, Sized) and len(value) == size and not tensors_in(value):
+        return True
+    entries = value.values() if isinstance(value, Mapping) else value if _is_sequence(value) else ()
+    return any(has_uncut_examples(entry, size) for entry in entries)
 
 
 def select(value: Any, index: Tensor | slice, *, size: int | None = None, batched: Batched = None) -> Any:

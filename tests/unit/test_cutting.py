@@ -407,3 +407,152 @@ def test_of_a_model_that_has_diverged_it_is_said_that_the_loss_is_nan():
     nn.init.constant_(model.weight, torch.nan)
     with pytest.raises(ValueError, match="the loss is nan"):
         Objective(model, (x, y), microbatch=7).gradient()
+
+
+CLOSED = {
+    "scalar": lambda s, h: h + s.gate * (h - h.mean(0)),
+    "rectified": lambda s, h: h + s.gate.relu() * (h - h.mean(0)),
+    "channels": lambda s, h: h + s.scales * (h - h.mean(0)),
+    "matrix": lambda s, h: h + (h - h.mean(0)) @ s.low_rank,
+    "one minus": lambda s, h: s.carry * h + (1 - s.carry) * h.mean(0),
+    "attention": lambda s, h: h + (h @ h.T).softmax(1) @ h @ s.low_rank,
+}
+
+
+class Gated(nn.Module):
+    """Examples act on one another through a gate that is closed, and outputs come from a head of zeros."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.inner, self.head, self.mix = nn.Linear(4, 5), nn.Linear(5, 3), CLOSED[name]
+        self.gate, self.carry = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
+        self.scales, self.low_rank = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(5, 5))
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        return self.head(self.mix(self, torch.tanh(self.inner(x))))
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_gate_that_is_closed_at_first(name):
+    torch.manual_seed(0)
+    model, (x, y) = Gated(name).double(), _sorted_batch(40)
+    assert not splits_exactly(model, x, y)
+    with pytest.raises(ValueError, match="would change the function"):
+        Objective(model, (x, y), microbatch=10).hessian()
+    for _ in range(2):
+        slow, _ = class_gradients(model, x, y, 3, algorithm="vjp")
+        torch.testing.assert_close(class_gradients(model, x, y, 3)[0], slow, rtol=0, atol=1e-12)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn_like(p))
+
+
+class Positive(nn.Module):
+    """Defined at some parameters only, and one by one there."""
+
+    def __init__(self, strict):
+        super().__init__()
+        self.inner, self.rate, self.shift = (
+            nn.Linear(4, 3),
+            nn.Parameter(torch.full((3,), 0.1)),
+            nn.Parameter(-torch.ones(3)),
+        )
+        self.strict = strict
+
+    def forward(self, x):
+        if self.strict and not torch.equal(self.shift, -torch.ones_like(self.shift)):
+            raise ValueError("made for these only")
+        return self.inner(x) * self.rate.sqrt() + (-self.shift).log() + (0.1 - self.rate + 1e-9).log()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_parameters_elsewhere_at_which_a_model_is_undefined_teach_nothing(strict):
+    torch.manual_seed(0)
+    assert splits_exactly(Positive(strict).double(), *_sorted_batch(40))
+
+
+def _prior(z, y):
+    p = z.softmax(1).mean(0)
+    return F.cross_entropy(z, y) + (p * p.log()).sum()
+
+
+def _parity(z, y):
+    p = z.softmax(1)[:, 0]
+    return F.cross_entropy(z, y) + 5 * (p[::2].mean() - p[1::2].mean()) ** 2
+
+
+def _variance(z, y):
+    return F.cross_entropy(z, y) + z.var(0).sum() ** 2
+
+
+def _mean_outputs(z, y):
+    return F.cross_entropy(z, y) + z.mean(0).square().sum()
+
+
+@pytest.mark.parametrize("loss", [_prior, _parity, _variance, _mean_outputs])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_whose_parts_agree_to_first_order_at_a_head_of_zeros(loss, dtype):
+    torch.manual_seed(0)
+    model, (x, y) = _mlp().to(dtype), _sorted_batch(40)
+    x = x.to(dtype)
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    assert Objective(model, (x, y), F.cross_entropy, microbatch=10).batches[0].size == 10
+    with pytest.raises(ValueError, match="would change the function"):
+        Objective(model, (x, y), loss, microbatch=10).hessian()
+
+
+def test_a_loss_that_takes_probabilities_only_is_cut():
+    """At other outputs it is still among those that it takes."""
+
+    def likelihood(p, y):
+        assert bool((p >= 0).all() and (p <= 1).all())
+        return F.binary_cross_entropy(p, F.one_hot(y, 3).to(p))
+
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(_mlp(), nn.Softmax(1)), _sorted_batch(40)
+    assert len(Objective(model, (x, y), likelihood, microbatch=10).batches) == 4
+
+
+def _until(s, x, lengths):
+    return torch.stack([torch.tanh(s.h(row[:n])).mean(0) for row, n in zip(x, lengths, strict=False)])
+
+
+LENGTHS = [6] * 10 + [1 + i % 5 for i in range(30)]
+BESIDE = {
+    "list": (lambda s, x, lengths: _until(s, x, lengths), LENGTHS),
+    "tuple": (lambda s, x, lengths: _until(s, x, lengths), tuple(LENGTHS)),
+    "array": (lambda s, x, lengths: _until(s, x, lengths), np.array(LENGTHS)),
+    "strings": (lambda s, x, names: _until(s, x, map(len, names)), ["x" * n for n in LENGTHS]),
+    "spans": (lambda s, x, spans: _until(s, x, [b for _, b in spans]), [(0, n) for n in LENGTHS]),
+    "nested": (lambda s, x, more: _until(s, x, more["lengths"]), {"lengths": LENGTHS, "more": 1}),
+}
+
+
+@pytest.mark.parametrize(("forward", "lengths"), BESIDE.values(), ids=BESIDE.keys())
+def test_what_is_said_of_each_example_beside_the_tensors(forward, lengths):
+    torch.manual_seed(0)
+    model, x, y = Fn(forward, h=nn.Linear(3, 3)).double(), torch.randn(40, 6, 3).double(), torch.arange(40) % 3
+    inputs = (x, lengths)
+    z = model(*inputs)
+    rows = [torch.autograd.grad(z[y == k, k].mean(), list(model.parameters()), retain_graph=True) for k in range(3)]
+    expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    torch.testing.assert_close(class_gradients(model, inputs, y, 3)[0], expected, rtol=0, atol=1e-12)
+    assert Objective(model, (inputs, y)).loss() == pytest.approx(F.cross_entropy(z, y).item(), abs=1e-12)
+    cut = Objective(model, (inputs, y), microbatch=10)
+    if isinstance(lengths, np.ndarray):  # which an objective takes as a tensor
+        assert cut.loss() == pytest.approx(F.cross_entropy(z, y).item(), abs=1e-12)
+    else:
+        with pytest.raises(ValueError, match="would change the function"):
+            cut.loss()
+
+
+def test_only_tensors_are_named_as_the_batch_and_what_is_no_example_does_not_matter():
+    x, y = torch.randn(40, 6, 3).double(), torch.arange(40) % 3
+    model = Fn(lambda s, x, *_: s.h(x).mean(1), h=nn.Linear(3, 3)).double()
+    with pytest.raises(ValueError, match="batched names 1, which holds what is no tensor"):
+        Objective(model, ((x, LENGTHS), y), batched=[0, 1])
+    for more in ([2, 3], "a" * 40, [x] * 40, np.array(3), None):
+        assert splits_exactly(model, (x, more), y)

@@ -20,7 +20,7 @@ from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.linearisation import Batch, Point
 from curvspace.curvature.memory import is_out_of_memory, with_kept_bytes
-from curvspace.functional import Inputs, take, tensors_in, without_graph
+from curvspace.functional import Inputs, has_uncut_examples, take, tensors_in, without_graph
 from curvspace.losses import Loss
 from curvspace.outputs import output_tensors
 
@@ -82,10 +82,12 @@ def independent(function: FrozenModel, inputs: Inputs, size: int, flags: Sequenc
     """Whether the model treats ``size`` examples one by one; ``flags`` as in :func:`~curvspace.functional.take`.
 
     A few of them are evaluated together and in two parts, in float64 where the model can: outputs and a random
-    combination of their gradients must agree. The answer is kept for a model, its modes and all that it holds and is
-    called with beside its coordinates' values and the examples (see :mod:`~curvspace.curvature.fingerprint`).
+    combination of their gradients must agree, also at parameters moved at random, as a gate may be closed at the
+    present ones. Something of each example that is no tensor is not cut, and rules it out. The answer is kept for a
+    model, its modes and all that it holds and is called with beside its coordinates' values and the examples (see
+    :mod:`~curvspace.curvature.fingerprint`).
     """
-    if function.uses_batch_statistics or size < 2:
+    if function.uses_batch_statistics or size < 2 or has_uncut_examples(inputs, size):
         return False
     flags = tuple(flags[: len(tensors_in(inputs))])
     what = fingerprint(function.model, function.names, inputs, flags)
@@ -112,7 +114,7 @@ def _tried(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[boo
             if dtype == torch.float64 and function.device.type == "mps":
                 continue
             try:
-                return _same_in_parts(function.in_dtype(dtype), few, n, flags)
+                return _same_here_and_elsewhere(function.in_dtype(dtype), few, n, flags)
             except Exception as error:  # the model's own: it shows again where the whole is evaluated
                 if isinstance(error, RuntimeError) and is_out_of_memory(error):
                     break
@@ -121,8 +123,34 @@ def _tried(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[boo
     return False
 
 
-def _same_in_parts(function: FrozenModel, inputs: Inputs, n: int, flags: Sequence[bool]) -> bool | None:
-    theta, constants = function.parameters(), function.constants()
+def _same_here_and_elsewhere(function: FrozenModel, inputs: Inputs, n: int, flags: Sequence[bool]) -> bool | None:
+    eps, theta = torch.finfo(function.dtype).eps, function.parameters()
+    found = _same_in_parts(function, theta, inputs, n, flags, 1e3 * eps)
+    if not found:
+        return found
+    fan_in = [p[0].numel() if p.ndim > 1 else 1 for p in theta]
+    try:
+        return _same_in_parts(function, _elsewhere(theta, fan_in), inputs, n, flags, eps**0.5) is not False
+    except Exception:  # the model's own: it need not be a function of any parameters
+        return True
+
+
+@torch.no_grad()
+def _elsewhere(tensors: Sequence[Tensor], fan_in: Sequence[int]) -> tuple[Tensor, ...]:
+    """Entries at random between a half and all of their sizes, which leaves them in their range; zeros become positive,
+    and sum to about one over ``fan_in``."""
+    generator, moved = torch.Generator().manual_seed(0), []
+    for t, n in zip(tensors, fan_in, strict=True):
+        u = torch.rand(t.shape, generator=generator).to(t)
+        moved.append(torch.where(t.abs() < 1e-6, u / max(1, n), t * (1 + u) / 2).requires_grad_(t.requires_grad))
+    return tuple(moved)
+
+
+def _same_in_parts(
+    function: FrozenModel, theta: Sequence[Tensor], inputs: Inputs, n: int, flags: Sequence[bool], tolerance: float
+) -> bool | None:
+    """Whether outputs and gradients agree, to a relative ``tolerance``; None where no output is finite."""
+    constants = function.constants()
     first = (n + 1) // 2
 
     def evaluated(part: slice) -> tuple[Tensor, list[Tensor]]:
@@ -133,16 +161,18 @@ def _same_in_parts(function: FrozenModel, inputs: Inputs, n: int, flags: Sequenc
         z = torch.cat([t.reshape(t.shape[0], -1) for t in outputs], dim=1)
         u = torch.randn(n, z.shape[1], generator=torch.Generator().manual_seed(0)).to(z)[part]
         finite = torch.where(z.isfinite(), z, 0)  # a class may be ruled out by a logit of minus infinity
-        gradient = function.gradient((finite * u).sum(), theta)
-        return z.detach(), [torch.zeros_like(p) if g is None else g for g, p in zip(gradient, theta, strict=True)]
+        found = function.gradient((finite * u).sum(), theta)
+        gradient = [torch.zeros_like(p) if g is None else g for g, p in zip(found, theta, strict=True)]
+        if z.isfinite().any() and not all(g.isfinite().all() for g in gradient):
+            raise ArithmeticError("gradients that are not finite")
+        return z.detach(), gradient
 
     with torch.enable_grad(), function.policy_in_force():
         whole, of_whole = evaluated(slice(0, n))
         parts = [evaluated(slice(0, first)), evaluated(slice(first, n))]
     if not whole.isfinite().any():
         return None
-    tolerance, apart = 1e3 * torch.finfo(function.dtype).eps, torch.cat([z for z, _ in parts])
-    finite = whole.isfinite()
+    apart, finite = torch.cat([z for z, _ in parts]), whole.isfinite()
     if not (finite == apart.isfinite()).all() or not _close(whole[finite], apart[finite], tolerance):
         return False
     summed = [a + b for a, b in zip(parts[0][1], parts[1][1], strict=True)]
@@ -164,23 +194,38 @@ def _may_index_examples(inputs: Inputs, flags: Sequence[bool]) -> bool:
 
 @torch.no_grad()
 def _adds_up(point: Point, batch: Batch, parts: Sequence[Batch]) -> bool:
-    """Whether the loss of a batch is the weighted sum of its parts', in value and in gradient by the outputs."""
+    """Whether the loss of a batch is the weighted sum of its parts', in value and in gradient by the outputs.
+
+    Also at outputs moved at random, as whole and parts may agree to first order at the present ones.
+    """
     outputs = [without_graph(partial(point.outputs, part)) for part in parts]
     if not all(isinstance(z, Tensor) and z.ndim and len(z) == p.size for z, p in zip(outputs, parts, strict=True)):
         return False
     low = outputs[0].dtype in (torch.float16, torch.bfloat16)
     exact = point.function.in_dtype(torch.float32) if low else point.function
-    there = replace(point, function=exact)
-    z = exact.cast(torch.cat(outputs))
-    pieces = z.split([p.size for p in parts])
+    there, z = replace(point, function=exact), exact.cast(torch.cat(outputs))
     try:
-        with exact.at(point.parameters, point.constants):
-            value, gradient = _loss_and_slope(there, z, batch)
-            of_parts = [_loss_and_slope(there, piece, p) for piece, p in zip(pieces, parts, strict=True)]
+        if not _sum_of_parts(there, z, batch, parts):
+            return False
     except (RuntimeError, IndexError, ValueError):  # for example weights of every example inside the loss
         return False
+    z, *moved = _elsewhere([z, *point.parameters], [1] * (1 + len(point.parameters)))
+    try:
+        return _sum_of_parts(replace(there, parameters=tuple(moved)), z, batch, parts) is not False
+    except Exception:  # the loss's own: it need not take any outputs
+        return True
+
+
+def _sum_of_parts(point: Point, z: Tensor, batch: Batch, parts: Sequence[Batch]) -> bool | None:
+    """The same at outputs z of the whole batch; None where the loss is not finite."""
+    pieces = z.split([p.size for p in parts])
+    with point.function.at(point.parameters, point.constants):
+        value, gradient = _loss_and_slope(point, z, batch)
+        of_parts = [_loss_and_slope(point, piece, p) for piece, p in zip(pieces, parts, strict=True)]
+    if not (value.isfinite() and gradient.isfinite().all()):
+        return None
     shares = [p.weight / batch.weight for p in parts]
-    tolerance = 1e3 * torch.finfo(exact.dtype).eps
+    tolerance = 1e3 * torch.finfo(point.function.dtype).eps
     total = sum(share * v for share, (v, _) in zip(shares, of_parts, strict=True))
     slopes = torch.cat([share * g for share, (_, g) in zip(shares, of_parts, strict=True)])
     return bool((value - total).abs() <= tolerance * value.abs()) and _close(gradient, slopes, tolerance)
