@@ -166,6 +166,13 @@ SITUATIONS: dict[str, Callable[[], Any]] = {
     "a memory bank as long as the batch": _model(
         lambda s, x, b: s.h((x @ b.T).softmax(1) @ b), torch.randn(N, 4).double()
     ),
+    "lengths in a list beside the tensors": _model(
+        lambda s, x, n: s.h(torch.stack([row[:k].sum() * row for row, k in zip(x, n, strict=True)])),
+        [1 + i % 4 for i in range(N)],
+    ),
+    "examples sorted inside the model, and put back": _model(
+        lambda s, x: s.h(x[x[:, 0].argsort()])[x[:, 0].argsort().argsort()]
+    ),
     "one module under two names": _shared,
     "parameters read from a plain list": _list,
     "weight normalisation": _model(lambda s, x: s.h(s.w(x)), w=parametrizations.weight_norm(nn.Linear(4, 4))),
