@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from curvspace import datasets
+from curvspace.datasets import Split
 from curvspace.losses import get_loss
 from curvspace.training import loop
 from curvspace.training.loop import evaluate, minibatches
@@ -189,6 +191,27 @@ def test_a_wrong_spec_is_refused_by_name(changes, message):
 def test_seeds_of_different_purposes_differ():
     seeds = {derived_seed(s, p, n) for s in range(3) for p in ("order", "augment", "dropout") for n in range(3)}
     assert len(seeds) == 27
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        torch.nn.CrossEntropyLoss(),
+        torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 10.0, 1.0], dtype=torch.float64)),
+        torch.nn.CrossEntropyLoss(ignore_index=0),
+        torch.nn.CrossEntropyLoss(reduction="sum"),
+        torch.nn.NLLLoss(weight=torch.tensor([3.0, 1.0, 1.0], dtype=torch.float64), ignore_index=2),
+    ],
+)
+def test_an_evaluation_in_parts_is_the_loss_of_the_whole(loss):
+    """Labels in order, so that the parts differ: of the first 1,000 examples none may count."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(3100, 4, dtype=torch.float64), torch.arange(3100) // 1034
+    model = torch.nn.Linear(4, 3, dtype=torch.float64)
+    value, accuracy = evaluate(model, SimpleNamespace(normalise=lambda x: x), Split(inputs, targets), get_loss(loss))
+    outputs = model(inputs).detach()
+    assert value == pytest.approx(float(loss(outputs, targets)), rel=1e-12)
+    assert accuracy == pytest.approx(float((outputs.argmax(1) == targets).double().mean()))
 
 
 def test_a_folder_without_a_run_is_said_so(tmp_path: Path):

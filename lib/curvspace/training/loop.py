@@ -51,25 +51,29 @@ class FitState:
 def evaluate(
     model: nn.Module, data: DataSet, split: Split, loss: Loss, limit: int | None = None
 ) -> tuple[float, float]:
-    """Mean loss and accuracy (NaN where the targets are not classes) of the model in eval mode.
+    """Loss and accuracy (NaN where the targets are not classes) of the model in eval mode, as of one batch.
 
-    The module's training mode is put back. ``limit``: only the first so many examples.
+    Parts are put together by the loss's own weights, so that class weights, ignored labels and sums count as in the
+    whole. The module's training mode is put back. ``limit``: only the first so many examples.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     total = min(len(split), limit or len(split))
-    loss_sum, correct = 0.0, 0.0
+    loss_sum, weights, correct = 0.0, 0.0, 0.0
     for start in range(0, total, 1000):
         part = slice(start, min(start + 1000, total))
         targets = split.targets[part]
         outputs = call(model, data.normalise(split.inputs[part]))
-        loss_sum += float(loss(outputs, targets)) * len(targets)
+        if weight := loss.weight(targets):  # where no label counts, a mean is 0/0
+            loss_sum += float(loss(outputs, targets)) * weight
+            weights += weight
         if not targets.is_floating_point():
             correct += float((outputs.argmax(1) == targets).sum())
     for module, training in modes:
         module.training = training
     classes = total > 0 and not split.targets.is_floating_point()
-    return loss_sum / max(total, 1) if total else math.nan, correct / total if classes else math.nan
+    whole = 1.0 if loss.reduction == "sum" else weights
+    return loss_sum / whole if weights else math.nan, correct / total if classes else math.nan
 
 
 def minibatches(data: DataSet, task: Task, batch_size: int, seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
