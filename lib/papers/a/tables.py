@@ -68,7 +68,8 @@ def crossovers(metrics: pd.DataFrame, overtaking: str, overtaken: str) -> pd.Dat
 
     ``starts_faster``: ``overtaken`` has the lower loss in one of the first tenth of the evaluations.
     ``crossover_step``: the first evaluated step from which on ``overtaking`` stays below to the end, after
-    ``overtaken`` was below at some step; empty where there is none. A diverged run counts as infinite from there on.
+    ``overtaken`` was below at some step; empty where there is none. A diverged run counts as infinite from there on,
+    and so does not overtake.
     """
     evaluated = metrics[metrics["eval_train_loss"].notna()]
     rows = []
@@ -80,7 +81,8 @@ def crossovers(metrics: pd.DataFrame, overtaking: str, overtaken: str) -> pd.Dat
             both = curves.loc[curves[overtaking].notna(), [overtaking, overtaken]].fillna(float("inf"))
             lead = (both[overtaken] < both[overtaking]).iloc[1:]
             row["starts_faster"] = bool(lead.iloc[: max(1, len(lead) // 10)].any())
-            if lead.any() and not lead.iloc[-1]:
+            finished = both.index[-1] == curves.index[-1]
+            if lead.any() and not lead.iloc[-1] and finished:
                 row["crossover_step"] = lead.index[lead.index > lead[lead].index[-1]][0]
                 row["crossover_epoch"] = row["crossover_step"] / row["steps_per_epoch"]
         rows.append(row)

@@ -16,12 +16,11 @@ from papers.common.outcomes import (
     Outcome,
     Untested,
     estimate,
-    estimate_ratio,
     exact,
     judge,
 )
 from papers.common.runs import Tables
-from papers.common.verdicts import cases_of, pick
+from papers.common.verdicts import cases_of, compare, pick, results
 
 
 def preserved(
@@ -171,15 +170,17 @@ def dominant_and_bulk(
     table: str | None = None,
     margin: float = 0.0,
 ) -> Outcome:
-    """X4: bulk-only SGD ends at most ``as_well`` times SGD's loss, dominant-only at least ``stalls`` times."""
-    rows = pick(tables, table)
-    rows = rows[rows[column].notna()].sort_values("step")
+    """X4: bulk-only SGD ends at most ``as_well`` times SGD's loss, dominant-only at least ``stalls`` times.
+
+    A run that diverged counts as infinite.
+    """
+    runs = results(pick(tables, table), column, "last", worst=math.inf)
     found = []
-    for name, part in cases_of(rows, apart=["optimizer", "lr"]):
-        last: pd.DataFrame = part.groupby(["optimizer", "seed"])[column].last().unstack("optimizer")
+    for name, part in cases_of(runs, apart=["optimizer", "lr"]):
+        last: pd.DataFrame = part.groupby(["optimizer", "seed"])["result"].last().unstack("optimizer")
         if missing := [o for o in (full, dominant, bulk) if o not in last]:
             raise Untested(f"no run of {missing[0]}")
         for other, limit in ((bulk, {"at_most": as_well}), (dominant, {"at_least": stalls})):
-            ratio = estimate_ratio((last[other] / last[full]).tolist(), margin)
+            ratio = compare(last[other].dropna(), last[full].dropna(), "ratio", margin)
             found.append(Case(f"{name} {other} / {full}".strip(), ratio, judge(ratio, **limit)))
     return Outcome(tuple(found))

@@ -23,7 +23,7 @@ from papers.common.outcomes import (
     number,
 )
 from papers.common.runs import Tables
-from papers.common.verdicts import Where, cases_of, pick
+from papers.common.verdicts import Where, cases_of, pick, results
 
 
 def cell(
@@ -78,8 +78,7 @@ def at_every_epoch(
                 continue
             shares = []
             for seed in curves[first].columns.intersection(curves[other].columns):
-                both = pd.concat([curves[first][seed], curves[other][seed]], axis=1, keys=["own", "other"]).dropna()
-                both = both[both.index > 0]
+                both = _side_by_side(curves[first][seed].dropna(), curves[other][seed].dropna())
                 if len(both):
                     shares.append(float((both["own"] < both["other"]).mean()))
             measured = estimate(shares)
@@ -131,14 +130,15 @@ def insensitive(
 
     A setting that diverged makes the multiple infinite.
     """
-    rows = pick(tables, table, where)
+    runs = results(pick(tables, table, where), column, "last", math.inf, [key])
     found = []
-    for name, part in cases_of(rows, apart=[key, "optimizer"]):
-        last = part[part[column].notna()].sort_values("step").groupby([key, "seed"])[column].last().unstack(key)
+    for name, part in cases_of(runs, apart=[key, "optimizer"]):
+        last = part.groupby([key, "seed"])["result"].last().unstack(key)
         if last.shape[1] < 2:
             raise Untested(f"two values of {key} or more are needed")
         complete = last.fillna(math.inf)
-        measured = estimate_ratio((complete.max(axis=1) / complete.min(axis=1)).tolist(), margin)
+        multiples = (complete.max(axis=1) / complete.min(axis=1)).fillna(math.inf)
+        measured = estimate_ratio(multiples.tolist(), margin)
         found.append(Case(name, measured, judge(measured, at_most=at_most), f"over {last.shape[1]} settings"))
     return Outcome(tuple(found))
 
@@ -156,6 +156,13 @@ def _best_curves(runs: pd.DataFrame, column: str, against: str) -> dict[str, pd.
         str(optimizer): part.pivot_table(index=against, columns="seed", values="error", aggfunc="last")
         for optimizer, part in rows.groupby("optimizer")
     }
+
+
+def _side_by_side(own: pd.Series, other: pd.Series) -> pd.DataFrame:
+    """Two curves after the start, at the evaluations of the longer one; one that diverged has infinite errors then."""
+    grid = max(own.index, other.index, key=len)
+    both = pd.DataFrame({"own": own.reindex(grid), "other": other.reindex(grid)}).fillna(math.inf)
+    return both[both.index > 0]
 
 
 def _at(curve: pd.Series, x: float) -> float:

@@ -107,6 +107,38 @@ def per_run(
     return grouped.apply(STATISTICS[statistic]).rename("result").reset_index()
 
 
+def results(
+    rows: pd.DataFrame,
+    column: str,
+    statistic: str,
+    worst: float,
+    extra: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+) -> pd.DataFrame:
+    """:func:`per_run`, in which a run that diverged has the ``worst`` result, whatever it had before.
+
+    Diverged is a run whose ``status`` says so, or whose last row has no finite number in the column or no finite
+    minibatch loss. Tables without steps do not say where a run ended.
+    """
+    runs = per_run(rows, column, statistic, extra, ignore)
+    keys = [name for name in runs if name != "result"]
+    if "step" not in rows or not keys:
+        return runs
+    ends = rows.sort_values("step", kind="stable").groupby(keys, sort=False, dropna=False).tail(1)
+    every = rows[keys].drop_duplicates().merge(ends.loc[_diverged(ends, column), keys].assign(diverged=True), "left")
+    every = every.merge(runs, "left")
+    every.loc[every["diverged"].notna(), "result"] = worst
+    return every.dropna(subset="result")[[*keys, "result"]].reset_index(drop=True)
+
+
+def _diverged(ends: pd.DataFrame, column: str) -> pd.Series:
+    """Of the last row of each run: whether the run diverged."""
+    found = ~np.isfinite(ends[column].astype(float))
+    if "train_loss" in ends:
+        found |= (ends["step"] > 0) & ~np.isfinite(ends["train_loss"].astype(float))
+    return found | (ends["status"] == "diverged") if "status" in ends else found
+
+
 def cases_of(
     runs: pd.DataFrame, by: Sequence[str] = (), apart: Sequence[str] = ()
 ) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -170,7 +202,7 @@ def ordering(
     statistic: str = "last",
     relation: str = "difference",
     tuned: str | None = None,
-    lower_is_better: bool = True,
+    lower_is_better: bool | None = None,
     by: Sequence[str] = (),
     ignore: Sequence[str] = (),
     at_least: float | None = None,
@@ -179,12 +211,17 @@ def ordering(
 ) -> Outcome:
     """``first`` against each ``second`` of the column ``key``: difference or ratio (first / second), paired by seed.
 
-    Ratios are averaged on the log scale. ``tuned`` names a column (the learning rate) over which each side takes its
-    best value: the one with the best mean over seeds, by ``lower_is_better``; runs that did not finish count as worst.
+    Ratios are averaged on the log scale. A run that diverged (:func:`results`) counts as worst, by ``lower_is_better``
+    (None: of all but accuracies); on a seed where both sides diverged neither is better, and where they did on all
+    seeds there is no number. ``tuned`` names a column (the learning rate) over which each side takes its best value:
+    the one with the best mean over seeds.
     """
     if relation not in ("difference", "ratio"):
         raise ValueError(f"relation must be 'difference' or 'ratio', got {relation!r}")
-    runs = per_run(pick(tables, table, where), column, statistic, (*by, key), ignore)
+    if lower_is_better is None:
+        lower_is_better = not column.endswith("accuracy")
+    worst = math.inf if lower_is_better else 0.0 if relation == "ratio" else -math.inf
+    runs = results(pick(tables, table, where), column, statistic, worst, (*by, key), ignore)
     found = []
     for name, part in cases_of(runs, by, apart=[key, *([tuned] if tuned else [])]):
         for one in _names(first):
@@ -192,7 +229,7 @@ def ordering(
                 sides = [_side(part[part[key] == side], tuned, lower_is_better) for side in (one, other)]
                 if any(side.empty for side in sides):
                     continue
-                measured = _compare(sides[0], sides[1], relation, margin)
+                measured = compare(sides[0], sides[1], relation, margin)
                 label = f"{name} {one} / {other}" if relation == "ratio" else f"{name} {one} - {other}"
                 found.append(Case(label.strip(), measured, judge(measured, at_least, at_most)))
     return Outcome(tuple(found))
@@ -210,11 +247,16 @@ def _side(runs: pd.DataFrame, tuned: str | None, lower_is_better: bool) -> pd.Se
     return pd.Series(runs["result"].to_numpy(float), index=seeds.to_numpy())
 
 
-def _compare(first: pd.Series, second: pd.Series, relation: str, margin: float) -> Estimate:
+def compare(first: pd.Series, second: pd.Series, relation: str, margin: float) -> Estimate:
+    """Difference or ratio of two sides by seed; sides that both diverged on a seed are equal there."""
     common = first.index.intersection(second.index)
-    a, b = first[common].to_numpy(), second[common].to_numpy()
+    a, b = first[common].to_numpy(float), second[common].to_numpy(float)
+    ratio = relation == "ratio"
     with np.errstate(divide="ignore", invalid="ignore"):
-        return estimate((a - b).tolist(), margin) if relation == "difference" else estimate_ratio(a / b, margin)
+        measured = a / b if ratio else a - b
+    both = (a == b) & (np.isinf(a) | (ratio & (a == 0)))
+    measured = np.full_like(a, math.nan) if both.all() else np.where(both, float(ratio), measured)
+    return estimate_ratio(measured, margin) if ratio else estimate(measured.tolist(), margin)
 
 
 def share(

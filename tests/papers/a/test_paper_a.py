@@ -140,6 +140,11 @@ def test_crossover(newton, starts_faster, crossover):
     assert found["steps_per_epoch"] == 20
 
 
+def test_a_run_that_diverges_does_not_overtake():
+    table = runs({"sgd": [2.0, 1.9, 0.7], "newton": [2.0, 1.0, 0.9, 0.8]})
+    assert np.isnan(tables_a.crossovers(table, "sgd", "newton").iloc[0]["crossover_step"])
+
+
 def test_tables_say_who_diverged():
     table = runs({"sgd": [2.0, 1.0], "class-gradient-newton": [2.0, 1e6]})
     accuracy = tables_a.accuracy_by_lr({"runs": table}, PUBLISHED).set_index("optimizer")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -162,6 +164,9 @@ def learning(bulk: list[float], dominant: list[float]) -> pd.DataFrame:
         ([0.1, 0.11, 0.12], [0.1, 0.11, 0.12], FAILS),
         ([0.9, 1.0, 1.1], [0.9, 1.0, 1.1], FAILS),
         ([0.1, 0.11, 0.12], [0.1, 0.3, 0.9], INCONCLUSIVE),
+        ([math.nan] * 3, [0.9, 1.0, 1.1], FAILS),
+        ([0.1, 0.11, math.nan], [0.9, 1.0, 1.1], INCONCLUSIVE),
+        ([0.1, 0.11, 0.12], [math.nan] * 3, HOLDS),
     ],
 )
 def test_dominant_and_bulk(bulk: list[float], dominant: list[float], verdict: str) -> None:

@@ -60,6 +60,7 @@ SGD = [[0.9, 0.6, 0.5, 0.4], [0.9, 0.61, 0.51, 0.41]]
         ([[0.9, 0.5, 0.4, 0.3]] * 2, HOLDS),
         ([[0.9, 0.7, 0.6, 0.5]] * 2, FAILS),
         ([[0.9, 0.5, 0.4, 0.3], [0.9, 0.5, 0.6, 0.3]], INCONCLUSIVE),
+        ([[0.9, 0.5]] * 2, FAILS),  # diverged in the second epoch
     ],
 )
 def test_at_every_epoch(own: list[list[float]], verdict: str) -> None:
@@ -119,6 +120,8 @@ def settings(*finals: list[float]) -> pd.DataFrame:
         (settings([1.0, 1.0], [2.0, 2.0]), FAILS),
         (settings([1.0, 1.0, 1.0], [1.0, 1.5, 1.2]), INCONCLUSIVE),
         (settings([1.0, 1.0], [math.inf, math.inf]), FAILS),
+        (settings([1.0, 1.0], [math.nan, math.nan]), FAILS),
+        (settings([1.0, math.nan], [1.0, math.nan]), INCONCLUSIVE),
     ],
 )
 def test_insensitive(table: pd.DataFrame, verdict: str) -> None:

@@ -154,6 +154,64 @@ def test_ordering_with_all_runs_diverged_fails() -> None:
     assert claims.ordering(tables, first="a", second="b", column="val_loss", at_most=0.0).verdict == FAILS
 
 
+def trained(ends: dict[str, list[float]], column: str = "val_loss", **last: float) -> pd.DataFrame:
+    """Three evaluations a run, the last of which is given; ``last``: other cells of the last row of "a"."""
+    rows = [
+        {"optimizer": name, "seed": seed, "step": step, column: value, "train_loss": math.nan if step == 0 else value}
+        | (last if name == "a" and step == 20 else {})
+        for name, values in ends.items()
+        for seed, end in enumerate(values)
+        for step, value in ((0, 2.3), (10, 0.3), (20, end))
+    ]
+    return pd.DataFrame(rows)
+
+
+LOST = [math.nan] * 3
+WHOLE = [0.5, 0.51, 0.52]
+
+
+@pytest.mark.parametrize("statistic", ["last", "mean", "min", "sd_of_changes"])
+@pytest.mark.parametrize("relation", ["difference", "ratio"])
+@pytest.mark.parametrize(
+    ("table", "said", "verdict"),
+    [
+        (trained({"a": LOST, "b": WHOLE}), "diverged", FAILS),
+        (trained({"a": [math.inf] * 3, "b": WHOLE}), "diverged", FAILS),
+        (trained({"a": WHOLE, "b": LOST}), "diverged", HOLDS),
+        (trained({"a": LOST, "b": LOST}), "no number", INCONCLUSIVE),
+        (trained({"a": WHOLE, "b": WHOLE}, train_loss=math.nan), "diverged", FAILS),
+        (trained({"a": WHOLE, "b": WHOLE}).assign(status="finished"), "", HOLDS),
+        (trained({"a": WHOLE, "b": WHOLE}, status="diverged"), "diverged", FAILS),
+    ],
+)
+def test_a_run_that_diverged_is_worst_by_any_statistic(table, said, verdict, relation, statistic) -> None:
+    bound = 0.0 if relation == "difference" else 1.0
+    options = {"column": "val_loss", "statistic": statistic, "relation": relation, "at_most": bound}
+    outcome = claims.ordering({"t": table}, first="a", second="b", **options)
+    assert outcome.verdict == verdict
+    assert said in outcome.measured
+
+
+@pytest.mark.parametrize(("diverged", "verdict"), [("a", FAILS), ("b", HOLDS)])
+@pytest.mark.parametrize("relation", ["difference", "ratio"])
+def test_of_accuracies_a_run_that_diverged_has_the_least(diverged, verdict, relation) -> None:
+    """A network of NaN weights still has an accuracy, that of one class."""
+    table = trained({"a": WHOLE, "b": WHOLE}, column="val_accuracy")
+    table.loc[(table["optimizer"] == diverged) & (table["step"] == 20), "train_loss"] = math.nan
+    bound = 0.0 if relation == "difference" else 1.0
+    options = {"column": "val_accuracy", "relation": relation, "at_least": bound}
+    assert claims.ordering({"t": table}, first="a", second="b", **options).verdict == verdict
+
+
+@pytest.mark.parametrize("relation", ["difference", "ratio"])
+def test_where_both_sides_diverged_on_a_seed_neither_is_better(relation) -> None:
+    table = trained({"a": [math.inf, 0.5, 0.4], "b": [math.inf, 0.6, 0.5]})
+    equal = 0.0 if relation == "difference" else 1.0
+    options = {"column": "val_loss", "relation": relation, "at_most": equal}
+    outcome = claims.ordering({"t": table}, first="a", second="b", **options)
+    assert (outcome.verdict, outcome.seeds) == (INCONCLUSIVE, 3)
+
+
 def test_ordering_without_the_other_side_is_untested() -> None:
     with pytest.raises(Untested):
         claims.ordering({"t": runs({"a": [1.0]})}, first="a", second="b", column="val_loss", at_most=0.0)
