@@ -388,6 +388,7 @@ def given_interval(
     by: Sequence[str],
     where: Where | None = None,
     bound: str | None = None,
+    bound_below: str | None = None,
     best_of: str | None = None,
     every: str | None = None,
     at_least: float | None = None,
@@ -397,9 +398,9 @@ def given_interval(
     """X1 to X3, X5 to X16: each row's ratio with its interval, as its table gives them, against the allowed range.
 
     A row without an interval (one seed) has no verdict. ``bound`` names a column that marks values which are upper
-    bounds only: they can fail, not hold. With ``best_of`` the rows that differ in that column alone are variants of
-    one method, and the one with the best verdict speaks for all. ``every`` names a column of ``where``: each value
-    listed there must have a row.
+    bounds only, ``bound_below`` one that marks lower bounds: the interval is open to that side. With ``best_of`` the
+    rows that differ in that column alone are variants of one method, and the one with the best verdict speaks for all.
+    ``every`` names a column of ``where``: each value listed there must have a row.
     """
     rows = pick(tables, table, where)
     if every and (absent := [one for one in (where or {})[every] if one not in set(rows[every])]):
@@ -409,13 +410,13 @@ def given_interval(
         row = part.iloc[0]
         middle, lower, upper = (float(row[column]) for column in (value, low, high))
         known = not (math.isnan(lower) or math.isnan(upper))
-        limited = bound is not None and bool(row[bound])
+        above, below = (name is not None and bool(row[name]) for name in (bound, bound_below))
         measured = Ratio(middle, lower if known else middle, upper if known else middle, int(row[seeds]))
-        verdict = judge(measured, at_least, at_most) if known else INCONCLUSIVE
-        if limited and verdict == HOLDS:
-            verdict = INCONCLUSIVE
+        allowed = replace(measured, low=0.0 if above else lower, high=math.inf if below else upper)
+        verdict = judge(allowed, at_least, at_most) if known else INCONCLUSIVE
+        note = " and ".join(word for word, so in (("at most", above), ("at least", below)) if so)
         key = " ".join(str(row[column]) for column in by)
-        found.setdefault(key, []).append(Case(name, measured, verdict, "at most" if limited else ""))
+        found.setdefault(key, []).append(Case(name, measured, verdict, note))
     order = (HOLDS, INCONCLUSIVE, FAILS)
     return Outcome(tuple(case for cases in found.values() for case in _chosen(cases, best_of is not None, order)))
 

@@ -62,7 +62,8 @@ def speed_up_bars(
 ) -> tuple[Figure, pd.DataFrame]:
     """A-X2-speedup: speed-up over each rival to the target, in steps and gradient-equivalents.
 
-    The interval is 95 % over seeds; an arrow to the left marks an upper bound (not every run got there).
+    The interval is 95 % over seeds; an arrow to the left marks an upper bound (not every run got there), one to the
+    right a lower bound (not every run of the rival's did).
     """
     table = speed_ups(tables, reference, against, column)
     networks = list(table.groupby(NETWORK, sort=False).groups)
@@ -93,8 +94,9 @@ def _bars(axis: Axes, part: pd.DataFrame, order: Sequence[str], style: Style) ->
         axis.barh(y, value - 1, left=1, height=0.36, color=colours[unit], label=label)
         error = np.abs(np.stack([value - rows["low"], rows["high"] - value]).astype(float))
         axis.errorbar(value, y, xerr=np.nan_to_num(error), fmt="none", ecolor="0.2", elinewidth=0.9, capsize=2)
-        bound = rows["bound"].fillna(False).to_numpy(bool)
-        axis.plot(value[bound], y[bound], linestyle="none", marker="<", color="0.2", markersize=4)
+        for name, marker in (("bound", "<"), ("bound_below", ">")):
+            bound = rows[name].fillna(False).to_numpy(bool)
+            axis.plot(value[bound], y[bound], linestyle="none", marker=marker, color="0.2", markersize=4)
     axis.axvline(1.0, color="0.2", linewidth=1)
     axis.set_yticks(range(len(order)), order)
 

@@ -2,7 +2,9 @@ r"""Tables of the tournament, from its races. No torch here: table jobs start fa
 
 The target of a network is the loss that the best-tuned reference optimiser reaches on *every* seed within the budget.
 Every optimiser is asked when it first reaches it: after how many steps, gradient-equivalents and seconds. A run that
-never does counts with its whole budget, which bounds its speed-up from above; the table says how many did.
+never does counts with its whole budget, which bounds its speed-up from above and that of others over it from below; the
+table says how many did. The budget is the network's number of steps: a run that diverged counts with all of them, at
+its own cost a step.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ def arrivals(races: pd.DataFrame, reference: str, column: str = "val_loss") -> p
     goal = targets(races, reference, column)
     rows = []
     final = races[races["phase"] == "final"]
+    budget = final.groupby(NETWORK)["step"].max()
     for key, run in final.groupby([*NETWORK, "optimizer", "lr", "seed"], sort=False):
         target = goal.get(key[: len(NETWORK)], np.nan)
         run = run.sort_values("step")
@@ -41,12 +44,14 @@ def arrivals(races: pd.DataFrame, reference: str, column: str = "val_loss") -> p
         row["reached"] = len(below) > 0
         for unit, spent in UNITS.items():
             row[unit] = _spent(run[spent].to_numpy(float), losses, target, below)
+            if not row["reached"]:
+                row[unit] *= budget[key[: len(NETWORK)]] / run["step"].iloc[-1]
         rows.append(row)
     return pd.DataFrame(rows, columns=[*NETWORK, "optimizer", "lr", "seed", "target", "reached", *UNITS])
 
 
 def _spent(spent: np.ndarray, losses: np.ndarray, target: float, below: np.ndarray) -> float:
-    """What was spent at the crossing; the whole budget where there is none."""
+    """What was spent at the crossing; all that was, where there is none."""
     if len(below) == 0:
         return float(spent[-1])
     i = int(below[0])
@@ -96,7 +101,8 @@ def speed_ups(tables: Tables, reference: str, against: list[str], column: str = 
     """A-X2-speedup: how many times fewer steps, gradient-equivalents and seconds to the target, per network.
 
     The ratio (other / own) is paired by seed; its geometric mean has a 95 % t-interval of the logarithm. ``reached``
-    of ``seeds`` own runs reached the target; where not all did, the ratio is an upper bound (``bound``).
+    of ``seeds`` own runs reached the target; where not all did, the ratio is an upper bound (``bound``), and where not
+    all of the other's did, a lower one (``bound_below``).
     """
     spent = arrivals(tables["races"], reference, column)
     rows = []
@@ -112,20 +118,27 @@ def speed_ups(tables: Tables, reference: str, against: list[str], column: str = 
                     row |= {"optimizer": optimizer, "against": other, "unit": unit, "speed_up": mean}
                     row |= {"low": low, "high": high, "seeds": int(log.notna().sum())}
                     row |= {"reached": int(own["reached"].sum()), "bound": not own["reached"].all()}
+                    row |= {"bound_below": not base["reached"].all()}
                     rows.append(row)
-    measured = ["optimizer", "against", "unit", "speed_up", "low", "high", "seeds", "reached", "bound"]
+    measured = ["optimizer", "against", "unit", "speed_up", "low", "high", "seeds", "reached"]
+    measured += ["bound", "bound_below"]
     return pd.DataFrame(rows, columns=[*NETWORK, *measured])
 
 
 def stable_rates(tables: Tables, reference: str) -> pd.DataFrame:
     """A-X3: largest stable learning rate by network and optimiser: geometric mean over seeds, its range, and the
-    ratio to the reference's (paired by seed, 95 % t-interval of the logarithm)."""
+    ratio to the reference's (paired by seed, 95 % t-interval of the logarithm).
+
+    ``bound``: the ratio is an upper bound, as own runs were never stable on a seed or the reference's were up to the
+    largest rate tried; ``bound_below``: a lower one, the other way round.
+    """
     found = tables["stability"].copy()
     found["log"] = np.log(found["stable_lr"])
     rows = []
     for key, group in found.groupby([*NETWORK, "optimizer"], sort=False):
         same = (found[NETWORK] == list(key[:-1])).all(axis=1) & (found["optimizer"] == reference)
-        base = found[same].set_index("seed")["log"]
+        reference_rows = found[same]
+        base = reference_rows.set_index("seed")["log"]
         row = dict(zip([*NETWORK, "optimizer"], key, strict=True))
         row |= {"stable_lr": np.exp(group["log"].mean())}
         row |= {"lowest": group["stable_lr"].min(), "highest": group["stable_lr"].max()}
@@ -133,7 +146,14 @@ def stable_rates(tables: Tables, reference: str) -> pd.DataFrame:
         row |= {"open_above": int(group["unstable_lr"].isna().sum())}
         ratio = interval(group.set_index("seed")["log"] - base)
         row["ratio"], row["ratio_low"], row["ratio_high"] = np.exp(ratio)
+        row["bound"] = bool(group["stable_lr"].isna().any() or _open_above(reference_rows))
+        row["bound_below"] = bool(reference_rows["stable_lr"].isna().any() or _open_above(group))
         rows.append(row)
     return pd.DataFrame(rows).sort_values(
         [*NETWORK, "stable_lr"], ascending=False, na_position="last", ignore_index=True
     )
+
+
+def _open_above(found: pd.DataFrame) -> bool:
+    """Whether, on some seed, the largest rate tried was stable."""
+    return bool((found["unstable_lr"].isna() & found["stable_lr"].notna()).any())

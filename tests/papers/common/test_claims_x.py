@@ -35,6 +35,25 @@ def test_given_interval(rows: list[dict], verdict: str) -> None:
     assert outcome.seeds == 3
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "sides", "limit", "verdict"),
+    [
+        (2.1, 3.0, "above", {"at_least": 2.0}, INCONCLUSIVE),
+        (1.1, 1.9, "above", {"at_least": 2.0}, FAILS),
+        (1.1, 1.9, "above", {"at_most": 2.0}, HOLDS),
+        (2.1, 3.0, "below", {"at_least": 2.0}, HOLDS),
+        (1.1, 1.9, "below", {"at_least": 2.0}, INCONCLUSIVE),
+        (2.1, 3.0, "below", {"at_most": 2.0}, FAILS),
+        (2.1, 3.0, "above below", {"at_least": 2.0}, INCONCLUSIVE),
+        (1.1, 1.9, "above below", {"at_least": 2.0}, INCONCLUSIVE),
+    ],
+)
+def test_a_bound_leaves_its_side_open(low, high, sides, limit, verdict) -> None:
+    one = row(low, high, bound="above" in sides) | {"bound_below": "below" in sides}
+    options = {**COLUMNS, "by": ["model"], "bound": "bound", "bound_below": "bound_below", **limit}
+    assert given_interval({"t": pd.DataFrame([one])}, **options).verdict == verdict
+
+
 def test_an_interval_of_a_ratio_that_says_nothing_is_said_in_words() -> None:
     wide = given_interval({"t": pd.DataFrame([row(0.01, 90.0)])}, **COLUMNS, by=["model"], at_least=2.0)
     assert wide.verdict == "inconclusive"

@@ -70,6 +70,24 @@ def test_arrival_is_linear_between_evaluations() -> None:
     assert found.loc[("stuck", 1), "steps"] == 10
 
 
+@pytest.mark.parametrize("end", [2, 4])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 900.0])
+def test_a_run_that_diverged_counts_with_its_whole_budget(end: int, value: float) -> None:
+    lost = pd.concat([made_up_race("lost", 0.1, seed) for seed in (1, 2)])
+    lost = lost[lost["step"] <= end].assign(status="diverged")
+    lost.loc[lost["step"] == end, "val_loss"] = value
+    races = pd.concat([made_up_races(), lost])
+    found = arrivals(races, "sgd").set_index(["optimizer", "seed"]).loc[("lost", 1)]
+    assert (found["steps"], found["gradient_evaluations"], found["seconds"]) == (10, 20, 5)
+    table = speed_ups({"races": races}, "sgd", ["sgd", "lost"]).query("unit == 'steps'")
+    ratios = table.set_index(["optimizer", "against"])
+    assert ratios.loc[("lost", "sgd"), "speed_up"] == pytest.approx(1)
+    assert ratios.loc[("ours", "lost"), "speed_up"] == pytest.approx(math.sqrt(2 * 4))
+    assert ratios.loc[[("lost", "sgd"), ("ours", "lost"), ("lost", "lost"), ("ours", "sgd")]][
+        ["bound", "bound_below"]
+    ].to_numpy().tolist() == [[True, False], [False, True], [True, True], [False, False]]
+
+
 def test_speed_ups_are_paired_geometric_means() -> None:
     table = speed_ups({"races": made_up_races()}, "sgd", ["sgd"])
     row = table[(table["optimizer"] == "ours") & (table["unit"] == "steps")].iloc[0]
@@ -109,6 +127,8 @@ def test_stable_rates_are_ratios_to_the_reference() -> None:
     assert found.loc["ours", "ratio"] == pytest.approx(4)
     assert found.loc["ours", "open_above"] == 1
     assert found.loc["printed", "never_stable"] == 2
+    bounds = found.loc[["ours", "printed", "sgd"], ["bound", "bound_below"]]
+    assert bounds.to_numpy().tolist() == [[False, True], [True, False], [False, False]]
 
 
 @pytest.mark.parametrize("edge", [0.05, 0.2, 0.7, 5.0])
