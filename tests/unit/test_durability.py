@@ -51,11 +51,14 @@ def tiny_data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def training(tiny_data: Path, tmp_path: Path) -> Callable[[str], Callable[[], RunRecord]]:
+def training(tiny_data: Path, tmp_path: Path) -> Callable[..., Callable[[], RunRecord]]:
     """A training that saves its state after every step, into a folder of a given name."""
 
-    def into(name: str) -> Callable[[], RunRecord]:
-        return lambda: train(tiny_spec(), tiny_data, tmp_path / name, save_every_s=-1, progress=False)
+    def into(name: str, lr: float = 0.1, state: str = "", overwrite: bool = False) -> Callable[[], RunRecord]:
+        folders = (tmp_path / name, tmp_path / state if state else None)
+        return lambda: train(
+            tiny_spec(lr=lr), tiny_data, *folders, save_every_s=-1, progress=False, overwrite=overwrite
+        )
 
     return into
 
@@ -203,6 +206,49 @@ def test_a_run_that_stands_whole_is_not_trained_again(training, tmp_path):
     assert (tmp_path / "run" / "run.json").stat().st_mtime_ns == stamp
     flipped(tmp_path / "run" / "checkpoints" / "step-1.pt", 0.4)
     assert_same_run(training("run")(), training("whole")())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("run/run.json", "run/metrics.csv", "run/checkpoints/my_best.pt", "run/checkpoints/step-4.pt", "run"),
+        *("run.state/notes.txt", "run.state/checkpoints/best.pt", "run.state/sub/a", "run.state"),
+    ],
+)
+def test_nothing_of_anothers_is_lost(name, training, tmp_path):
+    """Files of another origin in the run's folder or in that of its state."""
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('{"mine": 1}')
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=file.name) as error:
+        training("run")()
+    assert len(str(error.value).splitlines()) == 1
+    assert {name: data for name, data in contents(tmp_path).items() if name in before} == before
+    assert not (tmp_path / "run" / "run.json").exists() or name == "run/run.json"
+
+
+def test_a_state_in_the_runs_own_folder_is_refused(training):
+    with pytest.raises(UserError, match="own folder"):
+        training("run", state="run")()
+
+
+def test_a_finished_run_of_other_settings_is_replaced_only_when_asked(training, tmp_path):
+    whole = training("run")().record["key"]
+    before = contents(tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"run holds a finished run of other settings.*--overwrite"):
+        training("run", lr=0.2)()
+    assert {**before, "notes.txt": b"mine"} == contents(tmp_path / "run")
+    replaced = training("run", lr=0.2, overwrite=True)()
+    assert replaced.spec["lr"] == 0.2
+    assert replaced.record["key"] != whole
+    assert not replaced.damage()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 RUN_DAMAGE = ["checkpoints/step-0.pt", "checkpoints/step-4.pt", "metrics.csv", "run.json"]

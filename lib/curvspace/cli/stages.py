@@ -47,6 +47,7 @@ NEW_STUDY_EXAMPLE = """Example:
 Out = Annotated[Path, typer.Option(help="Where to write.")]
 Spec = Annotated[str | None, typer.Option(help="JSON, or @FILE with JSON in it: a spec, or a run.json.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished run of other settings.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
 DataFolder = Annotated[Path, typer.Option(help="Where prepared data sets lie.")]
 
@@ -73,6 +74,7 @@ def train(
     checkpoint_every: Annotated[int, typer.Option(help="Save every so many steps (0: the last alone).")] = 0,
     threads: Threads = None,
     quiet: Quiet = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """One training run: metrics.csv, checkpoints, run.json. Stopped at any moment, the same command continues it."""
     with common.one_line_errors("train"):
@@ -110,7 +112,8 @@ def train(
         "--out",
         str(out),
     ]
-    main([*arguments, *(["--threads", str(threads)] if threads else []), *(["--quiet"] if quiet else [])])
+    arguments += ["--threads", str(threads)] if threads else []
+    main([*arguments, *(["--quiet"] if quiet else []), *(["--overwrite"] if overwrite else [])])
 
 
 def data(

@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     parser.add_argument("--state", type=Path, help="where an unfinished run lies (default: beside the run's folder)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished run of other settings")
     options = parser.parse_args(arguments)
     with common.one_line_errors("train"):
         common.set_threads(options.threads)
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     fingerprint=options.code,
                     provenance={**common.provenance(options.spec, options.code, device), "arithmetic": arithmetic()},
                     progress=not options.quiet,
+                    overwrite=options.overwrite,
                 )
             except Interrupted as error:
                 raise SystemExit(f"curvspace train: {error}") from None

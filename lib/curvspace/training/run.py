@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from curvspace import datasets, files
+from curvspace import datasets
 from curvspace.errors import UserError
 from curvspace.functional import call
 from curvspace.optim import registry
@@ -25,7 +25,7 @@ from curvspace.training import lock
 from curvspace.training.loop import FitState, fit
 from curvspace.training.record import RunRecord, data_options, initial_model
 from curvspace.training.spec import Block, RunSpec
-from curvspace.training.state import RECORD, State
+from curvspace.training.state import State, require_free, require_state
 
 
 class Interrupted(RuntimeError):
@@ -42,12 +42,14 @@ def train(
     provenance: dict[str, Any] | None = None,
     save_every_s: float = 60.0,
     progress: bool = True,
+    overwrite: bool = False,
 ) -> RunRecord:
     """Train one run and write ``metrics.csv``, ``checkpoints/step-{n}.pt``, ``run.json`` into ``out_dir``.
 
     Until its end everything lies in ``state_dir`` (default: beside ``out_dir``), where a later call with the same
     spec, data and ``fingerprint`` finds it and continues, bit for bit on the same kind of device and thread count;
-    anything else found there is discarded. A run that stands whole in ``out_dir`` already is not trained again.
+    a run of anything else found there is discarded. A run that stands whole in ``out_dir`` already is not trained
+    again; another finished run there is replaced with ``overwrite`` alone. Only files of a run's names are removed.
     Divergence is a result (``status: diverged``), not an error. Of two processes with one state folder the second
     waits for the first.
 
@@ -56,17 +58,20 @@ def train(
     Interrupted
         On SIGINT, SIGTERM or SIGHUP, after the state was saved.
     UserError
-        If a file cannot be written, or another process took over while this one stood still.
+        If a file cannot be written, another process took over while this one stood still, or one of the folders holds
+        something else: files of other origin, or a finished run of other settings.
     """
     out, state_path, device = Path(out_dir), Path(state_dir or f"{out_dir}.state"), torch.device(spec.device)
     data = datasets.load(data_dir, data_options(spec.dataset))
     spec = spec.resolved(len(data.train))
     key = _key(spec, fingerprint, data.digest)
+    require_state(state_path, out)
     with _stop_signals() as stop, lock.hold(state_path, lambda: stop.requested) as held:
         if held is None:
             raise Interrupted("stopped while another process held the run")
         state = State(state_path, key, held)
-        if (record := _finished(out, key)) is None:
+        require_free(out, state_path)
+        if (record := _finished(out, key, overwrite)) is None:
             now = _run(spec, data.to(device), state, stop, save_every_s, progress)
             _publish(spec, now, state, out, {**(provenance or {}), "key": key})
             record = RunRecord(out)
@@ -170,13 +175,20 @@ def _key(spec: RunSpec, fingerprint: str, data: str) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
 
 
-def _finished(out: Path, key: str) -> RunRecord | None:
+def _finished(out: Path, key: str, overwrite: bool) -> RunRecord | None:
     """The run that stands whole in its place, if it is this one: its process ended between the last two steps."""
     try:
         record = RunRecord(out)
-        return record if files.read_record(out / RECORD).get("key") == key and not record.damage() else None
-    except (FileNotFoundError, files.DamagedFile):
+    except FileNotFoundError:
         return None
+    if record.record.get("key") == key:
+        return None if record.damage() else record
+    if not overwrite:
+        raise UserError(
+            f"{out} holds a finished run of other settings, code, data or torch; name another folder, or ask for "
+            "--overwrite (overwrite=True) to replace it"
+        )
+    return None
 
 
 def build_optimizer(spec: RunSpec, model: torch.nn.Module, num_classes: int) -> ModelOptimizer:

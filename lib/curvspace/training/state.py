@@ -8,7 +8,8 @@ whole. So whatever ends the process, the same command does the rest again from w
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,16 @@ from typing import Any
 import torch
 
 from curvspace import files
+from curvspace.errors import UserError
 from curvspace.optim.base import ModelOptimizer
 from curvspace.training import lock, tensor_file
 from curvspace.training.loop import FitState
 
 RESUME, CHECKPOINTS, RECORD, METRICS = "resume.pt", "checkpoints", "run.json", "metrics.csv"
+
+_PARTIAL = r"(\.partial)?"
+_OF_STATE = re.compile(rf"{lock.NAME}(\.[0-9a-f]+)?|{re.escape(RESUME)}{_PARTIAL}|{CHECKPOINTS}")
+_OF_CHECKPOINTS = re.compile(rf"step-\d+\.pt{_PARTIAL}|\.snakemake_timestamp")
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +102,9 @@ class State:
         """
         self.held.check()
         files.remove(out / RECORD)
-        files.remove(out / CHECKPOINTS)
+        _remove_checkpoints(out / CHECKPOINTS)
         with files.writing(out):
-            (out / CHECKPOINTS).mkdir(parents=True)
+            (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         for name in self.checkpoints:
             files.link(self.path / CHECKPOINTS / name, out / CHECKPOINTS / name)
         files.write(out / METRICS, metrics)
@@ -111,12 +117,61 @@ class State:
     def clear(self) -> None:
         """Remove the state: first what makes it one, so that half of it is never continued."""
         files.remove(self.path / RESUME)
-        for entry in self._entries():
-            if entry.name != lock.NAME:
-                files.remove(entry)
+        _remove_checkpoints(self.path / CHECKPOINTS)
+        files.remove(self.path / f"{RESUME}.partial")
         self.checkpoints, self.devices = {}, []
 
-    def _entries(self) -> Iterable[Path]:
-        with suppress(FileNotFoundError):
-            return list(self.path.iterdir())
-        return []
+
+def require_state(path: Path, out: Path) -> None:
+    """Refuse a state folder that is the run's own or holds anything else than a run's state: it would be cleared."""
+    if path.resolve() == out.resolve():
+        raise UserError(f"the state of an unfinished run cannot lie in the run's own folder {out}; name another one")
+    _require_names(path, _OF_STATE, "which is no part of an unfinished run; name a folder of its own for the state")
+    _require_names(path / CHECKPOINTS, _OF_CHECKPOINTS, "which is no checkpoint of a run; name another state folder")
+
+
+def require_free(out: Path, unfinished: Path) -> None:
+    """Refuse a run's folder in which files of another origin stand under the names of a run's.
+
+    Without a record they are this run's where its state still lies in ``unfinished``: it was ended while it published.
+    """
+    _require_names(
+        out / CHECKPOINTS, _OF_CHECKPOINTS, "which is no checkpoint of a run; move it away, or name another folder"
+    )
+    if (out / RECORD).exists():
+        try:
+            known = {"spec", "outputs"} <= files.read_record(out / RECORD).keys()
+        except (files.DamagedFile, OSError):
+            known = False
+        if not known:
+            raise UserError(
+                f"{out / RECORD} is no record of a run, or was altered; move it away, or name another folder"
+            )
+    elif not (unfinished / RESUME).is_file():
+        names = [METRICS, *(f"{CHECKPOINTS}/{name}" for name in _names(out / CHECKPOINTS) if name.startswith("step-"))]
+        if found := [name for name in names if (out / name).exists()]:
+            raise UserError(
+                f"{out / found[0]} stands there without a record ({RECORD}) that says which run's it is, and would be "
+                "replaced; move it away, or name another folder"
+            )
+
+
+def _require_names(folder: Path, own: re.Pattern[str], why: str) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} cannot be written: it is no folder")
+    if foreign := [name for name in _names(folder) if not own.fullmatch(name)]:
+        raise UserError(f"{folder} holds {foreign[0]}, {why}")
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints, and the folder if nothing else is in it."""
+    for name in _names(folder):
+        if _OF_CHECKPOINTS.fullmatch(name):
+            files.remove(folder / name)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _names(folder: Path) -> Iterator[str]:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        yield from sorted(entry.name for entry in folder.iterdir())
