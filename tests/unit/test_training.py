@@ -17,7 +17,7 @@ from curvspace.losses import get_loss
 from curvspace.training import loop
 from curvspace.training.loop import evaluate, minibatches
 from curvspace.training.record import RunRecord, initial_model
-from curvspace.training.run import Interrupted, train
+from curvspace.training.run import Interrupted, build_optimizer, train
 from curvspace.training.spec import Block, RunSpec, Task, derived_seed
 
 OPTIMIZERS = [
@@ -27,6 +27,14 @@ OPTIMIZERS = [
     {"name": "curveball", "kind": "curveball"},
     {"name": "nadam", "kind": "torch.optim:NAdam", "weight_decay": 0.01, "decoupled_weight_decay": True},
     {"name": "schedule-free", "kind": "schedulefree:AdamWScheduleFree"},
+    {
+        "name": "random",
+        "kind": "span-filter",
+        "base": {"kind": "sgd"},
+        "spans": ["random-directions"],
+        "refresh_every": 2,
+    },
+    {"name": "negative", "kind": "negative-curvature", "base": "SGD"},
 ]
 
 
@@ -186,6 +194,38 @@ def test_full_batch_and_the_least_number_of_steps(digits_dir, tmp_path):
 def test_a_wrong_spec_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         spec(OPTIMIZERS[0], **changes)
+
+
+def drawn(block: dict, seed: int, refreshes: int = 2) -> list[torch.Tensor]:
+    """The random directions of an optimiser at its first refreshes."""
+    model = torch.nn.Linear(6, 3, dtype=torch.float64)
+    optimizer = build_optimizer(spec({"name": "one", **block}, seed=seed), model, 3)
+    if block["kind"] == "negative-curvature":
+        return [optimizer.direction]
+    found = []
+    for _ in range(refreshes):
+        optimizer.step(torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % 3)
+        found.append(optimizer.bases["random-directions"].state["rows"].clone())
+    return found
+
+
+DRAWING = [
+    {"kind": "span-filter", "base": {"kind": "sgd"}, "spans": ["random-directions"], "refresh_every": 1},
+    {"kind": "negative-curvature", "base": "SGD"},
+]
+
+
+@pytest.mark.parametrize("block", DRAWING, ids=lambda block: block["kind"])
+def test_what_an_optimiser_draws_is_the_runs_own(block):
+    """No draw of one seed is one of another's; a seed in the config wins; the same seed draws the same."""
+    by_seed = [drawn(block, seed) for seed in range(3)]
+    every = [one for draws in by_seed for one in draws]
+    assert not any(torch.equal(a, b) for i, a in enumerate(every) for b in every[:i])
+    assert all(torch.equal(a, b) for a, b in zip(drawn(block, 1), by_seed[1], strict=True))
+    fixed = [drawn({**block, "seed": 7}, seed)[0] for seed in range(2)]
+    assert torch.equal(*fixed)
+    following = [drawn({**block, "seed": seed}, 0) for seed in (7, 8)]
+    assert not torch.equal(following[0][-1], following[1][0])
 
 
 def test_seeds_of_different_purposes_differ():

@@ -31,6 +31,7 @@ from curvspace.optim.span import (
     unit_span,
 )
 from curvspace.subspace import orthonormal_basis
+from curvspace.training.spec import derived_seed
 
 Orthonormal = bool | Literal["qr", "symmetric"]
 Reduction = Literal["mean", "class-sum", "batch-sum"]
@@ -285,7 +286,7 @@ class RandomDirections(Basis):
     """k random orthonormal directions: the null against which a basis must show its worth.
 
     ``redraw``: new ones at every refresh, else the same throughout. The draws are a function of ``seed`` and the
-    number of the refresh.
+    number of the refresh, and those of two seeds have nothing in common.
     """
 
     def __init__(self, k: int, seed: int = 0, redraw: bool = False):
@@ -298,7 +299,7 @@ class RandomDirections(Basis):
         if draws and not self.redraw:
             return
         require(self.k <= len(gradient), "k", self.k, f"at most the number of parameters, {len(gradient)}")
-        generator = torch.Generator(device=gradient.device).manual_seed(self.seed + draws)
+        generator = torch.Generator(device=gradient.device).manual_seed(derived_seed(self.seed, "directions", draws))
         normal = torch.randn((len(gradient), self.k), generator=generator, dtype=gradient.dtype, device=gradient.device)
         rows = orthonormal_basis(torch.linalg.qr(normal)[0]).T
         self.state = {"draws": draws + 1, "rows": rows.contiguous()}

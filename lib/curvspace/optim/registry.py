@@ -61,13 +61,15 @@ def build(
     num_classes: int,
     lr: float,
     loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    seed: int | None = None,
 ) -> ModelOptimizer:
     """The optimiser of a config entry: ``kind``, its other ``options``, and the run's learning rate and loss.
 
     A function or class of the user's own (``module:function``) is called as ``f(model, lr=..., loss=..., **options)``.
     Any other class of optimisers, of ``torch.optim``, ``pytorch_optimizer``, ``schedulefree`` or elsewhere
     (``"torch.optim:NAdam"``), is wrapped in :class:`~curvspace.optim.first_order.FirstOrder`.
-    ``num_classes`` is passed where the signature has it; where it has ``k``, that is C unless the options give it.
+    ``num_classes`` is passed where the signature has it; where it has ``k``, that is C unless the options give it, and
+    where it has ``seed``, that is the one given here.
 
     Raises
     ------
@@ -84,6 +86,8 @@ def build(
         values.setdefault("num_classes", num_classes)
     if "k" in parameters and parameters["k"].default is inspect.Parameter.empty:
         values.setdefault("k", num_classes)
+    if "seed" in parameters and seed is not None:
+        values.setdefault("seed", seed)
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     unknown = [] if takes_any else [key for key in options if key not in parameters]
     if unknown:

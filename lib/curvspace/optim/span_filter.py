@@ -319,7 +319,7 @@ def _same(a: Sequence[tuple[Tensor, torch.Size]], b: Sequence[tuple[Tensor, torc
 
 
 def span_filter(
-    model: nn.Module, num_classes: int, lr: float, *, base: Mapping[str, Any], **options: Any
+    model: nn.Module, num_classes: int, lr: float, *, base: Mapping[str, Any], seed: int = 0, **options: Any
 ) -> SpanFilter:
     """:class:`SpanFilter` around the optimiser of a config's block, ``base``; ``options`` are the filter's own.
 
@@ -333,4 +333,4 @@ def span_filter(
     inner = build(base["kind"], own, model, num_classes, lr)
     if type(inner) is not FirstOrder:
         raise ValueError(f"base.kind = {base['kind']!r} does not step from .grad alone, so it cannot be filtered")
-    return SpanFilter(inner.inner, model, num_classes, **options)
+    return SpanFilter(inner.inner, model, num_classes, seed=seed, **options)

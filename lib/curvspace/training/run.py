@@ -24,7 +24,7 @@ from curvspace.outputs import logits
 from curvspace.training import lock
 from curvspace.training.loop import FitState, fit
 from curvspace.training.record import RunRecord, data_options, initial_model
-from curvspace.training.spec import Block, RunSpec
+from curvspace.training.spec import Block, RunSpec, derived_seed
 from curvspace.training.state import State, require_free, require_state
 
 
@@ -192,9 +192,10 @@ def _finished(out: Path, key: str, overwrite: bool) -> RunRecord | None:
 
 
 def build_optimizer(spec: RunSpec, model: torch.nn.Module, num_classes: int) -> ModelOptimizer:
-    """The optimiser of a run's config block, at the run's learning rate."""
+    """The optimiser of a run's config block, at the run's learning rate; what it draws follows from the run's seed."""
     block = Block.of(spec.optimizer)
-    optimizer = registry.build(block.kind, block.options, model, num_classes, spec.lr, spec.task.loss)
+    seed = derived_seed(spec.seed, "optimizer")
+    optimizer = registry.build(block.kind, block.options, model, num_classes, spec.lr, spec.task.loss, seed)
     if optimizer.couples_parameters and (spec.task.compile or spec.task.precision != "float32"):
         option = "compile = true" if spec.task.compile else f"precision = {spec.task.precision}"
         raise UserError(

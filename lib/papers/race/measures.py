@@ -22,7 +22,7 @@ from curvspace.functional import call
 from curvspace.optim import registry
 from curvspace.training.loop import fit
 from curvspace.training.record import initial_model
-from curvspace.training.spec import Block, Task
+from curvspace.training.spec import Block, Task, derived_seed
 from papers.common.context import Context
 
 NEVER = 10**9
@@ -138,7 +138,8 @@ def _train(
     data = context.dataset(dataset)
     lr, options = with_values(optimizer, values)
     network = initial_model(model, data, seed).to(context.device)
-    opt = registry.build(optimizer["kind"], options, network, data.num_classes, lr, task.get("loss", "cross_entropy"))
+    loss, draws = task.get("loss", "cross_entropy"), derived_seed(seed, "optimizer")
+    opt = registry.build(optimizer["kind"], options, network, data.num_classes, lr, loss, draws)
     state = fit(network, opt, data, Task(**task), batch_size, seed, progress=False)
     last = state.rows[-1]
     accuracies = class_accuracies(network, data) if state.status == "finished" else [math.nan]

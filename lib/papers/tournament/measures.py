@@ -20,7 +20,7 @@ from curvspace.datasets import DataSet
 from curvspace.optim import registry
 from curvspace.training.loop import FitState, fit
 from curvspace.training.record import initial_model
-from curvspace.training.spec import Block, Task
+from curvspace.training.spec import Block, Task, derived_seed
 from papers.common.context import Context
 from papers.common.runs import best_rates
 
@@ -46,7 +46,8 @@ class Entrant:
         """A run from scratch: its state at the end, and its evaluations as rows with what they had cost."""
         model = initial_model(self.model, self.data, seed).to(self.device)
         block = Block.of(self.optimizer)
-        optimizer = registry.build(block.kind, block.options, model, self.data.num_classes, lr, self.task.loss)
+        draws = derived_seed(seed, "optimizer")
+        optimizer = registry.build(block.kind, block.options, model, self.data.num_classes, lr, self.task.loss, draws)
         state = fit(model, optimizer, self.data, self.task, self.batch_size, seed, progress=False)
         rows = pd.DataFrame([row for row in state.rows if "val_loss" in row])
         if "gradient_evaluations" not in rows:  # diverged at once: only the evaluation of the start
