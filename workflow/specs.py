@@ -121,6 +121,10 @@ class Plan:
         if section == "optimizers" and kind in kinds and isinstance(base, Mapping):
             wrong = problems_of("optimizer", base, f"{key}.base")
             yield from wrong or self._wrong_kind(section, f"{key}.base", base)
+        elif section == "optimizers" and kind in kinds and isinstance(base, str):
+            own = (options.schema(self.code, kinds[kind]) or {}).get("properties", {})
+            rest = {name: value for name, value in block.items() if name not in own}
+            yield from options.problems(self.code, key, rest, f"torch.optim:{base}")
 
     def _wrong_data(self, name: str) -> Iterator[str]:
         key, block = f"datasets.{name}", self.config["datasets"][name]

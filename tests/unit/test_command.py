@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import curvspace
+from curvspace.cli import options
 from curvspace.cli.app import app
 from curvspace.training.spec import derived_seed
 
@@ -418,3 +420,20 @@ def test_verify_outside_of_a_clone_says_where_to_call_it(monkeypatch, tmp_path):
     assert "this needs the repository (a folder with workflow/verify.py); call it from inside a clone" in run(
         "verify", ok=False
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("False", False), ("false", False), ("TRUE", True), ("None", None), ("null", None), (".9", 0.9), ("5.", 5.0)),
+        *(("1e-3", 1e-3), ("+2", 2), ("[1, 2]", [1, 2]), ("relu", "relu"), ('"False"', "False"), ("1.2.3", "1.2.3")),
+    ],
+)
+def test_values_of_options_in_the_spelling_of_python_yaml_and_json(text, value):
+    found = options.parsed([f"batch-norm={text}"])["batch_norm"]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_json_has_null_for_what_is_no_number():
+    found = options.finite({"a": [math.nan, 1.0], "b": {"c": math.inf}, "d": "NaN", "e": (1, -math.inf)})
+    assert found == {"a": [None, 1.0], "b": {"c": None}, "d": "NaN", "e": [1, None]}

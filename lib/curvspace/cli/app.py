@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from curvspace.cli import common, stages
-from curvspace.cli.options import Subject, takes
+from curvspace.cli.options import Subject, finite, takes
 
 app = typer.Typer(
     help="Sharp directions of a network's loss: measure them, train in them, rebuild the papers about them.",
@@ -104,7 +104,7 @@ def _show(
         with loaded as one:
             result = {"command": name, **one.description, **compute(one)}
         text = result.pop("text")
-        print(json.dumps(result, indent=2) if subject.json else text)
+        print(json.dumps(finite(result), indent=2, allow_nan=False) if subject.json else text)
         if subject.plot:
             draw(result, subject.plot)
             print(f"drawn: {subject.plot}", file=sys.stderr)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -66,15 +68,41 @@ def takes(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return decorate
 
 
+WORDS = {"true": True, "false": False, "none": None, "null": None}
+"""Of Python and YAML, whatever their case."""
+
+
 def parsed(pairs: list[str] | None) -> dict[str, Any]:
-    """``["width=16", "act=relu"]`` -> ``{"width": 16, "act": "relu"}``: JSON where it is, else text."""
+    """``["width=16", "act=relu", "norm=False"]`` -> ``{"width": 16, "act": "relu", "norm": False}``.
+
+    Values are JSON, or Python's and YAML's words and numbers (``None``, ``.9``); anything else is text, as is what
+    stands in quotes.
+    """
     found = {}
     for pair in pairs or []:
         name, equals, text = pair.partition("=")
         if not (name and equals):
             raise UserError(f"{pair!r} is no option; write NAME=VALUE")
-        try:
-            found[name.replace("-", "_")] = json.loads(text)
-        except json.JSONDecodeError:
-            found[name.replace("-", "_")] = text
+        found[name.replace("-", "_")] = _value(text)
     return found
+
+
+def _value(text: str) -> Any:
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+        return float(text) if re.search(r"[.eE]", text) else int(text)
+    return text
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no word for NaN and infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

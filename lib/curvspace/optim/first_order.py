@@ -195,10 +195,14 @@ def _gradients_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def refuse_unknown(kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for an option that the class's signature does not name."""
-    named = [n for n, p in inspect.signature(kind).parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    """Raise ``ValueError`` for an option that the class's signature does not name, and for text as a flag."""
+    parameters = inspect.signature(kind).parameters
+    named = [n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     if unknown := [name for name in options if name not in named]:
         raise ValueError(f"{kind.__name__} has no option {unknown[0]!r}; it has {', '.join(named[1:])}")
+    for name, value in options.items():
+        if isinstance(parameters[name].default, bool) and isinstance(value, str):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:

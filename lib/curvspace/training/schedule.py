@@ -43,6 +43,10 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"schedule.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for name in ("warmup", "decay"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"schedule.{name} must be a number, or null, got {value!r}")
         if self.warmup is not None and not 0 <= self.warmup < 1:
             raise ValueError(f"schedule.warmup must be a share of the steps in [0, 1), got {self.warmup!r}")
         if self.kind == "one-cycle" and self.warmup == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -13,6 +14,29 @@ IDENTITY = ("dataset", "model", "optimizer", "batch_size", "lr", "seed")
 """Columns that name a run in every tidy table made from it."""
 PRECISIONS = ("float32", "bfloat16")
 MEMORY_FORMATS = ("contiguous", "channels-last")
+
+CHOICES = {
+    "augment": ("none", "crop-flip"),
+    "precision": PRECISIONS,
+    "memory_format": MEMORY_FORMATS,
+    "compile": (False, True),
+}
+LEAST = {"evaluate_every": 0, "evaluate_train": 1, "checkpoint_every": 0, "min_steps": 1, "max_steps": 1}
+"""The whole numbers of a task, with the least that each may be."""
+
+
+def require_whole(key: str, value: object, least: int) -> None:
+    """Raise ``ValueError`` for what is no whole number of at least ``least``; True and 2.0 are none."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}")
+
+
+def require_number(key: str, value: object, above: float, below: float = math.inf) -> None:
+    """Raise ``ValueError`` for what is no finite number between the bounds."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and above < value < below):  # type: ignore[operator]
+        limits = f"greater than {above:g}" + (f" and less than {below:g}" if below < math.inf else "")
+        raise ValueError(f"{key} must be a finite number {limits}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -71,18 +95,26 @@ class Task:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        require_number("task.epochs", self.epochs, above=0)
+        require_number("task.divergence", self.divergence, above=1)
+        if self.evaluate_average is not None:
+            require_number("task.evaluate_average", self.evaluate_average, above=0, below=1)
+        for key, least in LEAST.items():
+            if not (key == "max_steps" and self.max_steps is None):
+                require_whole(f"task.{key}", getattr(self, key), least)
+        if not isinstance(self.checkpoints, list | tuple):
+            raise ValueError(f"task.checkpoints must be a list of steps, got {self.checkpoints!r}")
+        for i, step in enumerate(self.checkpoints):
+            require_whole(f"task.checkpoints[{i}]", step, 0)
         object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
-        if self.epochs <= 0:
-            raise ValueError(f"task.epochs must be positive, got {self.epochs}")
-        if self.min_steps < 1:
-            raise ValueError(f"task.min_steps must be at least 1, got {self.min_steps}")
-        if self.augment not in ("none", "crop-flip"):
-            raise ValueError(f"task.augment must be 'none' or 'crop-flip', got {self.augment!r}")
-        for key, allowed in (("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS), ("compile", (False, True))):
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"task.{key} must be one of {allowed}, got {getattr(self, key)!r}")
-        if self.evaluate_average is not None and not 0 < self.evaluate_average < 1:
-            raise ValueError(f"task.evaluate_average must be in (0, 1), or null, got {self.evaluate_average!r}")
+        if not isinstance(self.loss, str):
+            raise ValueError(f"task.loss must be a loss by its name, got {self.loss!r}")
+        for key, allowed in CHOICES.items():
+            value = getattr(self, key)
+            if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+                raise ValueError(f"task.{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        if not isinstance(self.schedule, Schedule | Mapping | None):
+            raise ValueError(f"task.schedule must be a block like {{kind: cosine}}, or null, got {self.schedule!r}")
         object.__setattr__(self, "schedule", Schedule.of(self.schedule))
 
     def steps(self, examples: int, batch_size: int) -> int:
@@ -121,21 +153,31 @@ class RunSpec:
         if unknown := sorted(set(values) - allowed):
             raise ValueError(f"unknown key {unknown[0]!r} in a run's spec; allowed: {', '.join(sorted(allowed))}")
         task_allowed = {f.name for f in fields(Task)}
+        for key in ("dataset", "model", "optimizer", "task"):
+            if not isinstance(values.get(key, {}), Mapping):
+                raise ValueError(f"a run's spec needs a block of keys as {key}, got {values[key]!r}")
         task = dict(values.get("task", {}))
         if "lr_decay_per_epoch" in task:
             raise ValueError("task.lr_decay_per_epoch is now task.schedule: {kind: per-epoch, decay: ...}")
         if unknown := sorted(set(task) - task_allowed):
             raise ValueError(f"unknown key {unknown[0]!r} in task; allowed: {', '.join(sorted(task_allowed))}")
+        for key in ("batch_size", "lr"):
+            if key not in values:
+                raise ValueError(f"a run's spec needs {key}")
         for key in ("dataset", "model", "optimizer"):
             if "name" not in values.get(key, {}):
                 raise ValueError(f"a run's spec needs {key}.name, got {values.get(key)!r}")
         return cls(**{**values, "task": Task(**task)})
 
     def __post_init__(self) -> None:
-        if self.batch_size != "full" and not (isinstance(self.batch_size, int) and self.batch_size > 0):
-            raise ValueError(f"batch_size must be a positive number of examples or 'full', got {self.batch_size!r}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr!r}")
+        if self.batch_size != "full":
+            size = self.batch_size
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"batch_size must be a whole number of at least 1, or 'full', got {size!r}")
+        require_number("lr", self.lr, above=0)
+        require_whole("seed", self.seed, 0)
+        if not isinstance(self.device, str):
+            raise ValueError(f"device must be a device's name, got {self.device!r}")
 
     def resolved(self, examples: int) -> RunSpec:
         """The same run with the size of a full batch as a number, and none larger than the training set."""
