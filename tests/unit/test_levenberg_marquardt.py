@@ -69,6 +69,25 @@ def test_a_worse_proposal_is_refused_and_raises_the_damping():
     assert torch.equal(parameter_vector(model), start)
 
 
+@pytest.mark.parametrize(("options", "bound"), [({"down": 1e-100}, 1e-12), ({"up": 1e200, "lr": 1e3}, 1e6)])
+def test_the_damping_stays_within_bounds_from_which_it_comes_back(options, bound):
+    model, (x, y) = network(), data()
+    opt = LevenbergMarquardt(model, **options)
+    opt.step(x, y)
+    assert opt.damping == bound
+    opt.param_groups[0].update(up=10.0, down=0.1, lr=1.0 if bound > 1 else 1e3)
+    opt.step(x, y)
+    assert opt.damping == pytest.approx(bound * (0.1 if bound > 1 else 10.0))
+    opt.load_state_dict({**opt.state_dict(), "extra": {"damping": 0.0, "accepted": True}})
+    assert opt.damping == 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_is_of_the_models_type(dtype):
+    model, (x, y) = network().to(dtype), data()
+    assert LevenbergMarquardt(model).step(x.to(dtype), y.to(dtype)).dtype == dtype
+
+
 def test_running_statistics_move_once():
     model, (x, y) = network(batch_norm=True), data()
     LevenbergMarquardt(model).step(x, y)
@@ -87,7 +106,18 @@ def test_reload_continues_bit_for_bit():
     assert torch.equal(flatten(model.parameters()), flatten(other.parameters()))
 
 
-@pytest.mark.parametrize("options", [{"damping": 0.0}, {"up": 1.0}, {"down": 2.0}, {"scaling": "none"}, {"lr": -1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"damping": 0.0},
+        {"up": 1.0},
+        {"down": 2.0},
+        {"scaling": "none"},
+        {"lr": -1.0},
+        {"minimum": 2.0},
+        {"maximum": 0.5},
+    ],
+)
 def test_bad_hyper_parameters_are_named(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         LevenbergMarquardt(network(), **options)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.steps = 0
         """Steps taken; inside ``_step``, those before it."""
+        self._stepped_on: tuple[torch.dtype, torch.device] | None = None
         self.grad_norm: Tensor | None = None
         """|g| of the last minibatch, a scalar on the device; None where the gradient is never formed alone."""
 
@@ -129,6 +131,14 @@ class ModelOptimizer(torch.optim.Optimizer):
                 f"the trainable parameters of {type(self.model).__name__} have changed since this "
                 f"{type(self).__name__} was made ({what}): make a new optimiser"
             )
+        kind = (self._trainable[0].dtype, self._trainable[0].device)
+        if self.couples_parameters and self._stepped_on not in (None, kind):
+            raise ValueError(
+                f"the parameters of {type(self.model).__name__} are {kind[0]} on {kind[1]} now, but this "
+                f"{type(self).__name__} has taken steps on {' on '.join(map(str, self._stepped_on or ()))}: "
+                "make a new optimiser"
+            )
+        self._stepped_on = kind
 
     def _modules(self) -> list[tuple[nn.Module, bool]]:
         """The model's modules and their modes: where they are as they were, what was checked of them holds."""
@@ -168,18 +178,57 @@ class ModelOptimizer(torch.optim.Optimizer):
         pass
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "steps": self.steps, "costs": asdict(self.costs), "extra": self._extra_state()}
+        own = {"steps": self.steps, "costs": asdict(self.costs), "extra": self._extra_state()}
+        return {**super().state_dict(), **own, "made_of": self._made_of()}
+
+    def _made_of(self) -> dict[str, Any]:
+        """What a state must fit, by name."""
+        shapes = [list(p.shape) for p in self._trainable]
+        return {"optimiser": type(self).__name__, **({"parameters": shapes} if self.couples_parameters else {})}
+
+    def _require_own(self, state_dict: Mapping[str, Any]) -> None:
+        """A state dict is of an optimiser like this one (older ones do not say of which)."""
+        name = type(self).__name__
+        if missing := {"state", "param_groups", "steps", "costs", "extra"} - set(state_dict):
+            raise ValueError(
+                f"this is no state dict of a {name}: it lacks {sorted(missing)[0]!r} (one of torch's own optimiser is "
+                "loaded into that optimiser, also where it is wrapped)"
+            )
+        present = self._made_of()
+        for key, value in state_dict.get("made_of", present).items():
+            if value != present.get(key):
+                raise ValueError(
+                    f"this state dict is of another optimiser: its {key} = {value!r}, here {present.get(key)!r}; "
+                    f"make the {name} as it was when the state was saved"
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._require_own(state_dict)
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
         self.steps, self.costs = state_dict["steps"], Costs(**state_dict["costs"])
         self._load_extra_state(state_dict["extra"])
+        self._stepped_on = None
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise the ``ValueError`` that a bad hyper-parameter deserves."""
     if not condition:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def require_count(name: str, value: object, least: int = 1, optional: bool = False) -> None:
+    """Raise ``ValueError`` for what is no integer, or below ``least``; ``optional`` lets None pass."""
+    if optional and value is None:
+        return
+    require(isinstance(value, Integral) and not isinstance(value, bool), name, value, "an integer")
+    require(value >= least, name, value, f"at least {least}")  # type: ignore[operator]
+
+
+def require_numbers(**values: object) -> None:
+    """Raise ``ValueError`` for what is no real number, as text is (a tensor of one number is one)."""
+    for name, value in values.items():
+        number = isinstance(value, Real | Tensor) and not isinstance(value, bool)
+        require(number, name, value, "a number")
 
 
 def require_flag(name: str, value: object) -> None:

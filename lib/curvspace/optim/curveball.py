@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from curvspace.functional import Inputs
 from curvspace.inner import inner
 from curvspace.losses import Loss
-from curvspace.optim.base import ModelOptimizer, require, require_flag
+from curvspace.optim.base import ModelOptimizer, require, require_count, require_flag, require_numbers
 from curvspace.optim.forward_mode import ForwardMode, Linearised, linearise
 
 Rate = float | Literal["auto"]
@@ -88,12 +88,15 @@ class CurveBall(ModelOptimizer):
         damping_in_model: bool = True,
         weight_decay: float = 0.0,
     ):
+        require_numbers(
+            lr=lr, damping_factor=damping_factor, ratio_low=ratio_low, ratio_high=ratio_high, weight_decay=weight_decay
+        )
         require(lr > 0, "lr", lr, "positive")
         require(_is_rate(rho), "rho", rho, "'auto' or a number of at least 0")
         require(_is_rate(beta), "beta", beta, "'auto' or a number of at least 0")
         require(_is_rate(damping), "damping", damping, "'auto' or a number of at least 0")
         require(0 < damping_factor <= 1, "damping_factor", damping_factor, "in (0, 1]")
-        require(damping_interval >= 1, "damping_interval", damping_interval, "at least 1")
+        require_count("damping_interval", damping_interval)
         require(ratio_low <= ratio_high, "ratio_low", ratio_low, f"at most ratio_high = {ratio_high}")
         require(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
         require_flag("adapt_damping", adapt_damping)

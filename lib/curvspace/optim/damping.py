@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvspace.optim.base import require
+from curvspace.optim.base import require, require_count, require_numbers
 
 
 class AdaptiveDamping:
@@ -20,9 +20,10 @@ class AdaptiveDamping:
     def __init__(
         self, initial: float = 0.1, factor: float = 0.8, every: int = 5, minimum: float = 1e-4, maximum: float = 1e4
     ):
+        require_numbers(initial=initial, factor=factor, minimum=minimum, maximum=maximum)
         require(0 < minimum <= initial <= maximum, "initial", initial, f"in [{minimum}, {maximum}], minimum > 0")
         require(0 < factor < 1, "factor", factor, "in (0, 1)")
-        require(every >= 1, "every", every, "at least 1")
+        require_count("every", every)
         self.initial, self.factor, self.every = initial, factor, every
         self.minimum, self.maximum = minimum, maximum
         self.state: dict[str, Any] = {"steps": 0}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from curvspace.functional import Inputs, call, flatten, unflatten
 from curvspace.losses import CrossEntropy, Loss
-from curvspace.optim.base import ModelOptimizer, require
+from curvspace.optim.base import ModelOptimizer, require, require_count, require_numbers
 from curvspace.outputs import logits
 
 
@@ -42,11 +42,12 @@ class KFAC(ModelOptimizer):
         average: float = 0.95,
         refresh_every: int = 1,
     ):
+        require_numbers(lr=lr, momentum=momentum, damping=damping, average=average)
         require(lr > 0, "lr", lr, "positive")
         require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         require(damping > 0, "damping", damping, "positive")
         require(0 <= average < 1, "average", average, "in [0, 1)")
-        require(refresh_every >= 1, "refresh_every", refresh_every, "at least 1")
+        require_count("refresh_every", refresh_every)
         super().__init__(model, {"lr": lr, "momentum": momentum, "damping": damping, "average": average}, loss)
         require(isinstance(self.loss, CrossEntropy), "loss", loss, "cross_entropy")
         self._factors: dict[str, dict[str, Tensor]] = {}

@@ -8,6 +8,7 @@ with :math:`\hat H = J^\top H_L J` (paper C, eq. 4 and 8) and D the identity (Le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from curvspace.functional import (
 )
 from curvspace.losses import Loss
 from curvspace.objective import Objective
-from curvspace.optim.base import ModelOptimizer, require
+from curvspace.optim.base import ModelOptimizer, require, require_numbers
 
 
 class LevenbergMarquardt(ModelOptimizer):
@@ -39,6 +40,8 @@ class LevenbergMarquardt(ModelOptimizer):
     ----------
     damping
         :math:`\lambda` at the start.
+    minimum, maximum
+        Bounds of :math:`\lambda`: from outside of them it would not come back in any number of steps that one has.
     scaling
         D: ``"identity"`` or ``"diagonal"``.
 
@@ -54,15 +57,21 @@ class LevenbergMarquardt(ModelOptimizer):
         up: float = 10.0,
         down: float = 0.1,
         scaling: Literal["identity", "diagonal"] = "identity",
+        minimum: float = 1e-12,
+        maximum: float = 1e6,
     ):
+        require_numbers(lr=lr, damping=damping, up=up, down=down, minimum=minimum, maximum=maximum)
         require(lr > 0, "lr", lr, "positive")
         require(damping > 0, "damping", damping, "positive")
+        require(0 < minimum <= damping, "minimum", minimum, f"positive and at most damping = {damping}")
+        require(damping <= maximum < math.inf, "maximum", maximum, f"finite and at least damping = {damping}")
         require(up > 1, "up", up, "above 1")
         require(0 < down <= 1, "down", down, "in (0, 1]")
         require(scaling in ("identity", "diagonal"), "scaling", scaling, "'identity' or 'diagonal'")
         size = sum(p.numel() for p in trainable_parameters(model).values())
         require(size <= MAX_DENSE, "the number of parameters", size, f"at most {MAX_DENSE}: the matrix is formed")
         super().__init__(model, {"lr": lr, "up": up, "down": down, "scaling": scaling}, loss)
+        self.minimum, self.maximum = float(minimum), float(maximum)
         self.damping = float(damping)
         self.accepted = False
 
@@ -79,10 +88,13 @@ class LevenbergMarquardt(ModelOptimizer):
         self.accepted = after < before
         if not self.accepted:  # NaN and inf included
             assign_parameters(self.model, start)
-        self.damping *= group["down"] if self.accepted else group["up"]
+        self.damping = self._bounded(self.damping * (group["down"] if self.accepted else group["up"]))
         self._update_running_statistics(inputs)
         self.costs.forward += 3
-        return torch.tensor(before)
+        return start.new_tensor(before)
+
+    def _bounded(self, damping: float) -> float:
+        return min(max(damping, self.minimum), self.maximum)
 
     def _direction(self, objective: Objective, scaling: str) -> Tensor:
         """The proposal (P,), solved in float64."""
@@ -107,4 +119,4 @@ class LevenbergMarquardt(ModelOptimizer):
         return {"damping": self.damping, "accepted": self.accepted}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
-        self.damping, self.accepted = state["damping"], state["accepted"]
+        self.damping, self.accepted = self._bounded(state["damping"]), state["accepted"]

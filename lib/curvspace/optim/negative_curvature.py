@@ -32,7 +32,7 @@ from curvspace.functional import (
 )
 from curvspace.inner import inner, norm
 from curvspace.losses import Loss
-from curvspace.optim.base import require
+from curvspace.optim.base import require, require_count, require_numbers
 from curvspace.optim.first_order import FirstOrder
 
 # Without a given learning rate for v: how fast the scale |Hv| that it is divided by is forgotten, per product. Faster
@@ -100,10 +100,12 @@ class NegativeCurvature(FirstOrder):
         known = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
         require(known, "base", base, "an optimiser class or its name in torch.optim")
         require(kind is not torch.optim.LBFGS, "base", base, "an optimiser that steps without a closure")
+        require(not base_options.get("maximize"), "maximize", True, "False: negative curvature leads downwards")
+        require_numbers(lr_negative=lr_negative, average=average)
         positive = isinstance(lr_v, int | float) and math.isfinite(lr_v) and lr_v > 0
         require(positive or lr_v == "auto", "lr_v", lr_v, '"auto" or a positive number')
         require(math.isfinite(lr_negative) and lr_negative >= 0, "lr_negative", lr_negative, "finite and at least 0")
-        require(isinstance(every, int) and every >= 1, "every", every, "a positive integer")
+        require_count("every", every)
         require(0.0 <= average < 1.0, "average", average, "in [0, 1)")
         super().__init__(model, kind, loss, **base_options)
         self.param_groups[0].update(lr_v=lr_v, lr_negative=lr_negative, every=every, average=average)
