@@ -165,6 +165,14 @@ def test_wrong_kinds_and_options_are_named() -> None:
         build("muon", {}, nn.Linear(5, C), C, lr=0.1)
 
 
+def test_a_ready_optimiser_of_another_model_is_refused() -> None:
+    model = deep_network()
+    for held in (deep_network(), nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="holds parameters of the model"):
+            FirstOrder(model, torch.optim.SGD(held.parameters(), lr=0.1))
+    FirstOrder(model, torch.optim.SGD([next(model.parameters()), *held.parameters()], lr=0.1))
+
+
 WRAPPERS: dict[str, Callable[[torch.optim.Optimizer, nn.Module], FirstOrder]] = {
     "FirstOrder": lambda optimizer, model: FirstOrder(model, optimizer),
     "SpanFilter": lambda optimizer, model: SpanFilter(optimizer, model, C, spans="mean-directions"),

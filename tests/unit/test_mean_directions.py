@@ -16,9 +16,10 @@ from curvspace.optim import (
     MeanDirections,
     RayleighRitzNewton,
     Scale,
+    SpanFilter,
     SubspaceNewton,
 )
-from curvspace.optim.mean_directions import joint_span, mean_span
+from curvspace.optim.mean_directions import joint_span, mean_span, transposed_groups
 from curvspace.optim.span import orthonormal_span
 
 SHAPES = [(4, 3, 2, 2), (4,), (5, 6), (5, 1), (2, 3, 4), (), (3, 1, 2)]
@@ -50,6 +51,43 @@ def test_closed_form_is_the_dense_span() -> None:
     torch.testing.assert_close(span.coordinates(v), Q.T @ v)
     torch.testing.assert_close(span.combine(s), Q @ s)
     torch.testing.assert_close(span.reject(v), v - Q @ (Q.T @ v))
+
+
+TRANSPOSED = {
+    "plain": nn.ConvTranspose2d(3, 4, 2),
+    "grouped": nn.ConvTranspose1d(6, 4, 3, groups=2),
+    "each channel alone": nn.ConvTranspose2d(4, 4, 3, groups=4),
+    "one entry a unit": nn.ConvTranspose1d(2, 2, 1, groups=2),
+    "weight norm": nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(3, 4, 2)),
+    "grouped convolution": nn.Conv2d(4, 6, 2, groups=2),
+}
+
+
+def weights_of_a_unit(layer: nn.Module, unit: int) -> torch.Tensor:
+    """Which entries of the kernel the output channel depends on, found by differentiation."""
+    x = torch.rand(1, layer.in_channels, *[5] * (layer.weight.ndim - 2)) + 1.0
+    (gradient,) = torch.autograd.grad(layer(x)[0, unit].sum(), layer.weight)
+    return gradient.abs() > 1e-4
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_units_of_convolutions_are_those_of_their_outputs(name: str) -> None:
+    layer = TRANSPOSED[name]
+    plain = TRANSPOSED["plain"] if name == "weight norm" else layer
+    kernel = max(layer.parameters(), key=lambda p: p.numel())
+    groups = transposed_groups(layer).get(kernel, 0)
+    span = mean_span([kernel.shape], [groups])
+    columns = [weights_of_a_unit(plain, unit).double().flatten() for unit in range(layer.out_channels)]
+    Q = torch.stack([c / c.norm() for c in columns if c.sum() > 1] or [torch.zeros(kernel.numel()).double()], 1)
+    v = torch.randn(2, kernel.numel(), dtype=torch.float64)
+    expected = v - v @ Q @ Q.T
+    torch.testing.assert_close(span.reject(v), expected)
+    torch.testing.assert_close(v[0] - span.combine(span.coordinates(v[0])), expected[0])
+    for spans in ("mean-directions", ("mean-directions", "past-updates")):  # tensor by tensor, and as one vector
+        filtered = SpanFilter(torch.optim.SGD([kernel], lr=0.1), layer, spans=spans)
+        kernel.grad = v[0].view(kernel.shape).float()
+        filtered.filter()
+        torch.testing.assert_close(kernel.grad.flatten().double(), expected[0], rtol=0, atol=1e-6)
 
 
 def test_the_sum_with_other_directions_is_the_dense_sum() -> None:

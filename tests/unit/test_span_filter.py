@@ -275,6 +275,25 @@ def test_with_a_gradient_scaler_an_overflow_is_skipped_and_leaves_no_trace() -> 
         assert torch.isfinite(parameter_vector(model)).all()
 
 
+@pytest.mark.parametrize("broken", [0, 2])
+def test_a_broken_minibatch_at_a_refresh_is_not_in_the_means(broken: int) -> None:
+    """The class gradients are dense averages over the others, and the next steps are finite."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, C).double()
+    optimizer = sgd(model, lr=0.0)
+    span = SpanFilter(optimizer, model, C, refresh_every=1, gamma=0.5, fraction=1.0)
+    averages = torch.zeros(C, sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    for step, (x, y) in enumerate(batches(4)):
+        if step == broken:
+            x = x.index_fill(0, torch.tensor(0), torch.inf)
+        else:
+            averages[y.unique()] = 0.5 * averages[y.unique()] + 0.5 * dense_class_gradients(model, x, y).T
+        backward(model, x, y)
+        span.filter(x, y)
+        torch.testing.assert_close(span.bases["class-gradients"].state["average"], averages)
+    assert torch.isfinite(gradients(model)).all()
+
+
 def test_parameters_that_are_not_the_optimisers_or_have_no_gradient_are_left_alone() -> None:
     model = conv_network(norm=False)
     head = model[3]
@@ -408,6 +427,50 @@ def test_closures_and_losses_of_ones_own() -> None:
     assert moved.norm() > 0
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_of_several_evaluations_in_a_step_the_first_refreshes(own: bool) -> None:
+    """Steps 0 and 3 of five; past updates are changes from step to step."""
+    model, changes = small_network(), []
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    span = SpanFilter(optimizer, model, C, spans=("class-gradients", "past-updates"), refresh_every=3, past_updates=9)
+    for x, y in batches(5):
+        start = parameter_vector(model)
+        if own:
+            span.step(lambda x=x, y=y: (backward(model, x, y), span.filter(x, y))[0])
+        else:
+            span.step(x, y)
+        changes.append(start - parameter_vector(model))
+    state = span.bases["past-updates"].state
+    assert span.bases["class-gradients"].state["times"].max() == 2
+    assert state["recorded"] == 4
+    torch.testing.assert_close(state["updates"][:4], torch.stack(changes[:4]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scheduler_of_the_filter_sees_the_steps_of_the_wrapped_optimiser() -> None:
+    model = small_network()
+    optimizer = sgd(model)
+    span = SpanFilter(optimizer, model, C)
+    schedule = torch.optim.lr_scheduler.StepLR(span, 1, gamma=0.5)
+    for x, y in batches(2):
+        backward(model, x, y)
+        span.filter(x, y)
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.025
+
+
+def test_a_model_that_is_cast_starts_the_span_anew() -> None:
+    model = small_network(dtype=torch.float32)
+    span = SpanFilter(sgd(model, momentum=0.0, nesterov=False), model, C, gain=0.5, beta=0.5)
+    (x, y), (x2, y2) = batches(2)
+    span.step(x.float(), y)
+    model.double()
+    span.step(x2, y2)
+    assert span.bases["class-gradients"].state["times"].max() == 1
+    assert span.bases["class-gradients"].state["average"].dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -419,7 +482,13 @@ def test_closures_and_losses_of_ones_own() -> None:
         ({"refresh_every": 0}, "refresh_every must be at least 1"),
         ({"fraction": 0.0}, "fraction must be in"),
         ({"gamma": 1.0}, "gamma must be in"),
-        ({"past_updates": 0, "spans": ("past-updates",)}, "k must be at least 1"),
+        ({"past_updates": 0, "spans": ("past-updates",)}, "past_updates must be at least 1"),
+        ({"past_updates": 2.5, "spans": ("past-updates",)}, "past_updates must be an integer, got 2.5"),
+        ({"refresh_every": 2.5}, "refresh_every must be an integer, got 2.5"),
+        ({"refresh_every": True}, "refresh_every must be an integer, got True"),
+        ({"num_classes": 0}, "num_classes must be at least 1"),
+        ({"gain": "0.1"}, "gain must be a number, got '0.1'"),
+        ({"beta": None}, "beta must be a number"),
         ({"spans": ("random-directions",), "num_classes": None}, "num_classes must be given"),
     ],
 )
@@ -440,6 +509,8 @@ def test_misuse_is_named() -> None:
     backward(model, x, y)
     with pytest.raises(ValueError, match=r"call filter\(inputs, targets\)"):
         span.filter()
+    with pytest.raises(ValueError, match=r"step\(inputs, targets\) needs the targets"):
+        span.step(x)
     with pytest.raises(ValueError, match="integer targets"):
         span.filter(x, nn.functional.one_hot(y, C).double())
     with pytest.raises(ValueError, match="does not step from"):

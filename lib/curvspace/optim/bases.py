@@ -6,19 +6,19 @@ returns loss and gradient (which it may get in the same pass) and, when it is to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvspace.curvature.class_gradients import class_curvatures, number_of_classes
 from curvspace.curvature.frozen import BatchNorm
 from curvspace.errors import refuse_old
 from curvspace.functional import trainable_parameters
-from curvspace.optim.base import require, require_flag
-from curvspace.optim.mean_directions import joint_span, mean_span
+from curvspace.optim.base import require, require_count, require_flag, require_numbers
+from curvspace.optim.mean_directions import joint_span, mean_span, transposed_groups
 from curvspace.optim.minibatch import Algorithm, Minibatch
 from curvspace.optim.span import (
     Span,
@@ -59,6 +59,10 @@ class Basis:
         self.state: dict[str, Any] = {}
         self.span: Span | None = None
 
+    def made_of(self) -> list[Any]:
+        """What another basis must have in common to go on from a saved state."""
+        return [type(self).__name__, getattr(self, "k", None), getattr(self, "window", None)]
+
     def observe(self, batch: Minibatch, refresh: bool) -> Observation:
         """Loss and gradient of the minibatch; with ``refresh`` the span moves too."""
         loss, gradient = batch.gradient()
@@ -71,6 +75,11 @@ class Basis:
 
     def restore(self) -> None:
         """Form the span again from a loaded ``state``."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Be as when ``state`` was saved, without a span where it was saved before the first refresh."""
+        self.state, self.span = state, None
+        self.restore()
 
     def _refresh(self, batch: Minibatch, gradient: Tensor) -> None:
         raise NotImplementedError
@@ -139,8 +148,9 @@ class ClassGradients(Basis):
         refuse_old(self._RENAMED, batch_norm=batch_norm, **old)
         if old:
             raise TypeError(f"ClassGradients has no option {next(iter(old))!r}")
+        require_numbers(gamma=gamma)
         require(0 <= gamma < 1, "gamma", gamma, "in [0, 1)")
-        require(num_classes is None or num_classes >= 1, "num_classes", num_classes, "at least 1")
+        require_count("num_classes", num_classes, optional=True)
         require(
             orthonormal in (False, True, "qr", "symmetric"), "orthonormal", orthonormal, '"qr", "symmetric" or bool'
         )
@@ -204,7 +214,7 @@ class PastUpdates(Basis):
 
     def __init__(self, k: int = 1):
         super().__init__()
-        require(k >= 1, "k", k, "at least 1")
+        require_count("k", k)
         self.k = k
 
     def record(self, update: Tensor) -> None:
@@ -234,7 +244,7 @@ class PrincipalUpdates(Basis):
 
     def __init__(self, k: int, window: int = 20, centred: bool = True):
         super().__init__()
-        require(k >= 1, "k", k, "at least 1")
+        require_count("k", k)
         require(window > k, "window", window, f"more than k = {k} steps")
         require_flag("centred", centred)
         self.k, self.window, self.centred = k, window, centred
@@ -274,12 +284,21 @@ class MeanDirections(Basis):
     """
 
     def _refresh(self, batch: Minibatch, gradient: Tensor) -> None:
-        self.state = {"shapes": [list(p.shape) for p in trainable_parameters(batch.model).values()]}
-        self.restore()
+        self.lay_out(batch.model, trainable_parameters(batch.model).values())
+
+    def lay_out(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
+        """Take the mean directions of these parameters of the model, in their order."""
+        if self.span is None:
+            groups, chosen = transposed_groups(model), list(parameters)
+            self.state = {
+                "shapes": [list(p.shape) for p in chosen],
+                "transposed": [groups.get(p, 0) for p in chosen],
+            }
+            self.restore()
 
     def restore(self) -> None:
-        if self.state and self.span is None:
-            self.span = mean_span(self.state["shapes"])
+        if self.state:
+            self.span = mean_span(self.state["shapes"], self.state.get("transposed"))
 
 
 class RandomDirections(Basis):
@@ -291,7 +310,7 @@ class RandomDirections(Basis):
 
     def __init__(self, k: int, seed: int = 0, redraw: bool = False):
         super().__init__()
-        require(k >= 1, "k", k, "at least 1")
+        require_count("k", k)
         self.k, self.seed, self.redraw = k, seed, redraw
 
     def _refresh(self, batch: Minibatch, gradient: Tensor) -> None:
@@ -344,6 +363,14 @@ class Joint(Basis):
         for basis in self.bases:
             basis.record(update)
 
+    def made_of(self) -> list[Any]:
+        return [type(self).__name__, *(basis.made_of() for basis in self.bases)]
+
+    def load(self, state: dict[str, Any]) -> None:
+        for i, basis in enumerate(self.bases):
+            basis.load(state[str(i)])
+        self._join()
+
     def restore(self) -> None:
         for basis in self.bases:
             basis.restore()
@@ -351,5 +378,4 @@ class Joint(Basis):
 
     def _join(self) -> None:
         spans = [basis.span for basis in self.bases if basis.span is not None]
-        if spans:
-            self.span = joint_span(spans)
+        self.span = joint_span(spans) if spans else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvspace.curvature.eigensolver import eigsh
-from curvspace.optim.base import require
+from curvspace.optim.base import require, require_count, require_numbers
 from curvspace.optim.bases import Basis, Observation
 from curvspace.optim.minibatch import CURVATURES, Curvature, Minibatch
 from curvspace.optim.span import identity_span, ordered_span
@@ -50,9 +50,10 @@ class TopEigenvectors(Basis):
     ):
         super().__init__()
         kind = "gauss-newton" if curvature == "ggn" else curvature
-        require(k >= 1, "k", k, "at least 1")
+        require_count("k", k)
         require(kind in CURVATURES, "curvature", curvature, '"hessian", "gauss-newton" or "ggn"')
-        require(refresh_every is None or refresh_every >= 1, "refresh_every", refresh_every, "at least 1")
+        require_count("refresh_every", refresh_every, optional=True)
+        require_numbers(tol=tol, fraction=fraction)
         require(tol > 0, "tol", tol, "positive")
         require(max_products is None or max_products >= k, "max_products", max_products, f"at least k = {k}")
         require(0 < fraction <= 1, "fraction", fraction, "in (0, 1]")
@@ -103,7 +104,7 @@ class ExtremeEigenvectors(Basis):
 
     def __init__(self, k: int, smallest: int = 0, **options: Any):
         super().__init__()
-        require(smallest >= 0, "smallest", smallest, "at least 0")
+        require_count("smallest", smallest, 0)
         self.ends = [TopEigenvectors(k, **options), *([BottomEigenvectors(smallest, **options)] if smallest else [])]
 
     @property  # type: ignore[override]
@@ -114,6 +115,9 @@ class ExtremeEigenvectors(Basis):
     def state(self, value: dict[str, Any]) -> None:
         for i, end in enumerate(getattr(self, "ends", [])):
             end.state = value[str(i)]
+
+    def made_of(self) -> list[Any]:
+        return [type(self).__name__, *(end.made_of() for end in self.ends)]
 
     @property
     def values(self) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvspace.functional import Inputs, call
 from curvspace.losses import Loss
-from curvspace.optim.base import ModelOptimizer
+from curvspace.optim.base import ModelOptimizer, require
 
 LossLike = str | Loss | Callable[[Tensor, Tensor], Tensor]
 
@@ -36,7 +36,8 @@ class FirstOrder(ModelOptimizer):
     Raises
     ------
     ValueError
-        For an option that the class does not name (one swallowed by its ``**kwargs`` would have no effect).
+        For an option that the class does not name (one swallowed by its ``**kwargs`` would have no effect), and for a
+        ready optimiser that holds no trainable parameter of the model.
     """
 
     couples_parameters = False
@@ -58,6 +59,7 @@ class FirstOrder(ModelOptimizer):
         self.inner: Any = SimpleNamespace()  # takes the groups that the base class makes of the model's parameters
         super().__init__(model, inner.defaults, loss)
         self.inner = inner
+        require(bool(self._moved()), "optimizer", type(inner).__name__, "one that holds parameters of the model")
         self._closure = _needs_closure(inner)
         self._moded = inner if callable(getattr(inner, "train", None)) else None
         if self._moded:
@@ -131,6 +133,10 @@ class FirstOrder(ModelOptimizer):
         for p in self.model.parameters():
             (own if id(p) in held else others).append(p)
         return own, others
+
+    def _moved(self) -> list[Tensor]:
+        """The model's trainable parameters that the optimiser moves, in the model's order."""
+        return [p for p in self._parted()[0] if p.requires_grad]
 
     def _take(self) -> None:
         """The wrapped optimiser's own step, from the parameters' ``grad``."""

@@ -16,7 +16,11 @@ The optimiser goes on from g' as from any gradient; its momentum is not projecte
 
 from __future__ import annotations
 
+import math
+import operator
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,14 +28,16 @@ from torch import Tensor, nn
 
 from curvspace.curvature.class_gradients import class_gradients, number_of_classes, require_part_exact
 from curvspace.functional import Inputs, batch_size, flatten, select, trainable_parameters, unflatten
-from curvspace.optim.base import copied, require
+from curvspace.optim.base import copied, require, require_count, require_numbers
 from curvspace.optim.bases import Basis, ClassGradients, MeanDirections, PastUpdates, RandomDirections
 from curvspace.optim.first_order import FirstOrder, LossLike
-from curvspace.optim.mean_directions import joint_span
+from curvspace.optim.mean_directions import joint_span, transposed_groups
 from curvspace.optim.span import Span
 
 Kind = Literal["mean-directions", "class-gradients", "past-updates", "random-directions"]
 KINDS = get_args(Kind)
+Identity = tuple[Tensor, torch.Size, torch.dtype]
+"""A parameter as it was when it was filtered: cast to another type, it is another one."""
 
 
 class SpanFilter(FirstOrder):
@@ -104,17 +110,23 @@ class SpanFilter(FirstOrder):
         chosen: tuple[str, ...] = (spans,) if isinstance(spans, str) else tuple(spans)
         valid = bool(chosen) and set(chosen) <= set(KINDS) and len(set(chosen)) == len(chosen)
         require(valid, "spans", spans, f"one or several, each once, of {', '.join(KINDS)}")
+        require_numbers(gain=gain, beta=beta, gamma=gamma, fraction=fraction)
         require(0 <= gain <= 1, "gain", gain, "in [0, 1]")
         require(0 <= beta < 1, "beta", beta, "in [0, 1)")
-        require(refresh_every >= 1, "refresh_every", refresh_every, "at least 1")
+        require_count("refresh_every", refresh_every)
         require(0 < fraction <= 1, "fraction", fraction, "in (0, 1]")
+        require_count("num_classes", num_classes, optional=True)
+        if "past-updates" in chosen:
+            require_count("past_updates", past_updates)
         super().__init__(model, optimizer, loss)
         self.spans, self.gain, self.beta, self.fraction = chosen, gain, beta, fraction
         self.refresh_every, self.batch_norm = refresh_every, batch_norm
         self.num_classes = num_classes
         self._options = (gamma, past_updates, seed)
-        require(bool(self._filtered()), "optimizer", type(optimizer).__name__, "one that holds parameters of the model")
         self._log: dict[str, Any] = {}
+        self._evaluations: int | None = None
+        """How often the gradient has been filtered within the present step; None outside of one."""
+        optimizer.register_step_post_hook(partial(_note_step, weakref.ref(self)))
         self._start()
 
     def _start(self) -> None:
@@ -129,29 +141,35 @@ class SpanFilter(FirstOrder):
         self.span: Span | None = None
         """The span as it was last refreshed; None before the first call of :meth:`filter`."""
         self._calls = 0
-        self._space: list[tuple[Tensor, torch.Size]] | None = None
+        self._space: list[Identity] | None = None
         self._mean: dict[str, Tensor] = {}
         self._last: Tensor | None = None
+        self._known: list[Tensor] = []
+        self._transposed: dict[Tensor, int] = {}
 
     @torch.no_grad()
     def filter(self, inputs: Inputs | None = None, targets: Tensor | None = None) -> None:
         """Replace the parameters' ``.grad`` by g'. Class gradients need the minibatch, the other spans do not."""
-        parameters = self._filtered()
+        parameters = self._moved()
         gradients = [p.grad for p in parameters]
         if any(g is not None and g.is_sparse for g in gradients):
             raise ValueError("SpanFilter cannot filter sparse gradients; use sparse=False in the embedding")
         if self.spans == ("mean-directions",) and (self.gain == 0 or self.beta == 0):
-            self._centralise(gradients)
+            self._centralise(parameters, gradients)
             return
         present = [p if g is None else g for p, g in zip(parameters, gradients, strict=True)]
         dtype = torch.promote_types(present[0].dtype, torch.float32)
         whole = flatten(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))
         whole = whole.to(dtype)
-        self._enter_space(parameters)
-        self._note_update(parameters, dtype)
-        if self._calls % self.refresh_every == 0:
-            self._refresh(parameters, whole, inputs, targets)
-        self._calls += 1
+        again = bool(self._evaluations)
+        if not again:
+            self._enter_space(parameters)
+            self._note_update(parameters, dtype)
+            if self._calls % self.refresh_every == 0:
+                self._refresh(parameters, whole, inputs, targets)
+            self._calls += 1
+        if self._evaluations is not None:
+            self._evaluations += 1
         if self.span is None:  # no past update yet
             return
         coordinates = self.span.coordinates(whole)
@@ -159,16 +177,25 @@ class SpanFilter(FirstOrder):
         rest = whole - inner
         self._log = {"span_share": coordinates.square().sum() / whole.square().sum()}
         if self.gain > 0:
-            rest.add_(self._running(inner), alpha=self.gain)
+            rest.add_(self._running(inner, moves=not again), alpha=self.gain)
         pairs = zip(gradients, unflatten(rest, present), strict=True)
         written = [(g, new) for g, new in pairs if g is not None]
         torch._foreach_copy_([g for g, _ in written], [new for _, new in written])
 
     def step(self, inputs: Any = None, targets: Tensor | None = None) -> Any:  # type: ignore[override]
-        """``step(x, y)``: gradient, filter and step, returns the loss; ``step()``: the wrapped optimiser's step."""
-        if targets is None:
-            return self.inner.step(*([] if inputs is None else [inputs]))
-        return super().step(inputs, targets)
+        """``step(x, y)``: gradient, filter and step, returns the loss; ``step()``: the wrapped optimiser's step.
+
+        Of several evaluations in one step (``LBFGS``), also in ``step(closure)``, the first moves span and mean.
+        """
+        if targets is None and inputs is not None and not callable(inputs):
+            raise ValueError("step(inputs, targets) needs the targets; after filter(inputs, targets), call step()")
+        self._evaluations = 0
+        try:
+            if targets is None:
+                return self.inner.step(*([] if inputs is None else [inputs]))
+            return super().step(inputs, targets)
+        finally:
+            self._evaluations = None
 
     def log(self) -> dict[str, Any]:
         r"""``span_share``: :math:`|QQ^\top g|^2/|g|^2` (not for mean directions alone, which cost nothing)."""
@@ -179,37 +206,39 @@ class SpanFilter(FirstOrder):
         self.filter(inputs, targets)
         return loss
 
-    def _filtered(self) -> list[Tensor]:
-        """The model's trainable parameters that the optimiser moves, in the model's order."""
-        return [p for p in self._parted()[0] if p.requires_grad]
-
     def _enter_space(self, parameters: Sequence[Tensor]) -> None:
         """Begin anew where other parameters are filtered than at the last call: some were frozen, let loose, replaced.
 
         As many numbers are not the same space: a layer may have been frozen while another of its size was let loose.
         """
         known = self._space
-        self._space = [(p, p.shape) for p in parameters]
+        self._space = [(p, p.shape, p.dtype) for p in parameters]
         if known is not None and not _same(known, self._space):
             present = self._space
             self._start()
             self._space = present
 
-    def _centralise(self, gradients: Sequence[Tensor | None]) -> None:
+    def _centralise(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Mean directions alone, tensor by tensor."""
-        for g in gradients:
-            if g is not None and g.ndim > 1 and g[0].numel() > 1:
-                g.sub_(g.mean(tuple(range(1, g.ndim)), keepdim=True), alpha=1 - self.gain)
+        if len(self._known) != len(parameters) or any(map(operator.is_not, self._known, parameters)):
+            self._known, self._transposed = list(parameters), transposed_groups(self.model)
+        for p, g in zip(parameters, gradients, strict=True):
+            if g is None or g.ndim < 2:
+                continue
+            groups = self._transposed.get(p, 0)
+            part = g.unflatten(0, (groups, -1)) if groups else g
+            entries = (1, *range(3, part.ndim)) if groups else tuple(range(1, g.ndim))
+            if math.prod(part.shape[d] for d in entries) > 1:
+                part.sub_(part.mean(entries, keepdim=True), alpha=1 - self.gain)
 
     def _refresh(self, parameters: list[Tensor], whole: Tensor, inputs: Any, targets: Tensor | None) -> None:
         for basis in self.bases.values():
             if isinstance(basis, ClassGradients):
                 if targets is None:
                     raise ValueError("class gradients need the minibatch: call filter(inputs, targets)")
-                basis.average(*self._class_gradients(inputs, targets, whole.dtype))
+                basis.average(*_finite(*self._class_gradients(inputs, targets, whole.dtype)))
             elif isinstance(basis, MeanDirections):
-                basis.state = {"shapes": [list(p.shape) for p in parameters]}
-                basis.restore()
+                basis.lay_out(self.model, parameters)
             else:
                 basis._refresh(None, whole)  # type: ignore[arg-type]  # these look at no minibatch
         self._join()
@@ -243,7 +272,7 @@ class SpanFilter(FirstOrder):
             sums, counts = self.ranks.total([c * counts[:, None], counts])
             c = sums / counts.clamp_min(1)[:, None]
         everything = list(trainable_parameters(self.model).values())
-        kept = {id(p) for p in self._filtered()}
+        kept = {id(p) for p in self._moved()}
         if len(kept) < len(everything):
             columns = c.split([p.numel() for p in everything], dim=1)
             c = torch.cat([part for part, p in zip(columns, everything, strict=True) if id(p) in kept], dim=1)
@@ -256,13 +285,13 @@ class SpanFilter(FirstOrder):
             self.num_classes = number_of_classes(self.model, inputs)
         return self.num_classes
 
-    def _running(self, inner: Tensor) -> Tensor:
+    def _running(self, inner: Tensor, moves: bool) -> Tensor:
         """m: the part in the span, or its running mean, which takes finite values only (a scaler skips the others)."""
         if self.beta == 0:
             return inner
         if not self._mean:
             self._mean = {"sum": torch.zeros_like(inner), "weight": inner.new_zeros(())}
-        ok = torch.isfinite(inner).all()
+        ok = torch.isfinite(inner).all() & moves
         for name, value in (("sum", inner), ("weight", torch.ones_like(self._mean["weight"]))):
             new = self.beta * self._mean[name] + (1 - self.beta) * value
             self._mean[name] = torch.where(ok, new, self._mean[name])
@@ -277,6 +306,9 @@ class SpanFilter(FirstOrder):
         if self._last is not None:
             basis.record(self._last - now)
         self._last = now
+
+    def _made_of(self) -> dict[str, Any]:
+        return {**super()._made_of(), "spans": sorted(self.spans)}
 
     def _extra_state(self) -> dict[str, Any]:
         bases = {kind: copied(basis.state) for kind, basis in self.bases.items()}
@@ -293,29 +325,41 @@ class SpanFilter(FirstOrder):
         if self._space is None:
             return None
         positions = {id(p): i for i, p in enumerate(self.model.parameters())}
-        return [[positions.get(id(p), -1), list(shape)] for p, shape in self._space]
+        return [[positions.get(id(p), -1), list(shape)] for p, shape, _ in self._space]
 
-    def _at_positions(self, saved: list[Any] | None) -> list[tuple[Tensor, torch.Size]] | None:
+    def _at_positions(self, saved: list[Any] | None) -> list[Identity] | None:
         """Those of :meth:`_positions`; a parameter that is not there is like none of the model's."""
         if saved is None:
             return None
         parameters = dict(enumerate(self.model.parameters()))
-        return [(parameters.get(i, torch.empty(0)), torch.Size(shape)) for i, shape in saved]
+        found = [(parameters.get(i, torch.empty(0)), torch.Size(shape)) for i, shape in saved]
+        return [(p, shape, p.dtype) for p, shape in found]
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
-        device = self._filtered()[0].device
+        device = self._moved()[0].device
         self._calls, self._mean = state["calls"], copied(state["mean"], device)
         self._space = self._at_positions(state.get("space"))
         self._last = None if state["last"] is None else state["last"].to(device)
         for kind, basis in self.bases.items():
-            basis.state = copied(state["bases"][kind], device)
-            basis.restore()
+            basis.load(copied(state["bases"][kind], device))
         self._join()
 
 
-def _same(a: Sequence[tuple[Tensor, torch.Size]], b: Sequence[tuple[Tensor, torch.Size]]) -> bool:
-    """Whether both are the same parameters in the same shapes and order."""
-    return len(a) == len(b) and all(p is q and m == n for (p, m), (q, n) in zip(a, b, strict=True))
+def _finite(c: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """A minibatch with a gradient that is not finite counts as empty: a scaler skips its step, a mean would keep it."""
+    ok = torch.isfinite(c).all()
+    return torch.where(ok, c, torch.zeros_like(c)), counts * ok
+
+
+def _note_step(span: weakref.ref[SpanFilter], *_: object) -> None:
+    """A scheduler of the filter asks it whether a step was taken, which may have been the wrapped optimiser's own."""
+    if (known := span()) is not None:
+        known._opt_called = True  # type: ignore[attr-defined]  # torch's own flag
+
+
+def _same(a: Sequence[Identity], b: Sequence[Identity]) -> bool:
+    """Whether both are the same parameters in the same shapes, types and order."""
+    return len(a) == len(b) and all(p[0] is q[0] and p[1:] == q[1:] for p, q in zip(a, b, strict=True))
 
 
 def span_filter(
