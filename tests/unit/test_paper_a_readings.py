@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from curvspace.functional import parameter_vector
 from curvspace.optim import ClassGradients, DiagonalNewton, GradientDescent, SubspaceNewton, class_gradient_newton
 from curvspace.optim.span import ordered_span, sequential_span, symmetric_span
 
@@ -138,10 +139,19 @@ def test_the_readings_differ() -> None:
     assert min(distances) > 1e-6
 
 
-def test_a_running_average_follows_the_momentum_in_use() -> None:
-    model = network()
-    optimizer = class_gradient_newton(model, num_classes=C, momentum=0.5, dampening=None)
-    assert optimizer.param_groups[0]["dampening"] == 0.5
+@pytest.mark.parametrize("momentum_on", ["step", "cospace"])
+def test_a_running_average_follows_the_momentum_in_use(momentum_on: str) -> None:
+    """Also where a schedule has moved it: dampening None is as much as the momentum."""
+    results = []
+    for dampening in (None, 0.5):
+        optimizer = class_gradient_newton(
+            network(), num_classes=C, lr=0.01, momentum=0.9, dampening=dampening, damping=1.0, momentum_on=momentum_on
+        )
+        optimizer.param_groups[0]["momentum"] = 0.5
+        for x, y in minibatches():
+            optimizer.step(x, y)
+        results.append(parameter_vector(optimizer.model))
+    assert torch.equal(*results)
 
 
 def test_dampened_momentum_of_the_rule_outside_is_that_of_torch() -> None:

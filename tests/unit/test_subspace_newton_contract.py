@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
@@ -14,20 +15,28 @@ from curvspace.functional import flatten, parameter_vector
 from curvspace.optim import (
     Adam,
     ClassGradients,
+    CurveBall,
     DiagonalNewton,
     Drop,
     GradientDescent,
+    NegativeCurvature,
     PastUpdates,
     RandomDirections,
+    RayleighRitzNewton,
     Scale,
+    SpanFilter,
     SubspaceNewton,
+    bsfa,
     bulk_sgd,
     class_gradient_newton,
     dominant_sgd,
+    fosi,
+    gradient_centralisation,
     low_rank_newton,
     rayleigh_ritz_newton,
 )
 
+SPANS = ("class-gradients", "past-updates", "mean-directions")
 CONFIGURATIONS = {
     "paper A": lambda m: class_gradient_newton(m, C, damping=0.1),
     "ours": lambda m: rayleigh_ritz_newton(m, C, refresh_every=2, curvature_gamma=0.5),
@@ -59,6 +68,142 @@ def test_reload_continues_bit_for_bit(name: str, tmp_path) -> None:
         again.step(x, y)
     assert torch.equal(parameter_vector(model), parameter_vector(other))
     assert again.costs.products == optimizer.costs.products
+
+
+REWOUND = {
+    **CONFIGURATIONS,
+    "updates before the first refresh": lambda m: bsfa(m, 1, window=3, refresh_every=2),
+    "refreshed late": lambda m: fosi(m, 2, smallest=1, warmup=3, refresh_every=4),
+    "refreshed late, Adam": lambda m: fosi(m, 2, warmup=3, refresh_every=4, cospace="adam"),
+    "centred": lambda m: gradient_centralisation(m),
+    "filtered": lambda m: SpanFilter(torch.optim.SGD(m.parameters(), 0.1), m, C, gain=0.3, beta=0.5, spans=SPANS),
+    "filtered LBFGS": lambda m: SpanFilter(torch.optim.LBFGS(m.parameters(), 0.1, 2), m, C, spans="past-updates"),
+}
+
+
+@pytest.mark.parametrize("name", REWOUND)
+def test_a_state_from_before_the_first_refresh_goes_into_an_optimiser_with_a_span(name: str) -> None:
+    data, before = batches(5), 1 if "refresh" in name else 0
+    model = small_network()
+    optimizer = REWOUND[name](model)
+    for x, y in data[:before]:
+        optimizer.step(x, y)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    first = [float(optimizer.step(x, y)) for x, y in data[before:]]
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert [float(optimizer.step(x, y)) for x, y in data[before:]] == first
+
+
+OTHERS = {
+    "fewer directions": lambda m: low_rank_newton(m, 2),
+    "another basis": lambda m: class_gradient_newton(m, C),
+    "another rule": lambda m: bulk_sgd(m, 3),
+    "another shape": lambda m: low_rank_newton(linear_softmax(), 3),
+    "another type": lambda m: low_rank_newton(m.float(), 3),
+    "torch's own": lambda m: torch.optim.SGD(m.parameters(), lr=0.1),
+    "wrapped": lambda m: SpanFilter(torch.optim.SGD(m.parameters(), lr=0.1), m, C),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_states_of_other_optimisers_are_refused(name: str) -> None:
+    optimizer = low_rank_newton(small_network(), 3)
+    with pytest.raises(ValueError, match=r"this state dict is of another optimiser|this is no state dict of"):
+        optimizer.load_state_dict(OTHERS[name](small_network()).state_dict())
+
+
+def test_states_of_other_spans_are_refused_and_older_states_are_taken() -> None:
+    model = small_network()
+    one, other = (SpanFilter(torch.optim.SGD(model.parameters()), model, C, spans=s) for s in (SPANS[:1], SPANS[:2]))
+    saved = one.state_dict()
+    with pytest.raises(ValueError, match="its spans"):
+        other.load_state_dict(saved)
+    with pytest.raises(ValueError, match="lacks 'costs'"):
+        one.load_state_dict(one.inner.state_dict())
+    optimizer = rayleigh_ritz_newton(model, C, lr=0.2, cospace="adam")
+    saved = optimizer.state_dict()
+    del saved["made_of"]
+    for name in ("built_lr", "betas"):
+        del saved["param_groups"][0][name]
+    optimizer.load_state_dict(saved)
+    assert {**optimizer.defaults, "params": None} == {**optimizer.param_groups[0], "params": None}
+
+
+@pytest.mark.parametrize("name", ["paper A", "ours", "low rank", "CurveBall", "negative curvature"])
+def test_a_model_that_is_cast_after_steps_is_refused(name: str) -> None:
+    makers = {**CONFIGURATIONS, "CurveBall": CurveBall, "negative curvature": NegativeCurvature}
+    model = small_network(dtype=torch.float32)
+    optimizer = makers[name](model)
+    x, y = batches(1)[0]
+    optimizer.step(x.float(), y)
+    model.double()
+    with pytest.raises(ValueError, match=r"are torch.float64 on cpu now, but .* steps on torch.float32"):
+        optimizer.step(x, y)
+
+
+def plateau(optimizer: torch.optim.Optimizer) -> None:
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+    schedule.step(1.0)
+    schedule.step(1.0)
+
+
+def by_hand(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["lr"] *= 0.3
+
+
+MOVED = {
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.4, total_steps=20),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.4),
+    "plateau": plateau,
+    "by hand": by_hand,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("schedule", MOVED)
+@pytest.mark.parametrize("rule", ["diagonal", "Rayleigh-Ritz"])
+def test_the_newton_step_is_relative_to_the_rate_of_the_start(rule: str, schedule: str) -> None:
+    """Without a rule outside of the span the step is the rate's factor times that of an optimiser left alone."""
+    diagonal = functools.partial(DiagonalNewton, estimate="gauss-newton", damping=0.1)
+    inside = {"diagonal": diagonal, "Rayleigh-Ritz": RayleighRitzNewton}
+    x, y = batches(1)[0]
+    steps, rates = [], []
+    for move in (lambda o: None, MOVED[schedule]):
+        model = small_network()
+        optimizer = SubspaceNewton(model, ClassGradients(orthonormal=True), inside[rule](), Drop(0.1))
+        move(optimizer)
+        again = SubspaceNewton(model, ClassGradients(orthonormal=True), inside[rule](), Drop(0.7))
+        again.load_state_dict(optimizer.state_dict())  # with the rate that it was built with
+        rates.append(again.param_groups[0]["lr"])
+        start = parameter_vector(model)
+        again.step(x, y)
+        steps.append(parameter_vector(model) - start)
+    assert rates[0] == 0.1 != rates[1]
+    torch.testing.assert_close(steps[1], rates[1] / 0.1 * steps[0], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("cospace", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["ours", "fosi"])
+def test_a_schedule_of_the_momentum_reaches_every_part(kind: str, cospace: str) -> None:
+    """As an optimiser that was built with the momentum that the schedule begins with."""
+    makers = {
+        "ours": lambda m, mu: rayleigh_ritz_newton(m, C, 0.01, mu, cospace=cospace),
+        "fosi": lambda m, mu: fosi(m, 2, 0.01, mu, warmup=1, cospace=cospace),
+    }
+    ends = []
+    for built, scheduled in ((0.9, True), (0.6, False)):
+        model = small_network()
+        optimizer = makers[kind](model, built)
+        if scheduled:
+            torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, 0.25, total_steps=20, base_momentum=0.5, max_momentum=0.6, div_factor=25.0
+            )
+        for x, y in batches(4):
+            optimizer.step(x, y)
+        ends.append(parameter_vector(model))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-13)
 
 
 def test_state_dict_is_a_snapshot() -> None:

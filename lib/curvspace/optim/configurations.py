@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from curvspace.losses import Loss
-from curvspace.optim.base import require, require_flag
+from curvspace.optim.base import require, require_count, require_flag
 from curvspace.optim.bases import Basis, ClassGradients, Joint, PastUpdates
 from curvspace.optim.damping import AdaptiveDamping
 from curvspace.optim.drop import Drop
@@ -72,7 +72,7 @@ def class_gradient_newton(
         model,
         basis=ClassGradients(gamma, orthonormal, num_classes, batch_norm, algorithm, sequential, reduction),
         inside=DiagonalNewton(gamma, initial, estimate, damping, floor, trust_radius, fraction, scale),
-        outside=GradientDescent(lr, momentum, momentum if dampening is None else dampening),
+        outside=GradientDescent(lr, momentum, dampening),
         loss=loss,
         momentum_on=momentum_on,
         refresh_every=refresh_every,
@@ -109,7 +109,7 @@ def rayleigh_ritz_newton(
     (``momentum`` is then its :math:`\beta_1`); ``damping="adaptive"`` follows the Levenberg-Marquardt rule. The
     defaults are those of the tournament (A-X2): less damping lets through the noise of small minibatches.
     """
-    require(past_updates >= 0, "past_updates", past_updates, "at least 0")
+    require_count("past_updates", past_updates, 0)
     require(not isinstance(damping, str) or damping == "adaptive", "damping", damping, 'a number or "adaptive"')
     basis: Basis = ClassGradients(gamma, True, num_classes, batch_norm, algorithm)
     if past_updates:

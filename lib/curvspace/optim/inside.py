@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvspace.errors import refuse_old
-from curvspace.optim.base import require
+from curvspace.optim.base import require, require_numbers
 from curvspace.optim.bases import Observation
 from curvspace.optim.damping import AdaptiveDamping
 from curvspace.optim.minibatch import CURVATURES, Minibatch
@@ -50,10 +50,12 @@ class Inside:
 def scheduled(group: dict[str, Any]) -> float:
     r"""The present factor :math:`\eta/\eta_0` of a learning-rate schedule, which a Newton step shares; 1 without one.
 
-    A step with a length of its own would otherwise keep the minibatches' noise where the schedule is to end it.
+    :math:`\eta_0` is the rate that the optimiser was built with: schedulers write values of their own into
+    ``initial_lr``, or none. A step with a length of its own would otherwise keep the minibatches' noise where the
+    schedule is to end it.
     """
-    initial = group.get("initial_lr")
-    return group["lr"] / initial if initial else 1.0
+    built = group.get("built_lr")
+    return group["lr"] / built if built else 1.0
 
 
 class DiagonalNewton(Inside):
@@ -101,6 +103,7 @@ class DiagonalNewton(Inside):
     ):
         super().__init__()
         refuse_old({"initial=until seen": '"until-seen"', "initial=weighted": '"averaged"'}, initial=initial)
+        require_numbers(gamma=gamma, damping=damping, floor=floor, fraction=fraction)
         require(0 <= gamma < 1, "gamma", gamma, "in [0, 1)")
         require(scale == "lr" if isinstance(scale, str) else scale > 0, "scale", scale, 'positive, or "lr"')
         require(initial in INITIAL, "initial", initial, f"one of {', '.join(INITIAL)}")
@@ -186,6 +189,7 @@ class RayleighRitzNewton(Inside):
     ):
         super().__init__()
         require(isinstance(damping, AdaptiveDamping) or damping >= 0, "damping", damping, "at least 0, or adaptive")
+        require_numbers(scale=scale, fraction=fraction, gamma=gamma)
         require(scale > 0, "scale", scale, "positive")
         require(curvature in CURVATURES, "curvature", curvature, f"one of {', '.join(CURVATURES)}")
         require(0 < fraction <= 1, "fraction", fraction, "in (0, 1]")
@@ -259,20 +263,24 @@ class MomentumNewton(DiagonalNewton):
     .. math:: m \leftarrow \mu m + w\,QQ^\top g, \qquad s_k = \alpha\, q_k^\top m / |\lambda_k|
 
     with w = 1 (heavy ball) or, ``averaged``, :math:`1-\mu`. m is a vector of the whole space: what it holds outside a
-    new span waits, decaying, for a later one.
+    new span waits, decaying, for a later one. ``momentum=None``: :math:`\mu` is the param group's, its ``momentum`` or
+    the first of its ``betas``, which schedulers move.
     """
 
-    def __init__(self, scale: float = 0.1, momentum: float = 0.9, averaged: bool = False):
+    def __init__(self, scale: float = 0.1, momentum: float | None = 0.9, averaged: bool = False):
         super().__init__(gamma=0.0, scale=scale)
-        require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        require(momentum is None or 0 <= momentum < 1, "momentum", momentum, "in [0, 1), or None")
         self.momentum, self.averaged = momentum, averaged
 
     def coefficients(self, coordinates: Tensor, group: dict[str, Any]) -> Tensor:
-        new = (1 - self.momentum) * coordinates if self.averaged else coordinates
+        momentum = self.momentum
+        if momentum is None:
+            momentum = group["betas"][0] if "betas" in group else group["momentum"]
+        new = (1 - momentum) * coordinates if self.averaged else coordinates
         if "along" in self.state:
-            new = self.momentum * self.state["along"] + new
+            new = momentum * self.state["along"] + new
         if "waiting" in self.state:
-            self.state["waiting"] = self.momentum * self.state["waiting"]
+            self.state["waiting"] = momentum * self.state["waiting"]
         self.state["along"] = new
         return super().coefficients(new, group)
 
@@ -291,6 +299,7 @@ class Scale(Inside):
 
     def __init__(self, alpha: float | None = None, relative: float = 1.0):
         super().__init__()
+        require_numbers(relative=relative)
         require(alpha is None or alpha >= 0, "alpha", alpha, "at least 0, or None")
         require(relative >= 0, "relative", relative, "at least 0")
         self.alpha, self.relative = alpha, relative

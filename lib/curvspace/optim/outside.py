@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvspace.optim.base import require
+from curvspace.optim.base import require, require_numbers
 from curvspace.optim.span import Span
 
 
@@ -28,10 +28,11 @@ class Outside:
     whole = False
     proposed: Tensor | None = None
 
-    def __init__(self, lr: float, momentum: float = 0.0, dampening: float = 0.0):
+    def __init__(self, lr: float, momentum: float = 0.0, dampening: float | None = 0.0):
+        require_numbers(lr=lr, momentum=momentum)
         require(lr >= 0, "lr", lr, "at least 0")
         require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        require(0 <= dampening < 1, "dampening", dampening, "in [0, 1)")
+        require(dampening is None or 0 <= dampening < 1, "dampening", dampening, "in [0, 1), or None")
         self.defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "dampening": dampening}
         self.state: dict[str, Any] = {}
 
@@ -43,10 +44,16 @@ class Outside:
         """The basis has changed: what was gathered before may now lie in the span."""
 
 
+def incoming_weight(momentum: float, dampening: float | None) -> float:
+    r"""The weight :math:`1 - \tau` of what is new in a momentum; :math:`\tau = \mu` where it is None."""
+    return 1 - (momentum if dampening is None else dampening)
+
+
 class GradientDescent(Outside):
     r"""Gradient descent with momentum: :math:`b \leftarrow \mu b + (1 - \tau)\,g,\; d = \eta b`; b is g at first.
 
-    As in torch's SGD, the dampening :math:`\tau` is 0 for the heavy ball and :math:`\mu` for a running average.
+    As in torch's SGD, the dampening :math:`\tau` is 0 for the heavy ball and :math:`\mu` for a running average; None is
+    :math:`\mu` whatever a schedule makes of it.
 
     When an orthonormal basis moves, the part of b that lies in the new span is removed: momentum gathered in flat
     directions is not spent on sharp ones.
@@ -61,7 +68,7 @@ class GradientDescent(Outside):
         if buffer is None:
             buffer = self.state["momentum_buffer"] = gradient.clone()
         else:
-            buffer.mul_(group["momentum"]).add_(gradient, alpha=1 - group["dampening"])
+            buffer.mul_(group["momentum"]).add_(gradient, alpha=incoming_weight(group["momentum"], group["dampening"]))
         return group["lr"] * buffer
 
     def moved(self, span: Span) -> None:
@@ -74,17 +81,18 @@ class Adam(Outside):
     r"""Adam on the gradient outside the span; its step, which scales each coordinate, is projected out of it again.
 
     :math:`m \leftarrow \beta_1 m + (1-\beta_1) g,\; v \leftarrow \beta_2 v + (1-\beta_2) g^2,\;
-    d = (I - QQ^\top)\, \eta \hat m/(\sqrt{\hat v} + \epsilon)`.
+    d = (I - QQ^\top)\, \eta \hat m/(\sqrt{\hat v} + \epsilon)`. The betas stand in the param group, as in torch's.
     """
 
     def __init__(self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
         super().__init__(lr)
         require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
         require(eps > 0, "eps", eps, "positive")
-        self.betas, self.eps = tuple(betas), eps
+        self.defaults["betas"] = tuple(betas)
+        self.eps = eps
 
     def step(self, gradient: Tensor, group: dict[str, Any], span: Span | None) -> Tensor:
-        state, (beta1, beta2) = self.state, self.betas
+        state, (beta1, beta2) = self.state, group["betas"]
         if not state:
             state.update(steps=0, mean=torch.zeros_like(gradient), square=torch.zeros_like(gradient))
         state["steps"] += 1

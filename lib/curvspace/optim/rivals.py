@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvspace.optim.base import require
+from curvspace.optim.base import require, require_count
 from curvspace.optim.bases import MeanDirections, PrincipalUpdates
 from curvspace.optim.configurations import Cospace, LossLike, _outside
 from curvspace.optim.drop import Drop
@@ -51,14 +51,14 @@ def fosi(
     clip = (1.0 if cospace == "adam" else 3.0) if clip is None else clip
     warmup = refresh_every if warmup is None else warmup
     require(clip >= 1, "clip", clip, "at least 1")
-    require(warmup >= 1, "warmup", warmup, "at least 1")
+    require_count("warmup", warmup)
     basis = ExtremeEigenvectors(k, smallest, **options)
     factor = functools.partial(_spread, basis, clip)  # a copy of the optimiser has one on its own basis
 
     return SubspaceNewton(
         model,
         basis,
-        MomentumNewton(alpha, momentum, averaged=cospace == "adam"),
+        MomentumNewton(alpha, momentum=None, averaged=cospace == "adam"),
         Rescaled(_outside(cospace, lr, momentum), within=0.0, outside=factor),
         loss,
         refresh_every=refresh_every,

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from curvspace.functional import Inputs, add_to_parameters
 from curvspace.inner import norm
 from curvspace.losses import Loss
-from curvspace.optim.base import ModelOptimizer, copied, require
+from curvspace.optim.base import ModelOptimizer, copied, require, require_count
 from curvspace.optim.bases import Basis
 from curvspace.optim.damping import AdaptiveDamping
 from curvspace.optim.inside import Inside
 from curvspace.optim.minibatch import Minibatch
-from curvspace.optim.outside import Outside
+from curvspace.optim.outside import Outside, incoming_weight
 
 
 class SubspaceNewton(ModelOptimizer):
@@ -67,18 +67,26 @@ class SubspaceNewton(ModelOptimizer):
         first_refresh: int = 0,
     ):
         require(momentum_on in ("cospace", "step"), "momentum_on", momentum_on, '"cospace" or "step"')
-        require(refresh_every is None or refresh_every >= 1, "refresh_every", refresh_every, "at least 1")
-        require(first_refresh >= 0, "first_refresh", first_refresh, "at least 0")
+        require_count("refresh_every", refresh_every, optional=True)
+        require_count("first_refresh", first_refresh, 0)
         require(lr is None or lr >= 0, "lr", lr, "at least 0")
         if momentum_on == "step" and not outside.heavy_ball:
             raise ValueError(f"momentum_on='step' needs an outside rule with momentum, got {type(outside).__name__}")
-        super().__init__(model, {**outside.defaults, **({} if lr is None else {"lr": lr})}, loss)
+        defaults = {**outside.defaults, **({} if lr is None else {"lr": lr})}
+        super().__init__(model, {**defaults, "built_lr": float(defaults["lr"])}, loss)
         self.basis, self.inside, self.outside = basis, inside, outside
         self.momentum_on = momentum_on
         self.refresh_every = refresh_every or getattr(basis, "refresh_every", None) or 1
         self.first_refresh = first_refresh
         self._buffer: Tensor | None = None
         self._log: dict[str, Any] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A group that was saved before one of its entries was known has that of this optimiser."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         group = self.param_groups[0]
@@ -117,7 +125,7 @@ class SubspaceNewton(ModelOptimizer):
             taken = self._judge(batch, loss, coordinates, coefficients, inner)
             self._log = {"span_share": (coordinates / self.grad_norm).square().sum(), **self.inside.log()}
         if self.momentum_on == "step" and momentum > 0:
-            weight = 1 - group["dampening"]
+            weight = incoming_weight(momentum, group["dampening"])
             self._buffer = (
                 step.clone() if self._buffer is None else self._buffer.mul_(momentum).add_(step, alpha=weight)
             )
@@ -154,6 +162,10 @@ class SubspaceNewton(ModelOptimizer):
         """``span_share``: :math:`|Q^\\top g|^2/|g|^2` (above 1 is possible where Q is not orthonormal); damping."""
         return self._log
 
+    def _made_of(self) -> dict[str, Any]:
+        rules = {"inside": type(self.inside).__name__, "outside": type(self.outside).__name__}
+        return {**super()._made_of(), "basis": self.basis.made_of(), **rules, "type": str(self._trainable[0].dtype)}
+
     def _extra_state(self) -> dict[str, Any]:
         parts = {"basis": self.basis.state, "inside": self.inside.state, "outside": self.outside.state}
         damping = getattr(self.inside, "damping", None)
@@ -164,8 +176,8 @@ class SubspaceNewton(ModelOptimizer):
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         device = self.param_groups[0]["params"][0].device
         loaded = copied(state, device)
-        self.basis.state, self.inside.state, self.outside.state = (loaded[k] for k in ("basis", "inside", "outside"))
+        self.inside.state, self.outside.state = loaded["inside"], loaded["outside"]
         if "damping" in loaded:
             self.inside.damping.state = loaded["damping"]  # type: ignore[attr-defined]
         self._buffer = loaded["buffer"]
-        self.basis.restore()
+        self.basis.load(loaded["basis"])
