@@ -509,6 +509,7 @@ def test_misuse_is_named() -> None:
     backward(model, x, y)
     with pytest.raises(ValueError, match=r"call filter\(inputs, targets\)"):
         span.filter()
+    SpanFilter(sgd(other), other, C).filter(x, y)  # without a gradient there is nothing to filter
     with pytest.raises(ValueError, match=r"step\(inputs, targets\) needs the targets"):
         span.step(x)
     with pytest.raises(ValueError, match="integer targets"):

@@ -180,7 +180,8 @@ class SpanFilter(FirstOrder):
             rest.add_(self._running(inner, moves=not again), alpha=self.gain)
         pairs = zip(gradients, unflatten(rest, present), strict=True)
         written = [(g, new) for g, new in pairs if g is not None]
-        torch._foreach_copy_([g for g, _ in written], [new for _, new in written])
+        if written:
+            torch._foreach_copy_([g for g, _ in written], [new for _, new in written])
 
     def step(self, inputs: Any = None, targets: Tensor | None = None) -> Any:  # type: ignore[override]
         """``step(x, y)``: gradient, filter and step, returns the loss; ``step()``: the wrapped optimiser's step.
