@@ -119,7 +119,7 @@ def stability_limit(group: Mapping[str, Any]) -> float:
     :math:`2(1+\beta)` for the heavy ball, :math:`2(1+\beta)/(1+2\beta)` for Nesterov's momentum as torch has it; NaN
     for groups that say nothing of a momentum (Adam).
     """
-    if "momentum" not in group or group.get("dampening"):
+    if "momentum" not in group or group.get("dampening", 0) != 0:
         return float("nan")
     beta = float(group["momentum"])
     return 2 * (1 + beta) / ((1 + 2 * beta) if group.get("nesterov") else 1)
