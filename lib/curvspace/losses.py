@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -348,6 +349,22 @@ KNOWN: dict[str, type[KnownLoss]] = {
 }
 
 
+def options_of(loss: str | Loss | Callable[[Any, Any], Tensor]) -> list[Any]:
+    """What :func:`get_loss` and a loss's weights read of it, and may be replaced or overwritten later."""
+    if isinstance(loss, nn.Module):
+        return [getattr(loss, name, None) for name in ("weight", "pos_weight", *_PLAIN_OPTIONS)]
+    if isinstance(loss, functools.partial):
+        return list(loss.keywords.values())
+    return list(vars(getattr(loss, "_labels", loss)).values()) if isinstance(loss, Loss) else []
+
+
+def plain_globals(loss: Any) -> list[Any]:
+    """The numbers and words among the global variables that a callable's own code names."""
+    functions = [loss, *(getattr(type(loss), name, None) for name in ("forward", "__call__"))]
+    found = (f.__globals__.get(name) for f in functions if isinstance(f, FunctionType) for name in f.__code__.co_names)
+    return [value for value in found if isinstance(value, bool | int | float | str)]
+
+
 def get_loss(loss: str | Loss | Callable[[Any, Any], Tensor]) -> Loss:
     """A loss by name (the keys of ``KNOWN``), a :class:`Loss`, or any callable(outputs, targets) -> mean loss.
 
@@ -397,6 +414,8 @@ def _of_torch(loss: Callable[[Any, Any], Tensor]) -> Loss | None:
         return None
     return TorchLoss(loss, keywords.get("reduction", "mean"), name in _OVER_ENTRIES)
 
+
+_PLAIN_OPTIONS = ("ignore_index", "label_smoothing", "reduction")
 
 _OVER_ENTRIES = {
     *("L1Loss", "SmoothL1Loss", "HuberLoss", "PoissonNLLLoss", "GaussianNLLLoss", "KLDivLoss", "BCELoss", "MSELoss"),

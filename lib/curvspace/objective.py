@@ -35,8 +35,8 @@ from curvspace.curvature.operators import (
 from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, independent, within_memory
 from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
-from curvspace.functional import Batched, replayed_randomness, without_autocast, without_graph
-from curvspace.losses import Loss, get_loss
+from curvspace.functional import Batched, replayed_randomness, tensors_in, without_autocast, without_graph
+from curvspace.losses import Loss, get_loss, options_of, plain_globals
 from curvspace.outputs import output_tensors
 
 Result = TypeVar("Result")
@@ -104,7 +104,8 @@ class Objective:
         refuse_options("Objective", {"state": "batch_norm"}, old)
         self.model = model
         self.function = FrozenModel(model, batch_norm, dropout_seed, dtype, parameters)
-        self.loss_function = get_loss(loss)
+        self._loss = loss
+        self._loss_function = get_loss(loss)
         self.engine: Engine = engine
         self.memory_budget = memory_budget
         self.group = group
@@ -113,17 +114,12 @@ class Objective:
         self._fitting: int | None = None  # examples at a time that fitted, once memory has run out
         if isinstance(microbatch, int) and self.function.examples_interact:
             raise ValueError("microbatch would change batch statistics or dropout masks; pass smaller batches instead")
-        given = []
+        self._all = []
         for i, (x, y) in enumerate(as_pairs(batches)):
             size, flags = layout(i, x, y, batched)
-            given.append(Batch(x, y, self.loss_function.weight(y), i, size, flags))
-        self.num_examples = int(self._summed(self._scalar(sum(b.size for b in given))))
-        total = 1.0
-        if self.loss_function.reduction == "mean":
-            total = float(self._summed(self._scalar(sum(b.weight for b in given))))
-            if total == 0:
-                raise ValueError(f"{self.loss_function.name}: no target counts, all are ignored or have weight 0")
-        self._given = [replace(b, weight=b.weight / total) for b in given if b.weight]
+            self._all.append(Batch(x, y, 0.0, i, size, flags))
+        self.num_examples = int(self._summed(self._scalar(sum(b.size for b in self._all))))
+        self._weighed = (*self._weighed_for(), self._weigh(self._local_weights()))
         if batched is None:
             self._require_batches()
 
@@ -164,15 +160,64 @@ class Objective:
         """The same for whoever evaluates elsewhere: as given where the loss is any callable, tried here only."""
         return self.batches if all(self.loss_function.adds_up(b.targets) for b in self._given) else self._given
 
+    @property
+    def loss_function(self) -> Loss:
+        """The loss, of torch's modules with their present options."""
+        self._renew()
+        return self._loss_function
+
+    @property
+    def _given(self) -> list[Batch]:
+        """The batches that count, with weights that sum to 1 (over all ranks)."""
+        self._renew()
+        return self._weighed[2]
+
+    def _renew(self) -> None:
+        """The loss and the weights anew where targets were overwritten, or options of the loss."""
+        mark, held = self._weighed_for()
+        if mark == self._weighed[0]:
+            return
+        self._loss_function = get_loss(self._loss)
+        local = self._local_weights()
+        if local != self._weights and self.group is not None:  # the other ranks may not know
+            raise RuntimeError("the targets' weights have changed since this objective was made: make a new one")
+        given = self._weighed[2] if local == self._weights else self._weigh(local)
+        self._weighed = mark, held, given
+
+    def _weighed_for(self) -> tuple[Any, list[Any]]:
+        """What the weights were found for: objects and how often each was changed, and what keeps these objects."""
+        held = options_of(self._loss)
+        changes = [x._version for x in held if isinstance(x, Tensor) and not x.is_inference()]
+        return (
+            list(map(id, held)),
+            changes,
+            [[t._version for t in tensors_in(b.targets) if not t.is_inference()] for b in self._all],
+        ), held
+
+    def _local_weights(self) -> list[float]:
+        return [self._loss_function.weight(b.targets) for b in self._all]
+
+    def _weigh(self, weights: list[float]) -> list[Batch]:
+        self._weights, self._parts = weights, None
+        loss = self._loss_function
+        total = 1.0
+        if loss.reduction == "mean":
+            total = float(self._summed(self._scalar(sum(weights))))
+            if total == 0:
+                raise ValueError(f"{loss.name}: no target counts, all are ignored or have weight 0")
+        return [replace(b, weight=w / total) for b, w in zip(self._all, weights, strict=True) if w]
+
     def _cut_for(self) -> Any:
         """What the parts are found for: equal where they still make the same function. None: try each time."""
         if not self._may_be_cut():
             return ()
         batch = max(self._given, key=lambda b: b.size)
-        model = fingerprint(self.function.model, self.function.names, batch.inputs, batch.flags)
-        if model is None or all(self.loss_function.adds_up(b.targets) for b in self._given):
-            return model
-        return model, values_mark(self.function.originals())
+        known = all(self.loss_function.adds_up(b.targets) for b in self._given)
+        called_with = batch.inputs if known else (batch.inputs, self._loss, plain_globals(self._loss))
+        held = fingerprint(self.function.model, self.function.names, called_with, batch.flags)
+        if held is None or known:
+            return held
+        return held, values_mark(self.function.originals())
 
     def _may_be_cut(self) -> bool:
         largest = max((b.size for b in self._given), default=0)
@@ -261,8 +306,7 @@ class Objective:
         parts = self._apart()
         options = (self.engine, self.memory_budget, self.group)
         operator = EmpiricalFisherOperator(self._point(), parts, *options, examples=self.num_examples)
-        operator.given = self._apart
-        return operator
+        return self._following(operator, self._apart)
 
     def _apart(self) -> list[Batch]:
         """The batches, where the model and the loss treat examples one by one; tried on some of them."""
@@ -294,9 +338,20 @@ class Objective:
             groups.setdefault(".".join(path if depth is None else path[:depth]), []).append(name)
         return {block: self.part([glob.escape(name) for name in names]) for block, names in groups.items()}
 
-    def _following(self, operator: Operator) -> Operator:
-        """The operator, which at a refresh cuts the batches as this objective then does."""
-        operator.given = lambda: self.batches
+    def _following(self, operator: Operator, batches: Callable[[], list[Batch]] | None = None) -> Operator:
+        """The operator, which a refresh gives this objective's loss and batches, weighed and cut, as they then are."""
+        weights = [b.weight for b in operator.batches]
+
+        def present() -> list[Batch]:
+            nonlocal weights
+            found = self.batches if batches is None else batches()
+            operator.point = replace(operator.point, loss=self.loss_function)
+            if [b.weight for b in found] != weights:
+                weights = [b.weight for b in found]
+                operator._take(found)
+            return found
+
+        operator.given = present
         return operator
 
     def _point(self) -> Point:

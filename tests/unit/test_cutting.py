@@ -556,3 +556,46 @@ def test_only_tensors_are_named_as_the_batch_and_what_is_no_example_does_not_mat
         Objective(model, ((x, LENGTHS), y), batched=[0, 1])
     for more in ([2, 3], "a" * 40, [x] * 40, np.array(3), None):
         assert splits_exactly(model, (x, more), y)
+
+
+class _Spread:
+    """Of all outputs together a term that is switched on later."""
+
+    share = 0.0
+
+    def __call__(self, z, y):
+        p = z.softmax(1).mean(0)
+        return F.cross_entropy(z, y) + self.share * (p * p.log()).sum()
+
+
+class _SpreadModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("share", torch.zeros(()))
+
+    def forward(self, z, y):
+        p = z.softmax(1).mean(0)
+        return F.cross_entropy(z, y) + self.share * (p * p.log()).sum()
+
+
+def _of_a_global(z, y):
+    p = z.softmax(1).mean(0)
+    return F.cross_entropy(z, y) + SHARE * (p * p.log()).sum()
+
+
+SHARE = 0.0
+
+
+@pytest.mark.parametrize("kind", ["object", "function with one", "buffer", "global"])
+def test_a_loss_that_joins_examples_later_is_noticed(kind, monkeypatch):
+    term = _SpreadModule() if kind == "buffer" else _Spread()
+    loss = {"function with one": lambda z, y: term(z, y), "global": _of_a_global}.get(kind, term)
+    model, (x, y) = _mlp(), _sorted_batch(40)
+    objective = Objective(model, (x, y), loss, microbatch=10)
+    assert objective.loss() == pytest.approx(loss(model(x), y).item())
+    if kind == "buffer":
+        term.share.fill_(1)
+    term.share = term.share if kind == "buffer" else 1.0
+    monkeypatch.setitem(globals(), "SHARE", 1.0)
+    with pytest.raises(ValueError, match="would change the function"):
+        objective.loss()

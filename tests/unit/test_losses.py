@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvspace import Objective
+from curvspace.functional import flatten
 from curvspace.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError, SquaredError, TorchLoss, get_loss
 from curvspace.outputs import logits, pack
 
@@ -296,3 +297,41 @@ def test_outputs_of_several_tensors_are_packed_and_unpacked():
     assert torch.equal(again["a"], 2 * outputs["a"])
     assert torch.equal(again["b"][0], 2 * outputs["b"][0])
     assert again["b"][1] is outputs["b"][1]
+
+
+def _overwrite(loss, y, z):
+    y[:8] = -1
+    z[:] = 2
+
+
+def _replace(loss, y, z):
+    loss.weight = torch.tensor([1.0, 1.0, 100.0]).double()
+
+
+def _scale(loss, y, z):
+    loss.weight[2] = 100.0
+
+
+def _ignore(loss, y, z):
+    loss.ignore_index = 2
+
+
+@pytest.mark.parametrize("change", [_overwrite, _replace, _scale, _ignore])
+@pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.NLLLoss])
+def test_targets_and_options_that_change_later_count(change, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1)).double()
+    x, y = torch.randn(20, 4).double(), torch.randint(3, (20,))
+    loss = kind(weight=torch.tensor([1.0, 5.0, 20.0]).double(), ignore_index=-1)
+    parts = [(x[:10], y[:10]), (x[10:], y[10:])]
+    objective = Objective(model, parts, loss)
+    hessian = objective.hessian()
+    objective.loss()
+    change(loss, parts[0][1], parts[1][1])
+    value = loss(model(x), y)
+    gradient = flatten(torch.autograd.grad(value, list(model.parameters())))
+    assert objective.loss() == pytest.approx(value.item())
+    torch.testing.assert_close(objective.gradient(), gradient)
+    hessian.refresh()
+    v = torch.ones(objective.num_parameters).double()
+    torch.testing.assert_close(hessian @ v, Objective(model, [(x, y)], loss).hessian() @ v)
