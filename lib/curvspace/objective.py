@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.batches import as_pairs, could_be_one_example, layout, one_example
+from curvspace.curvature.derivatives import compare_derivatives
 from curvspace.curvature.differences import DifferenceHessianOperator
 from curvspace.curvature.fingerprint import fingerprint, values_mark
 from curvspace.curvature.fisher import EmpiricalFisherOperator
@@ -405,6 +406,7 @@ class Objective:
             _require_same(a, b, type(self.function.model).__name__, f"{batch.size} examples of batch 0")
         if not self.loss_function.closed_form:
             self._within_memory(self._require_deterministic_loss)
+        compare_derivatives(self.function, self.loss_function, self._given[0])
 
     def _require_deterministic_loss(self, batches: list[Batch]) -> None:
         """Evaluate the loss twice on the same outputs: of all the first batch, as it may be no mean of parts."""

@@ -693,3 +693,87 @@ def test_a_scripted_model_is_refused(kind):
         Objective(model, [(x, y)])
     with pytest.raises(TypeError, match=message):
         class_gradients(model, x, y, 3)
+
+
+# Whether autograd's gradient is the loss's derivative
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+def _clipped(h):
+    h.register_hook(lambda g: g.clamp(-0.01, 0.01))
+    return h
+
+
+def _shut(h):
+    with torch.no_grad():
+        return h.tanh()
+
+
+class _Middle(nn.Module):
+    def __init__(self, f, size: int = 5):
+        super().__init__()
+        self.first, self.f, self.last = nn.Linear(4, size), f, nn.Linear(size, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.f(self.first(x))))
+
+
+OWN_DERIVATIVES = {
+    "reversed": _Reversed.apply,
+    "detached norm": lambda h: h / h.detach().norm(dim=1, keepdim=True),
+    "straight through": lambda h: h + (h.round() - h).detach(),
+    "hook": _clipped,
+    "no_grad": _shut,
+}
+HONEST = {
+    "smooth": torch.sin,
+    "kinks": F.relu,
+    "jumps": lambda h: h * (h > 0.3),
+    "rounded": lambda h: h.float().double(),
+}
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton", "empirical_fisher"])
+@pytest.mark.parametrize("name", [*OWN_DERIVATIVES, *HONEST])
+def test_a_gradient_that_is_no_derivative_is_said_once(name, matrix):
+    torch.manual_seed(0)
+    model = _Middle((OWN_DERIVATIVES | HONEST)[name]).double()
+    objective = Objective(model, [_batch()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        getattr(objective, matrix)(), getattr(objective, matrix)()
+    assert sum("not the derivative of the loss" in str(w.message) for w in caught) == (name in OWN_DERIVATIVES)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"scale_grad_by_freq": True}, "scale_grad_by_freq"), ({"max_norm": 0.5}, "max_norm"), ({"padding_idx": 0}, None)],
+)
+def test_embeddings_whose_gradient_is_no_derivative(options, said):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, **options), nn.Flatten(), nn.Linear(9, 3)).double()
+    batch = torch.tensor([[1, 1, 1], [1, 2, 3], [0, 1, 4], [2, 2, 0]]), torch.tensor([0, 1, 2, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Objective(model, [batch], parameters="2.*").hessian()
+        if said is None:
+            Objective(model, [batch]).hessian()
+            return
+        with pytest.raises(ValueError, match=f"the embedding '0' has {said}"):
+            Objective(model, [batch]).hessian()
+
+
+def test_two_parameters_in_one_memory_are_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model[2].weight = nn.Parameter(model[0].weight.data)
+    with pytest.warns(RuntimeWarning, match=r"'0.weight' and '2.weight' lie in the same memory"):
+        Objective(model, [_batch()]).hessian()
