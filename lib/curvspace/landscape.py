@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from curvspace.curvature.linearisation import Point
+from curvspace.curvature.memory import is_out_of_memory
 from curvspace.functional import flatten, map_tensors, unflatten, without_graph
 from curvspace.inner import inner, norm
 from curvspace.losses import Loss
@@ -64,7 +65,7 @@ class LossScanner:
         self.origin_loss = float(self.along(torch.zeros_like(self.origin), [0.0])[0])
         # Measured against float64, a float32 network's mean loss errs by about 0.1 eps; twenty times that is safe.
         # Where the loss itself is in float32, its mean adds some eps.
-        self.resolution = (2 if exact else 20) * torch.finfo(self.origin.dtype).eps * max(self.origin_loss, 1e-3)
+        self.resolution = (2 if exact else 20) * torch.finfo(self.origin.dtype).eps * max(abs(self.origin_loss), 1e-3)
 
     @property
     def evaluations_per_second(self) -> float:
@@ -78,9 +79,11 @@ class LossScanner:
     @torch.no_grad()
     def _along(self, origin: Tensor, direction: Tensor, t: Sequence[float] | Floats) -> Floats:
         start = time.perf_counter()
-        points = [float(value) for value in t]
+        if direction.shape != origin.shape:
+            raise ValueError(f"a direction must have shape {tuple(origin.shape)}, got {tuple(direction.shape)}")
+        points = [float(value) for value in np.atleast_1d(t)]
         if self.method == "vmap":
-            losses = torch.cat([self._many(origin, direction, part) for part in _chunks(points, self.chunk)])
+            losses = torch.cat([self._together(origin, direction, part) for part in _chunks(points, self.chunk)])
         else:
             losses = torch.stack([self._one(origin + value * direction) for value in points])
         result = losses.cpu().numpy()
@@ -98,6 +101,15 @@ class LossScanner:
         for b in self._batches:
             total = total + b.weight * without_graph(partial(point.value, b)).double()
         return total
+
+    def _together(self, origin: Tensor, direction: Tensor, t: Sequence[float]) -> Tensor:
+        try:
+            return self._many(origin, direction, t)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            name = type(self.objective.model).__name__
+            raise RuntimeError(f'torch.func.vmap cannot evaluate {name}: take method="loop" ({error})') from error
 
     def _many(self, origin: Tensor, direction: Tensor, t: Sequence[float]) -> Tensor:
         steps = torch.tensor(t, dtype=origin.dtype, device=origin.device)
@@ -160,7 +172,7 @@ class QuadraticFit:
 
 def fit_quadratic(scanner: LossScanner, direction: Tensor, radius: float, points: int = 11) -> QuadraticFit:
     """A parabola through the loss at equally spaced points with |t| ≤ radius (paper D, fig. 4)."""
-    if radius == 0:
+    if radius == 0 or not np.isfinite(scanner.origin_loss):
         return QuadraticFit(np.nan, np.nan, 0.0, False)
     x = np.linspace(-1.0, 1.0, points)  # the fit in units of the radius is well conditioned at any scale
     change = scanner.along(direction, radius * x) - scanner.origin_loss
@@ -207,6 +219,8 @@ def line_search(
     """
     if not 0 < smallest < radius:
         raise ValueError(f"smallest must lie between 0 and the radius {radius}, got {smallest}")
+    if not np.isfinite(scanner.origin_loss):
+        raise ValueError(f"a line search needs a finite loss to start from, got {scanner.origin_loss} at the origin")
     start = scanner.evaluations
     grid = search_grid(radius, points, smallest)
     losses = np.full_like(grid, np.nan)
@@ -226,7 +240,8 @@ def _refine(f: Callable[[float], float], grid: Floats, losses: Floats, best: int
     """Brent's method within the grid points beside the best one; the better of its answer and the grid's."""
     low, middle, high = grid[best - 1 : best + 2]
     options: dict[str, Any] = {"bounds": (low, high), "method": "bounded", "options": {"xatol": tol * abs(middle)}}
-    if losses[best] < min(losses[best - 1], losses[best + 1]):
+    beside = losses[best - 1], losses[best + 1]
+    if np.isfinite(beside).all() and losses[best] < min(beside):
         options = {"bracket": (low, middle, high), "method": "brent", "options": {"xtol": tol}}
     found = minimize_scalar(f, **options)
     if found.fun < losses[best]:

@@ -155,3 +155,40 @@ def test_losses_that_read_parameters_or_hold_tensors_of_the_networks_type():
         for p in model.parameters():
             p.add_(0.1)
     assert there == pytest.approx(loss(model(x), y).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, -3.0, -1000.0])
+def test_what_is_rounding_below_zero_too(offset):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    x, y = torch.randn(40, 4), torch.randint(3, (40,))
+    loss = lambda z, t: nn.functional.cross_entropy(z, t) + offset  # noqa: E731
+    scanner = LossScanner(Objective(model, (x, y), loss))
+    direction = torch.zeros_like(scanner.origin)
+    direction[-3:] = 3**-0.5  # a constant that is added to all logits changes nothing
+    assert not line_search(scanner, direction, 1.0).improves
+
+
+@pytest.mark.parametrize("shift", [-0.5, -1e3])
+def test_a_loss_that_is_no_number_at_the_origin(shift):
+    model = nn.Linear(4, 3)
+    objective = Objective(
+        model, (torch.ones(5, 4), torch.arange(5) % 3), lambda z, t: (z.square().mean() * 0 + shift).log()
+    )
+    scanner = LossScanner(objective)
+    direction = torch.ones_like(scanner.origin) / 15**0.5
+    with pytest.raises(ValueError, match="needs a finite loss"):
+        line_search(scanner, direction, 1.0)
+    assert not fit_quadratic(scanner, direction, 1.0).resolved
+
+
+def test_what_vmap_cannot_do_is_said():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    with pytest.raises(RuntimeError, match='vmap cannot evaluate Sequential: take method="loop"'):
+        LossScanner(Objective(model, (torch.randn(5, 4), torch.arange(5) % 3)), "vmap")
+
+
+def test_a_direction_of_another_length():
+    scanner = LossScanner(Objective(nn.Linear(4, 3), (torch.randn(5, 4), torch.arange(5) % 3)))
+    with pytest.raises(ValueError, match=r"must have shape \(15,\)"):
+        scanner.along(torch.ones(14), [0.0])
