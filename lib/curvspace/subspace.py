@@ -20,9 +20,9 @@ def orthonormal_basis(V: Tensor, tol: float | None = None) -> Tensor:
 
     Directions with a singular value below ``tol`` of the largest are dropped; the default, :math:`100 k \epsilon`, is
     what rounding the entries can bring about, whatever P is. A matrix that is orthonormal already is returned as it is.
+    Entries of 16 bits are computed with, and returned, in float32.
     """
-    if V.ndim != 2:
-        raise ValueError(f"a basis has shape (P, k), got {tuple(V.shape)}")
+    V = _basis(V)
     if V.shape[1] == 0:  # the empty span, in which nothing lies
         return V
     eps = torch.finfo(V.dtype).eps
@@ -37,13 +37,14 @@ def orthonormal_basis(V: Tensor, tol: float | None = None) -> Tensor:
 
 def gradient_fraction(g: Tensor, Q: Tensor) -> float:
     r""":math:`|Q^\top g|^2/|g|^2`, the share of g inside span(Q) (paper B, eq. 2). By chance: k/P."""
-    q = orthonormal_basis(Q).to(g.dtype)
-    return float((inner(q, g) / norm(g)).square().sum())
+    q, v = _like_typed(orthonormal_basis(Q), _in_range(_resolved(g)))
+    return float((inner(q, v) / norm(v)).square().sum())
 
 
 def hessian_gradient_overlap(g: Tensor, Hg: Tensor) -> float:
     r""":math:`g^\top H g/(|g||Hg|)`: 1 when the gradient is an eigenvector (paper B, eq. 3)."""
-    return float(inner(g / norm(g), Hg / norm(Hg)))
+    a, b = _like_typed(_in_range(_resolved(g)), _in_range(_resolved(Hg)))
+    return float(inner(a / norm(a), b / norm(b)))
 
 
 def subspace_overlap(Q1: Tensor, Q2: Tensor) -> float:
@@ -51,7 +52,7 @@ def subspace_overlap(Q1: Tensor, Q2: Tensor) -> float:
 
     By chance :math:`\sqrt{k_1k_2}/P`: see :func:`null_overlap`.
     """
-    q1, q2 = orthonormal_basis(Q1), orthonormal_basis(Q2)
+    q1, q2 = _like_typed(orthonormal_basis(Q1), orthonormal_basis(Q2))
     return float(inner(q1, q2).square().sum() / (q1.shape[1] * q2.shape[1]) ** 0.5)
 
 
@@ -65,7 +66,7 @@ def principal_angles(Q1: Tensor, Q2: Tensor) -> Tensor:
 
     Cosines of small angles lose half of the digits, so those come from the sines (Björck and Golub, 1973).
     """
-    q1, q2 = orthonormal_basis(Q1), orthonormal_basis(Q2)
+    q1, q2 = _like_typed(orthonormal_basis(Q1), orthonormal_basis(Q2))
     if q1.shape[1] < q2.shape[1]:
         q1, q2 = q2, q1
     cross = inner(q1, q2)
@@ -87,7 +88,7 @@ def union_rank(V: Tensor, E: Tensor, tol: float = 1e-3) -> UnionRank:
     Singular values above ``tol`` times the largest count. The whole profile is returned: the rank of noisy vectors
     is a statement about the tolerance.
     """
-    s = _left_singular(torch.cat([_unit(V), _unit(E)], dim=1))[1]
+    s = _left_singular(torch.cat(_like_typed(_unit(_basis(V)), _unit(_basis(E))), dim=1))[1]
     return UnionRank(int((s > tol * s[0]).sum()), s)
 
 
@@ -118,12 +119,44 @@ def cosine_assignment(V: Tensor, E: Tensor, null_samples: int = 0, seed: int = 0
 
 
 def _cosines(V: Tensor, E: Tensor) -> Tensor:
-    return inner(_unit(V), _unit(E)).abs()
+    return inner(*_like_typed(_unit(_basis(V)), _unit(_basis(E)))).abs()
+
+
+def _basis(V: Tensor) -> Tensor:
+    if V.ndim != 2:
+        raise ValueError(f"a basis has shape (P, k), got {tuple(V.shape)}")
+    return _resolved(V)
+
+
+def _resolved(V: Tensor) -> Tensor:
+    """In a type that resolves a sum of squares: float32 at least."""
+    if V.is_complex():
+        raise ValueError(f"directions must be real, got {V.dtype}")
+    return V.to(torch.promote_types(V.dtype, torch.float32))
+
+
+def _like_typed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider type of the two."""
+    if len(a) != len(b):
+        raise ValueError(f"both must have as many rows: got shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
 
 
 def _unit(V: Tensor) -> Tensor:
     """The columns at unit length; a zero column stays."""
+    V = _in_range(V)
     return V / norm(V).clamp_min(torch.finfo(V.dtype).tiny)
+
+
+def _in_range(V: Tensor) -> Tensor:
+    """Columns times powers of two, where their squares would not be in the range of the type."""
+    info = torch.finfo(V.dtype)
+    lengths = norm(V)
+    if ((lengths > info.tiny**0.5 / info.eps) & (lengths < info.max**0.5 * info.eps)).all() or not V.isfinite().all():
+        return V
+    largest = V.abs().amax(0).clamp_min(info.tiny)
+    return V / torch.exp2(torch.floor(torch.log2(largest)))
 
 
 def _left_singular(V: Tensor) -> tuple[Tensor, Tensor]:

@@ -276,3 +276,23 @@ def test_wandb_offline(tmp_path: Path, monkeypatch):
         assert summary["curvature/sharpness"] == pytest.approx(row["sharpness"])
     assert wandb.run is None
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_a_network_that_died_is_followed_on():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3, bias=False))
+    monitor = CurvatureMonitor(model, [(torch.randn(30, 4), torch.arange(30) % 3)], k=2, num_classes=3, share=None)
+    monitor(0)
+    nn.init.constant_(model[0].bias, -100)
+    row = monitor(1)
+    assert row["gradient_norm"] == 0
+    assert math.isnan(row["f_class"])
+
+
+def test_a_budget_of_fewer_products_than_eigenvalues():
+    torch.manual_seed(0)
+    batch = torch.randn(30, 4), torch.arange(30) % 3
+    row = CurvatureMonitor(nn.Linear(4, 3), [batch], k=3, max_products=1).measure(0)
+    assert math.isfinite(row["sharpness"])
+    assert math.isnan(row["eigenvalue_3"])
+    assert not row["converged"]

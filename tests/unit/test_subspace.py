@@ -84,3 +84,27 @@ def test_cosine_assignment():
     assert found.mean == pytest.approx(1)
     assert 0.05 < found.null < 0.5
     assert cosine_assignment(_random(40, 4), E).columns.eq(-1).sum() == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-24, 1e-38, 1e30])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.float64, torch.float32), (torch.float32, torch.float64)]
+)
+def test_the_share_of_a_gradient_of_any_size_and_type(scale, dtypes):
+    torch.manual_seed(0)
+    g, Q = torch.randn(200).double(), torch.randn(200, 3).double()
+    q = torch.linalg.qr(Q)[0]
+    expected = float((q.T @ g).square().sum() / g.square().sum())
+    assert gradient_fraction((g * scale).to(dtypes[0]), Q.to(dtypes[1])) == pytest.approx(expected, rel=1e-4)
+    assert gradient_fraction(g.to(dtypes[0]), (scale * Q).to(dtypes[1])) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_measures_of_16_bits_are_those_of_their_values(dtype):
+    torch.manual_seed(0)
+    g, Q, E = (torch.randn(200, k).to(dtype) for k in (1, 3, 4))
+    wide = [x.double() for x in (g[:, 0], Q, E)]
+    assert gradient_fraction(g[:, 0], Q) == pytest.approx(gradient_fraction(wide[0], wide[1]), rel=1e-4)
+    assert subspace_overlap(Q, E) == pytest.approx(subspace_overlap(*wide[1:]), rel=1e-4)
+    torch.testing.assert_close(principal_angles(Q, E).double(), principal_angles(*wide[1:]), rtol=1e-4, atol=1e-4)
+    assert orthonormal_basis(Q).shape == (200, 3)

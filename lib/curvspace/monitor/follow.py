@@ -140,7 +140,7 @@ class CurvatureMonitor:
             return None
         try:
             return self.measure(step)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # training goes on, whatever the model raises
             if not self.rows:
                 raise
             warnings.warn(f"step {step}: curvature was not measured: {error}", RuntimeWarning, stacklevel=2)
@@ -256,10 +256,10 @@ class CurvatureMonitor:
 
     def _spectrum(self, pairs: EigenPairs) -> dict[str, float]:
         return {
-            **dict(zip(self._eigenvalue_names, pairs.values.tolist(), strict=True)),
+            **dict(zip(self._eigenvalue_names, pairs.values.tolist(), strict=False)),  # fewer at the end of a budget
             "residual_max": float(pairs.residuals.max()),
             "converged": float(pairs.converged),
-            "f_chance": self.k / self._objective.num_parameters,
+            "f_chance": len(pairs.values) / self._objective.num_parameters,
         }
 
     def _class_columns(self, gradient: Tensor, top: Tensor) -> dict[str, float]:
@@ -272,6 +272,8 @@ class CurvatureMonitor:
             total += c[:, followed] * counts[:, None].to(c)
         present = total.abs().amax(1) > 0
         span = orthonormal_basis(total[present].T)
+        if span.shape[1] == 0:  # no class moves the model, or all is not a number
+            return {}
         angles = torch.rad2deg(principal_angles(span, top))
         return {
             "f_class": gradient_fraction(gradient, span),
