@@ -9,13 +9,17 @@ their mean divides by (labels that count, class weights, entries). Then L is the
 from __future__ import annotations
 
 import copy
+import fnmatch
 import glob
+import pickle
+import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +49,10 @@ Operator = TypeVar("Operator", bound=CurvatureOperator)
 
 SPLIT_ABOVE = 256
 """Batches up to this size are never cut for the processor's caches: finding the best size would not pay."""
+
+
+SEEDS = 32
+"""Draws on which a model that draws is tried: what they do not change may be drawn."""
 
 
 class Objective:
@@ -104,7 +112,9 @@ class Objective:
     ):
         refuse_options("Objective", {"state": "batch_norm"}, old)
         self.model = model
-        self.function = FrozenModel(model, batch_norm, dropout_seed, dtype, parameters)
+        self.function = FrozenModel(model, batch_norm, dropout_seed, dtype)
+        if parameters is not None:
+            self.function = self.function.restricted(_untied(self.function, parameters))
         self._loss = loss
         self._loss_function = get_loss(loss)
         self.engine: Engine = engine
@@ -313,7 +323,10 @@ class Objective:
         """The batches, where the model and the loss treat examples one by one; tried on some of them."""
         some = [b.examples(torch.linspace(0, b.size - 1, min(b.size, 64)).long()) for b in self._given]
         if cut(self._point(), some, 1) is None:
-            raise ValueError("the empirical Fisher matrix needs a model and a loss that treat examples one by one")
+            raise ValueError(
+                "the empirical Fisher matrix needs a model and a loss that treat examples one by one, with outputs in "
+                "one tensor with one row an example"
+            )
         return self.batches
 
     def hessian_by_differences(self, step: float | None = None) -> DifferenceHessianOperator:
@@ -325,7 +338,7 @@ class Objective:
     def part(self, parameters: str | Sequence[str]) -> Objective:
         """The same loss as a function of some of the parameters, by name or pattern (``"head.*"``)."""
         other = copy.copy(self)
-        other.function = self.function.restricted(parameters)
+        other.function = self.function.restricted(_untied(self.function, parameters))
         return other
 
     def layers(self, depth: int | None = None) -> dict[str, Objective]:
@@ -401,9 +414,10 @@ class Objective:
         if batch.size > SAMPLE and independent(self.function, batch.inputs, batch.size, batch.flags):
             batch = batch.examples(slice(0, SAMPLE // 2))
         point = self._point()
-        first, second = (self._drawn_anew(i, lambda: output_tensors(point.outputs(batch))) for i in range(2))
-        for a, b in zip(first, second, strict=True):
-            _require_same(a, b, type(self.function.model).__name__, f"{batch.size} examples of batch 0")
+        name = type(self.function.model).__name__
+        self._require_no_draws(
+            lambda: output_tensors(point._outputs(batch)), point, batch, name, f"{batch.size} examples of batch 0"
+        )
         if not self.loss_function.closed_form:
             self._within_memory(self._require_deterministic_loss)
         compare_derivatives(self.function, self.loss_function, self._given[0])
@@ -412,12 +426,54 @@ class Objective:
         """Evaluate the loss twice on the same outputs: of all the first batch, as it may be no mean of parts."""
         point, batch = self._point(), batches[0]
         outputs = without_graph(lambda: point.outputs(batch))
-        first, second = (self._drawn_anew(i, lambda: point.loss_of_outputs(outputs, batch)) for i in range(2))
-        _require_same(first, second, f"the loss {self.loss_function.name}", f"{batch.size} outputs of batch 0")
+        name = f"the loss {self.loss_function.name}"
+        self._require_no_draws(
+            lambda: [point.loss_of(outputs, batch)], point, batch, name, f"{batch.size} outputs of batch 0"
+        )
 
-    def _drawn_anew(self, seed: int, evaluate: Callable[[], Result]) -> Result:
-        with replayed_randomness(self.function.device, seed):  # an evaluation alone leaves the generators as they were
-            return without_graph(evaluate)
+    def _require_no_draws(
+        self, evaluate: Callable[[], list[Tensor]], point: Point, batch: Batch, what: str, where: str
+    ) -> None:
+        """Two evaluations with different draws agree; where any are made, many do: a draw may seldom matter."""
+        first, drawn = self._drawn_anew(0, evaluate, point, batch)
+        for seed in range(1, SEEDS if drawn else 2):
+            again, _ = self._drawn_anew(seed, evaluate, point, batch)
+            for a, b in zip(first, again, strict=True):
+                _require_same(a, b, what, where)
+
+    def _drawn_anew(
+        self, seed: int, evaluate: Callable[[], list[Tensor]], point: Point, batch: Batch
+    ) -> tuple[list[Tensor], bool]:
+        """What is evaluated with draws from this seed, and whether any were made that the policy does not replay."""
+        function, device = self.function, self.function.device
+
+        def watched() -> tuple[list[Tensor], bool]:
+            with function.policy_in_force(), function.at(point.parameters, point.constants, batch.index):
+                before = _generators(device)
+                found = evaluate()
+                return found, function.dropout_seed is None and _generators(device) != before
+
+        with replayed_randomness(device, seed):  # an evaluation alone leaves the generators as they were
+            return without_graph(watched)
+
+
+def _untied(function: FrozenModel, patterns: str | Sequence[str]) -> list[str]:
+    """The patterns, and for a tied parameter's second name (``"head.weight"``) its first (``"embed.weight"``)."""
+    first = {id(p): name for name, p in function.model.named_parameters()}
+    names = [(name, first[id(p)]) for name, p in function.model.named_parameters(remove_duplicate=False)]
+    others = [(name, own) for name, own in names if name != own and own in function.names]
+    found: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        tied = [glob.escape(own) for name, own in others if fnmatch.fnmatchcase(name, pattern)]
+        found += tied if tied and not fnmatch.filter(function.names, pattern) else [*tied, pattern]
+    return found
+
+
+def _generators(device: torch.device) -> list[Any]:
+    """The states of the generators that a model may draw from."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    others = pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002  the one that a model would use
+    return [*(bytes(state.numpy()) for state in states), others]
 
 
 def _require_same(a: Tensor, b: Tensor, what: str, where: str) -> None:

@@ -386,3 +386,22 @@ def test_a_wrong_second_derivative_is_found_however_well_the_data_are_fitted(dty
     y[0] = (y[0] + 1) % 3
     with pytest.raises(RuntimeError, match="not symmetric"):
         eigsh(Objective(model, [(x, y)], dtype=dtype).hessian(), 2)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "k", "tol", "said"),
+    [
+        (torch.eye(4).long(), 1, 1e-3, "real floating type"),
+        (torch.eye(4).to(torch.complex64), 1, 1e-3, "real floating type"),
+        (torch.eye(4), 2.0, 1e-3, "whole number"),
+        (torch.eye(4), 2, float("nan"), "tol must not be negative or NaN"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(matrix, k, tol, said):
+    with pytest.raises(ValueError, match=said):
+        eigsh(matrix, k, tol=tol)
+
+
+def test_a_matrix_that_requires_gradients():
+    matrix = torch.diag(torch.arange(5.0)).requires_grad_()
+    assert eigsh(matrix, 1).values.tolist() == pytest.approx([4.0])

@@ -777,3 +777,70 @@ def test_two_parameters_in_one_memory_are_named():
     model[2].weight = nn.Parameter(model[0].weight.data)
     with pytest.warns(RuntimeWarning, match=r"'0.weight' and '2.weight' lie in the same memory"):
         Objective(model, [_batch()]).hessian()
+
+
+class _Gate(nn.Module):
+    """A layer that some draws leave out, from one generator or another."""
+
+    def __init__(self, draw, effect: float):
+        super().__init__()
+        self.head, self.draw, self.effect = nn.Linear(4, 3), draw, effect
+
+    def forward(self, x):
+        z = self.head(x)
+        return z + self.effect * torch.tanh(z) if self.draw() > 0.3 else z
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.rand(()), random.random, np.random.random], ids=["torch", "python", "numpy"]
+)
+@pytest.mark.parametrize("effect", [1.0, 0.0])
+def test_a_draw_that_two_seeds_do_not_show(draw, effect):
+    torch.manual_seed(0)
+    objective = Objective(_Gate(draw, effect).double(), [_batch()])
+    if not effect:  # what is drawn need not matter
+        objective.hessian()
+        return
+    with pytest.raises(RuntimeError, match="_Gate is not deterministic"):
+        objective.hessian()
+
+
+class _Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7)
+        self.head.weight = self.embed.weight
+
+    def forward(self, i):
+        return self.head(torch.tanh(self.body(self.embed(i))))
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ("head.*", ["embed.weight", "head.bias"]),
+        ("head.weight", ["embed.weight"]),
+        (["head.weight", "embed.weight", "body.bias"], ["embed.weight", "body.bias"]),
+    ],
+)
+def test_a_tied_parameter_has_each_of_its_names(names, found):
+    batch = torch.arange(7), torch.arange(7)
+    model = _Tied()
+    assert Objective(model, [batch]).part(names).function.names == found
+    assert Objective(model, [batch], parameters=names).function.names == found
+    assert Objective(model, [batch], parameters=["head.bias", "body.*"]).part("head.*").function.names == ["head.bias"]
+
+
+@pytest.mark.parametrize("name", ["hessian", "empirical_fisher"])
+def test_the_gram_matrix_is_of_gauss_newton(name):
+    with pytest.raises(ValueError, match="needs a Gauss-Newton matrix"):
+        gram_eigh(getattr(Objective(_mlp(), [_batch()]), name)())
+
+
+def test_the_gram_matrix_of_zero():
+    with pytest.warns(RuntimeWarning, match="linear in the outputs"):
+        values, vectors = gram_eigh(
+            Objective(nn.Sequential(_mlp(), nn.LogSoftmax(1)), [_batch()], "nll_loss").gauss_newton()
+        )
+    assert values.shape == (0,)
+    assert vectors.shape == (51, 0)

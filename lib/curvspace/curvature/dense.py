@@ -56,8 +56,15 @@ def gram_eigh(G: GaussNewtonOperator, tol: float = 1e-10) -> tuple[Tensor, Tenso
     Raises
     ------
     ValueError
-        If the loss is not convex in the outputs, so that G has no real factor, or is no sum over the examples.
+        If the operator is no Gauss-Newton matrix, or the loss is not convex in the outputs, so that G has no real
+        factor, or is no sum over the examples.
     """
+    if not isinstance(G, GaussNewtonOperator):
+        what = getattr(G, "name", type(G).__name__)
+        raise ValueError(
+            f"gram_eigh needs a Gauss-Newton matrix (objective.gauss_newton()), got: {what}; "
+            "take eigsh, or dense_eigh for few parameters"
+        )
     if G.group is not None:
         raise ValueError("gram_eigh works within one process: collect the batches first")
     columns = []
@@ -65,6 +72,10 @@ def gram_eigh(G: GaussNewtonOperator, tol: float = 1e-10) -> tuple[Tensor, Tenso
         linearisation = GaussNewtonLinearisation(G.point, batch)
         for u in _square_root_columns(linearisation.curvature):
             columns.append(flatten(linearisation.jacobian.backward(u)) * batch.weight**0.5)
+    if not columns:
+        return torch.zeros(0, dtype=G.dtype, device=G.device), torch.zeros(
+            G.shape[0], 0, dtype=G.dtype, device=G.device
+        )
     factor = torch.stack(columns, dim=1)
     values, small = torch.linalg.eigh(factor.T.double() @ factor.double())
     keep = values > tol * values[-1].clamp_min(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -119,6 +120,7 @@ def eigsh(
         If the free memory does not hold a basis of k + 4 vectors.
     """
     _check(A, k, which, tol)
+    A = A.detach() if isinstance(A, Tensor) else A
     max_products = max(300, 20 * k) if max_products is None else max_products
     bar = tqdm(disable=not progress, unit="product")
     basis = KrylovBasis(A, _capacity(A, k, max_basis), torch.Generator().manual_seed(seed), bar)
@@ -351,12 +353,18 @@ def _check(A: SymmetricOperator, k: int, which: str, tol: float) -> None:
     n = A.shape[0]
     if tuple(A.shape) != (n, n):
         raise ValueError(f"eigsh needs a square operator, got shape {tuple(A.shape)}")
+    if not A.dtype.is_floating_point:
+        raise ValueError(
+            f"eigsh needs an operator of a real floating type, got {A.dtype}: convert it, as by A.double()"
+        )
+    if not isinstance(k, Integral):
+        raise ValueError(f"k must be a whole number, got {k!r}")
     if not 1 <= k <= n:
         raise ValueError(f"k must be between 1 and P = {n}, got {k}")
     if which not in get_args(Which):
         raise ValueError(f'which must be "LA", "SA", "LM" or "BE", got {which!r}')
-    if tol < 0:
-        raise ValueError(f"tol must not be negative, got {tol}")
+    if not tol >= 0:
+        raise ValueError(f"tol must not be negative or NaN, got {tol}")
     rounding = torch.finfo(A.dtype).eps
     if 0 < tol < rounding:
         raise ValueError(
