@@ -27,10 +27,13 @@ from curvspace.losses import Loss
 EXAMPLES = 4
 """On so many the derivative is tried."""
 
+LARGEST = 30_000_000
+"""Parameters up to which it is tried on a CPU, where it costs as much as a few products with a small batch."""
+
 STEPS = (1e-4, 1e-5)
 """Of the central differences, relative to the parameters."""
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 """What the two derivatives may differ by, relative to what that in a random direction is on average."""
 
 _tried: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
@@ -39,7 +42,8 @@ _tried: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 def compare_derivatives(function: FrozenModel, loss: Loss, batch: Batch) -> None:
     """Once per model: its gradient along a random direction and a difference of losses, in float64.
 
-    What cannot be tried (no float64, too little memory, a model that refuses a few examples) is taken to be right.
+    What cannot be tried (no float64, too little memory, too many parameters for a CPU, a model that refuses a few
+    examples) is taken to be right.
 
     Warns
     -----
@@ -120,8 +124,9 @@ class _Slopes:
 def _differing(function: FrozenModel, loss: Loss, batch: Batch) -> _Slopes | None:
     """The derivatives in a direction where they differ, at two points one after the other, and None otherwise."""
     flags = batch.flags[: len(tensors_in(batch.inputs))]
-    enough = function.device.type != "mps" and free_memory(function.device) > 64 * 4 * function.size
-    if not enough or (function.device.type != "cpu" and _may_index_examples(batch.inputs, flags)):
+    enough = function.device.type != "mps" and free_memory(function.device) > 100 * function.size
+    on_cpu = function.device.type == "cpu"
+    if not enough or (function.size > LARGEST if on_cpu else _may_index_examples(batch.inputs, flags)):
         return None
     found = None
     try:
@@ -150,17 +155,20 @@ def _slopes(point: Point, batch: Batch, generator: torch.Generator) -> _Slopes |
 
     here = at(0.0)
     with torch.enable_grad():
-        gradient = point.function.gradient(here.value(batch), here.parameters)
+        loss = here.value(batch)
+        gradient = point.function.gradient(loss, here.parameters)
     terms = [(g, d, s) for g, d, s in zip(gradient, along, scales, strict=True) if g is not None]
     slope = float(sum((g * d).sum() for g, d, _ in terms))
     typical = float(sum((g * s).square().sum() for g, _, s in terms)) ** 0.5
-    by_differences = [(value(h) - value(-h)) / (2 * h) for h in STEPS]
-    errors = [abs(x - slope) for x in by_differences]
     # outputs of order one: a loss that is nearly 0 is the difference of such
-    rounding = 1e4 * torch.finfo(torch.float64).eps * max(1.0, abs(value(0.0))) / STEPS[-1]
-    differs = min(errors) > max(TOLERANCE * typical, rounding)
-    agree = abs(by_differences[0] - by_differences[1]) < 0.02 * errors[1]
-    return _Slopes(slope, by_differences[1]) if differs and agree else None
+    rounding = 1e4 * torch.finfo(torch.float64).eps * max(1.0, abs(float(loss.detach()))) / STEPS[-1]
+    found: list[float] = []
+    for step in STEPS:
+        found.append((value(step) - value(-step)) / (2 * step))
+        if not abs(found[-1] - slope) > max(TOLERANCE * typical, rounding):
+            return None
+    agree = abs(found[0] - found[1]) < 0.02 * abs(found[1] - slope)
+    return _Slopes(slope, found[1]) if agree else None
 
 
 def _direction(point: Point, scales: list[float], generator: torch.Generator) -> list[Tensor]:
