@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from curvspace import Objective
-from tests.unit.oracles import central_difference, trainable
+from curvspace.curvature import dense_matrix
+from tests.unit.oracles import central_difference, dense_gauss_newton, trainable
 
 
 class Fn(nn.Module):
@@ -212,3 +213,108 @@ def test_layers_without_second_derivative_are_errors_and_differences_serve(make,
         objective.hessian() @ v
     expected = central_difference(model, [(x, y)], "cross_entropy", v)
     torch.testing.assert_close(objective.hessian_by_differences() @ v, expected, rtol=1e-6, atol=1e-9)
+
+
+class Slope(nn.Module):
+    """A network's derivative in its inputs."""
+
+    def __init__(self, layer: nn.Module, way: str):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 4), layer, nn.Tanh(), nn.Flatten(), nn.Linear(4, 1))
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "grad":
+            return torch.func.grad(lambda x: self.net(x).sum())(x)
+        if self.way == "vmap of grad":
+            return torch.func.vmap(torch.func.grad(lambda x: self.net(x[None]).sum()))(x)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+
+
+def _convolutions() -> nn.Module:
+    layers = nn.Conv1d(1, 2, 3, padding=1), nn.Tanh(), nn.ConvTranspose1d(2, 1, 3, padding=1)
+    return nn.Sequential(nn.Unflatten(1, (1, 4)), *layers)
+
+
+SLOPES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 4),
+    "convolutions": _convolutions,
+    "stored statistics": lambda: nn.BatchNorm1d(4).eval(),
+    "batch statistics": lambda: nn.BatchNorm1d(4),
+    "batch statistics, no weights": lambda: nn.BatchNorm1d(4, affine=False, track_running_stats=False),
+    "layer norm": lambda: nn.LayerNorm(4),
+    "layer norm, no bias": lambda: nn.LayerNorm(4, bias=False),
+    "layer norm, no weights": lambda: nn.LayerNorm(4, elementwise_affine=False),
+    "group norm": lambda: nn.GroupNorm(2, 4),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+}
+
+
+@pytest.mark.parametrize("way", ["autograd", "grad", "vmap of grad"])
+@pytest.mark.parametrize("name", SLOPES)
+def test_layers_that_the_model_differentiates(name, way):
+    if name == "batch statistics" and way != "autograd":
+        pytest.skip("torch.func refuses to write running statistics")
+    if name.startswith("batch statistics") and way == "vmap of grad":
+        pytest.skip("one example has no statistics")
+    torch.manual_seed(0)
+    model, x, y = Slope(SLOPES[name](), way).double(), torch.randn(7, 6).double(), torch.randn(7, 6).double()
+    objective = Objective(model, (x, y), "mse")
+    v = torch.randn(objective.num_parameters, dtype=torch.float64)
+    expected = central_difference(model, [(x, y)], "mse", v)
+    assert (objective.hessian() @ v - expected).norm() < 1e-6 * expected.norm()
+    jv = _along(model, x, v)
+    assert float(v @ (objective.gauss_newton() @ v)) == pytest.approx(float((jv * jv).sum() / 7), rel=1e-6)
+
+
+class Cumulative(nn.Module):
+    """Ends in a function whose backward pass takes logarithms of the cotangent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).logcumsumexp(1)
+
+
+def test_a_backward_pass_with_another_derivative_at_zero():
+    torch.manual_seed(0)
+    model, x, y = Cumulative().double(), torch.randn(9, 4).double(), torch.randint(6, (9,))
+    G = Objective(model, (x, y)).gauss_newton()
+    v = torch.randn(30).double()
+    jv, p = _along(model, x, v), model(x).detach().softmax(1)
+    assert float(v @ (G @ v)) == pytest.approx(
+        float((jv * (p * jv - p * (p * jv).sum(1, keepdim=True))).sum() / 9), rel=1e-6
+    )
+    torch.testing.assert_close(dense_matrix(G), dense_gauss_newton(model, [(x, y)], "cross_entropy"))
+
+
+class Hooked(nn.Module):
+    def __init__(self, hook: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.hook = nn.Linear(4, 5), nn.Linear(5, 3), hook
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if h.requires_grad:
+            h.register_hook(self.hook)
+        return self.b(torch.tanh(h))
+
+
+@pytest.mark.parametrize("hook", [lambda g: g / g.norm(), lambda g: g.clamp(-0.1, 0.1), lambda g: 2 * g.abs().sqrt()])
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_backward_pass_that_is_not_linear(hook, together):
+    torch.manual_seed(0)
+    batch = torch.randn(9, 4).double(), torch.randint(3, (9,))
+    for given, refused in ((lambda g: g, False), (hook, True)):
+        G = Objective(Hooked(given).double(), batch).gauss_newton()
+        G.vectors_at_once = together
+        V = torch.randn(G.shape[0], 3).double()
+        if not refused:
+            assert (V * (G @ V)).sum() > 0
+            continue
+        with pytest.raises(RuntimeError, match="the backward pass of Hooked is not linear"):
+            G @ V

@@ -18,16 +18,20 @@ and in x :math:`r\,c\,g` for stored statistics, where g_x does not depend on x, 
     \partial_x = r\,\bigl[(c - w r\,\overline{a \hat x})\,P g - w r\,\overline{g \hat x}\,P a - w r\,q\,\hat x\bigr].
 
 Each of these is one or two calls of the kernels that training uses. torch's own formula makes a dozen passes over
-tensors of the activations' size.
+tensors of the activations' size, and takes the batch's statistics for constants where it is differentiated once more.
+A derivative that the model takes itself is therefore made of ordinary operations.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from curvspace.curvature.second_order import SecondOrderLayers
 
 _forward = torch.ops.aten.native_batch_norm.default
 _backward = torch.ops.aten.native_batch_norm_backward.default
@@ -43,12 +47,11 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    linear: bool = False,
+    layers: SecondOrderLayers,
 ) -> Tensor:
-    """As ``torch.nn.functional.batch_norm``.
+    """As ``torch.nn.functional.batch_norm``, recorded by ``layers``.
 
-    ``linear``: its backward pass will be differentiated in the cotangent alone. Mixed types, and what is an
-    error, go to torch's own.
+    Mixed types, and what is an error, go to torch's own.
     """
     types = {t.dtype for t in (x, running_mean, running_var, weight, bias) if t is not None}
     stored = running_mean is not None and running_var is not None
@@ -57,7 +60,53 @@ def batch_norm(
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     w = x.new_ones(x.shape[1]) if weight is None else weight
     b = torch.zeros_like(w) if bias is None else bias
-    return _BatchNorm.apply(x, w, b, running_mean, running_var, training, momentum, eps, linear)
+    return _BatchNorm.apply(x, w, b, running_mean, running_var, training, momentum, eps, layers)
+
+
+def plain_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As ``torch.nn.functional.batch_norm``, by ordinary operations; running statistics are not written."""
+    y, _ = _normalised(x, running_mean, running_var, training, eps)
+    y = y if weight is None else y * _per_channel(weight, x)
+    return y if bias is None else y + _per_channel(bias, x)
+
+
+def _plain_backward(
+    g: Tensor, x: Tensor, w: Tensor, mean: Tensor, var: Tensor, training: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(g_x, g_w, g_b) by ordinary operations, to be differentiated in everything and as often as wanted."""
+    normalised, r = _normalised(x, mean, var, training, eps)
+    projected = g
+    if training:
+        along = _along(x)
+        projected = g - g.mean(along, keepdim=True) - normalised * (g * normalised).mean(along, keepdim=True)
+    return _per_channel(w, x) * r * projected, (g * normalised).sum(_along(x)), g.sum(_along(x))
+
+
+def _normalised(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, training: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The normalised x, and r in a shape that multiplies it."""
+    if training or mean is None or var is None:
+        var, mean = torch.var_mean(x, _along(x), correction=0)
+    r = (_per_channel(var, x) + eps).rsqrt()
+    return (x - _per_channel(mean, x)) * r, r
+
+
+def _along(x: Tensor) -> list[int]:
+    return [0, *range(2, x.ndim)]
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    return t.view(-1, *[1] * (x.ndim - 2))
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -72,7 +121,7 @@ class _BatchNorm(torch.autograd.Function):
         training: bool,
         momentum: float,
         eps: float,
-        linear: bool,
+        layers: SecondOrderLayers,
     ) -> Tensor:
         y, m, r = _forward(x, w, b, mean, var, training, momentum, eps)
         if training:
@@ -82,13 +131,16 @@ class _BatchNorm(torch.autograd.Function):
             assert var is not None
             m, r = mean, (var + eps).rsqrt()
         ctx.save_for_backward(x, w, m, var, r)
-        ctx.training, ctx.eps, ctx.linear = training, eps, linear
+        ctx.training, ctx.eps, ctx.layers = training, eps, layers
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, w, *statistics = ctx.saved_tensors
-        if ctx.linear:
+        if ctx.layers.recording and torch.is_grad_enabled():
+            mean, var, _ = statistics
+            return (*_plain_backward(g, x, w, mean, var, ctx.training, ctx.eps), *[None] * 6)
+        if ctx.layers.linear:
             x, w = x.detach(), w.detach()
         found = _BatchNormBackward.apply(g, x, w, *statistics, ctx.training, ctx.eps)
         return (*found, *[None] * 6)
@@ -109,7 +161,10 @@ class _BatchNormBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, a: Tensor, c: Tensor, e: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
-            raise RuntimeError("a second derivative through batch normalisation cannot be differentiated once more")
+            raise RuntimeError(
+                "a second derivative through batch normalisation cannot be differentiated once more; "
+                "take objective.hessian_by_differences()"
+            )
         g, x, w, m, v, r, sum_gx, sum_g = ctx.saved_tensors
 
         def normalised(scale: Tensor, shift: Tensor) -> Tensor:
@@ -124,12 +179,10 @@ class _BatchNormBackward(torch.autograd.Function):
             dx, dw, _ = _backward(g, a, c, zero, v, zero, r, False, ctx.eps, [True, True, False])
             return (dg, dx, dw, *[None] * 5)
         n = x.numel() // x.shape[1]
-        along = [0, *range(2, x.ndim)]
-        q = ((a * g).sum(along) - (sum_a * sum_g + sum_ax * sum_gx) / n) / n
+        q = ((a * g).sum(_along(x)) - (sum_a * sum_g + sum_ax * sum_gx) / n) / n
         of_g, of_a = r * (c - w * r * sum_ax / n), -w * r * r * sum_gx / n
         shift = -(of_g * sum_g + of_a * sum_a) / n
         scale = -w * r * r * q - (of_g * sum_gx + of_a * sum_ax) / n
         dx = normalised(scale, shift)
-        per_channel = (-1, *[1] * (x.ndim - 2))
-        dx.addcmul_(g, of_g.view(per_channel)).addcmul_(a, of_a.view(per_channel))
+        dx.addcmul_(g, _per_channel(of_g, x)).addcmul_(a, _per_channel(of_a, x))
         return (dg, dx, n * r * q, *[None] * 5)

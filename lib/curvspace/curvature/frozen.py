@@ -80,6 +80,7 @@ class FrozenModel:
         self.uses_batch_statistics = any(_normalises_by_batch(m, mode) for m, mode in self._modes)
         self._writes_inputs: bool | None = None
         self._twice = False
+        self.backward_is_linear = False  # until a product has shown it
 
     @staticmethod
     def _training_flag(module: nn.Module, batch_norm: BatchNorm, dropout: bool) -> bool:

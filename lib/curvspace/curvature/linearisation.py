@@ -22,6 +22,7 @@ from torch import Tensor
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.second_order import SecondOrderLayers
 from curvspace.functional import Inputs, flatten, pull_back, require_second_derivatives, take, tensors_in
+from curvspace.inner import inner, norm
 from curvspace.losses import Loss
 from curvspace.outputs import pack
 
@@ -178,13 +179,17 @@ class HessianLinearisation(Linearisation):
 
 
 class JacobianLinearisation:
-    """J v and Jᵀu of outputs z(theta). J v is the derivative of the linear map u -> Jᵀu, whose graph is kept."""
+    """J v and Jᵀu of outputs z(theta). J v is the derivative of the linear map u -> Jᵀu, whose graph is kept.
+
+    It is taken at a random u, because some backward passes have another derivative at 0 (``torch.logcumsumexp``).
+    """
 
     def __init__(self, function: FrozenModel, theta: Tensors, outputs: Callable[[], Tensor]):
-        self.theta = theta
-        with torch.enable_grad(), SecondOrderLayers(linear=True):
-            self.z = outputs()
-            self.u = torch.zeros_like(self.z, requires_grad=True)
+        self.function, self.theta = function, theta
+        with torch.enable_grad():
+            with SecondOrderLayers(linear=True):
+                self.z = outputs()
+            self.u = _random_like(self.z).requires_grad_()
             inner = self.z.reshape(-1) @ self.u.reshape(-1)
             vjp = function.gradient(inner, theta, create_graph=True)
         self.live = [i for i, w in enumerate(vjp) if w is not None and w.requires_grad]
@@ -194,11 +199,34 @@ class JacobianLinearisation:
         """J v for v in the parameters' shapes (``batched``: m of them, stacked in front)."""
         tangents = [v[i] for i in self.live]
         (jv,) = pull_back(self.vjp, [self.u], tangents, batched=batched, retain_graph=True)
+        if not self.function.backward_is_linear:
+            self._require_linear(*(([t[0] for t in tangents], jv[0]) if batched else (tangents, jv)))
+            self.function.backward_is_linear = True
         return jv
+
+    def _require_linear(self, tangents: Tensors, jv: Tensor) -> None:
+        r""":math:`u^\top J v = v^\top J^\top u` at the u where the derivative is taken: once a model, in two sums."""
+        pulled, v, u = flatten(w.detach() for w in self.vjp), flatten(tangents), self.u.detach().reshape(-1)
+        forward, backward = inner(u, jv.reshape(-1)), inner(pulled, v)
+        size, rounding = (
+            torch.stack([norm(jv.reshape(-1)), forward.abs(), backward.abs()]).max(),
+            torch.finfo(pulled.dtype).eps,
+        )
+        lost = max(rounding ** (1 / 3), 0.01) * size + rounding**0.5 * norm(pulled) * norm(v)
+        if (forward - backward).abs() > lost:
+            raise RuntimeError(
+                f"the backward pass of {type(self.function.model).__name__} is not linear (a hook or a function of its "
+                "own that cuts off or scales gradients?), so that it has no Jacobian: switch that off while you measure"
+            )
 
     def backward(self, u: Tensor, batched: bool = False) -> Tensors:
         """Jᵀu for u of the outputs' shape (``batched``: m of them, stacked in front)."""
         return pull_back([self.z], self.theta, [u], batched=batched, retain_graph=True, materialize_grads=True)
+
+
+def _random_like(z: Tensor) -> Tensor:
+    generator = torch.Generator(z.device).manual_seed(0)  # the model's own draws stay as they are
+    return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
 
 
 class OutputCurvature:
@@ -224,8 +252,7 @@ class OutputCurvature:
         """Whether a loss without closed form, of the outputs alone, turns out (piecewise) linear in them."""
         if self.closed_form or self.read:
             return False
-        u = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0)).to(self.z)
-        return not self.product(u, [])[0].any()
+        return not self.product(_random_like(self.z), [])[0].any()
 
     def product(self, u: Tensor, v: Tensors) -> tuple[Tensor, list[Tensor]]:
         """The product with (u, v), u in the outputs and v in the parameters; of those only ``read`` matter."""
