@@ -10,13 +10,18 @@ Everything in the library that moves in parameter space goes through these few f
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """What a model is called with: a tensor (``model(x)``), a tuple (``model(*x)``) or a mapping (``model(**x)``)."""
@@ -96,10 +101,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """``model(x)``, ``model(*x)`` or ``model(**x)`` for a tensor (or an object of another kind), a tuple, a mapping."""
+    """``model(x)``, ``model(*x)`` or ``model(**x)`` for a tensor (or an object of another kind, or a packed sequence),
+    a tuple, a mapping."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    if isinstance(inputs, list | tuple):
+    if isinstance(inputs, list | tuple) and not isinstance(inputs, PackedSequence):
         return model(*inputs)
     return model(inputs)
 
@@ -141,17 +147,54 @@ def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -
         return call(model, inputs)
 
 
+_LISTS = frozenset({list, tuple, dict, OrderedDict, defaultdict})
+_HELD = frozenset({*_LISTS, set, deque, Tensor, np.ndarray})
+_ITS_OWN = frozenset(nn.Module().__dict__)
+_LARGEST, _LONGEST = 2**20, 1024
+"""Bytes of a tensor, and entries of a list, up to which they are copied and looked through."""
+
+
+def modules_within(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model, and after them those that only its lists and dictionaries hold, unseen by PyTorch."""
+    found = dict.fromkeys(model.modules())
+    waiting = list(found)
+    for module in waiting:
+        for name, value in module.__dict__.items():
+            if type(value) in _LISTS and name not in _ITS_OWN:
+                hidden = [m for m in _modules_in(value) if m not in found]
+                found.update(dict.fromkeys(hidden))
+                waiting += hidden
+    return waiting
+
+
+def _modules_in(value: Any) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield from value.modules()
+    elif type(value) in _LISTS and len(value) <= _LONGEST:
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(entry)
+
+
 @contextmanager
 def preserved_attributes(model: nn.Module) -> Iterator[None]:
-    """Whatever a forward pass inside sets on the modules (caches, counters, buffers anew) is undone on exit."""
+    """Whatever a forward pass inside sets or changes in place on the modules (caches, counters, lists, buffers anew) is
+    undone on exit. Not in plain tensors beyond a mebibyte, of which a warning tells, nor in objects of other kinds."""
+    modules = modules_within(model)
     saved = [
         (module, dict(module.__dict__), dict(module._parameters), dict(module._buffers), dict(module._modules))
-        for module in model.modules()
+        for module in modules
     ]
+    copies: dict[int, Any] = {}
+    large: list[tuple[str, Tensor, int]] = []
     for module, attributes, *_ in saved:
-        for name, value in attributes.items():  # plain tensors could be changed in place
-            if type(value) is Tensor and not value.requires_grad and bytes_of(value) <= 2**20:
-                module.__dict__[name] = value.clone()
+        for name, value in attributes.items():
+            if type(value) in _HELD and name not in _ITS_OWN:
+                module.__dict__[name] = _working_copy(value, copies)
+                if type(value) is Tensor and module.__dict__[name] is value and not value.requires_grad:
+                    large.append((f"{type(module).__name__}.{name}", value, version_of(value)))
+    for module in modules[len(list(model.modules())) :]:
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.clone()
     try:
         yield
     finally:
@@ -162,6 +205,39 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
             for store, entries in zip(own, stores, strict=True):
                 store.clear()
                 store.update(entries)
+        for name, tensor, version in large:
+            if version_of(tensor) != version:
+                warnings.warn(
+                    f"an evaluation has changed {name}, a plain tensor of {bytes_of(tensor) / 2**20:.1f} MiB that "
+                    "forward writes, and cannot undo it: register it as a buffer",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+
+def _working_copy(value: Any, copies: dict[int, Any]) -> Any:
+    """A copy that may be changed in place, with what it holds; one of each object. Other things as they are."""
+    kind = type(value)
+    if kind not in _HELD:
+        return value
+    if id(value) not in copies:
+        if kind is Tensor:
+            copies[id(value)] = value if value.requires_grad or bytes_of(value) > _LARGEST else value.clone()
+        elif kind is np.ndarray:
+            copies[id(value)] = value if value.nbytes > _LARGEST else value.copy()
+        elif kind is tuple and len(value) <= _LONGEST:
+            copies[id(value)] = tuple(_working_copy(entry, copies) for entry in value)
+        else:
+            copies[id(value)] = copied = copy.copy(value)
+            if kind in _LISTS and kind is not tuple and len(value) <= _LONGEST:
+                for key, entry in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                    copied[key] = _working_copy(entry, copies)
+    return copies[id(value)]
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place; 0 where torch does not count, in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 from curvspace.functional import (
     Inputs,
     call,
     map_tensors,
+    modules_within,
     ordinary,
     preserved_attributes,
     replayed_randomness,
@@ -47,7 +49,9 @@ class FrozenModel:
         data-parallel one the module inside is taken.
     batch_norm
         How normalisation layers with running statistics behave: ``"batch"`` uses the statistics of the batch,
-        ``"running"`` the stored ones, ``None`` whatever the module's present mode says. Never written.
+        ``"running"`` the stored ones, ``None`` whatever the module's present mode says. Never written. Those are
+        torch's layers, what derives from them, and modules with a buffer ``running_mean``; any other module is in
+        evaluation mode where dropout is off.
     dropout_seed
         ``None`` turns dropout off. An integer leaves it on with the same masks for every evaluation of a batch.
     dtype
@@ -76,7 +80,8 @@ class FrozenModel:
         self.dtype = dtype or _widest(found.values())
         self.device = _only_device(found)
         self.dropout_seed = dropout_seed
-        self._modes = [(m, self._training_flag(m, batch_norm, dropout_seed is not None)) for m in model.modules()]
+        dropout = dropout_seed is not None
+        self._modes = [(m, self._training_flag(m, batch_norm, dropout)) for m in modules_within(model)]
         self.uses_batch_statistics = any(_normalises_by_batch(m, mode) for m, mode in self._modes)
         self._writes_inputs: bool | None = None
         self._twice = False
@@ -84,14 +89,14 @@ class FrozenModel:
 
     @staticmethod
     def _training_flag(module: nn.Module, batch_norm: BatchNorm, dropout: bool) -> bool:
-        if isinstance(module, _NormBase):
+        if _is_normalisation(module):
             return module.training if batch_norm is None else batch_norm == "batch"
         return dropout
 
     @property
     def keeps_modes(self) -> bool:
         """Whether normalisation acts as it does in the module's present mode."""
-        norms = [(m, mode) for m, mode in self._modes if isinstance(m, _NormBase) and m.running_mean is not None]
+        norms = [(m, mode) for m, mode in self._modes if _is_normalisation(m) and m.running_mean is not None]
         return all(m.training == mode for m, mode in norms)
 
     @property
@@ -112,8 +117,9 @@ class FrozenModel:
     @property
     def policy(self) -> dict[str, str]:
         """The policy, in words for an output table."""
+        own = any(mode and _is_normalisation(m) and not isinstance(m, _NormBase) for m, mode in self._modes)
         return {
-            "batch_norm": "batch" if self.uses_batch_statistics else "running",
+            "batch_norm": "batch" if self.uses_batch_statistics or own else "running",
             "dropout": "off" if self.dropout_seed is None else f"seed {self.dropout_seed}",
         }
 
@@ -249,6 +255,7 @@ class FrozenModel:
                 stack.enter_context(replayed_randomness(self.device))
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
             stack.enter_context(as_written())
+            stack.enter_context(_without_cached_weights())
             stack.enter_context(plain_attention())
             try:
                 for module, mode in changed:
@@ -300,6 +307,11 @@ def _only_device(parameters: Mapping[str, Tensor]) -> torch.device:
     return next(iter(devices))
 
 
+def _is_normalisation(module: nn.Module) -> bool:
+    """Whether a layer has statistics to choose from: torch's, or one of the user's with a buffer of torch's name."""
+    return isinstance(module, _NormBase) or "running_mean" in module._buffers
+
+
 def _normalises_by_batch(module: nn.Module, training: bool) -> bool:
     """Whether a layer mixes examples: batch normalisation in training mode or without stored statistics."""
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -312,6 +324,17 @@ def as_written() -> Iterator[None]:
     """Checkpointed and compiled parts of a model run as they are written, which all derivatives need."""
     with without_checkpointing(), _without_compilation():
         yield
+
+
+@contextmanager
+def _without_cached_weights() -> Iterator[None]:
+    """Parametrised weights are those of the parameters in force: inside ``parametrize.cached()`` others may be kept."""
+    saved = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = saved
 
 
 @contextmanager
