@@ -156,15 +156,23 @@ _LARGEST, _LONGEST = 2**20, 1024
 
 def modules_within(model: nn.Module) -> list[nn.Module]:
     """The modules of a model, and after them those that only its lists and dictionaries hold, unseen by PyTorch."""
-    found = dict.fromkeys(model.modules())
-    waiting = list(found)
+    holdings, _ = _holdings(model)
+    return list(holdings)
+
+
+def _holdings(model: nn.Module) -> tuple[dict[nn.Module, list[tuple[str, Any]]], list[nn.Module]]:
+    """For each of those modules what it holds beside parameters, buffers and modules and may change in place; and
+    which of them are unseen."""
+    found: dict[nn.Module, list[tuple[str, Any]]] = {module: [] for module in model.modules()}
+    waiting, seen = list(found), len(found)
     for module in waiting:
-        for name, value in module.__dict__.items():
-            if type(value) in _LISTS and name not in _ITS_OWN:
-                hidden = [m for m in _modules_in(value) if m not in found]
-                found.update(dict.fromkeys(hidden))
-                waiting += hidden
-    return waiting
+        entries = module.__dict__
+        found[module] = held = [(k, entries[k]) for k in entries.keys() - _ITS_OWN if type(entries[k]) in _HELD]
+        for value in (v for _, v in held if type(v) in _LISTS):
+            hidden = dict.fromkeys(m for m in _modules_in(value) if m not in found)
+            found.update({m: [] for m in hidden})
+            waiting += hidden
+    return found, waiting[seen:]
 
 
 def _modules_in(value: Any) -> Iterator[nn.Module]:
@@ -179,20 +187,19 @@ def _modules_in(value: Any) -> Iterator[nn.Module]:
 def preserved_attributes(model: nn.Module) -> Iterator[None]:
     """Whatever a forward pass inside sets or changes in place on the modules (caches, counters, lists, buffers anew) is
     undone on exit. Not in plain tensors beyond a mebibyte, of which a warning tells, nor in objects of other kinds."""
-    modules = modules_within(model)
+    holdings, hidden = _holdings(model)
     saved = [
         (module, dict(module.__dict__), dict(module._parameters), dict(module._buffers), dict(module._modules))
-        for module in modules
+        for module in holdings
     ]
     copies: dict[int, Any] = {}
     large: list[tuple[str, Tensor, int]] = []
-    for module, attributes, *_ in saved:
-        for name, value in attributes.items():
-            if type(value) in _HELD and name not in _ITS_OWN:
-                module.__dict__[name] = _working_copy(value, copies)
-                if type(value) is Tensor and module.__dict__[name] is value and not value.requires_grad:
-                    large.append((f"{type(module).__name__}.{name}", value, version_of(value)))
-    for module in modules[len(list(model.modules())) :]:
+    for module, held in holdings.items():
+        for name, value in held:
+            module.__dict__[name] = _working_copy(value, copies)
+            if type(value) is Tensor and module.__dict__[name] is value and not value.requires_grad:
+                large.append((f"{type(module).__name__}.{name}", value, version_of(value)))
+    for module in hidden:
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.clone()
     try:

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils import parametrizations, parametrize, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from curvspace import Objective, class_gradients, eigsh
@@ -423,3 +424,166 @@ def test_curvature_inside_autocast_is_that_of_the_parameters_type():
         found = [objective.gradient(), objective.hessian() @ v, objective.gauss_newton() @ v]
         assert eigsh(objective.hessian(), 2).converged
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Notes(nn.Module):
+    """Keeps state in containers and arrays, and layers where PyTorch does not see them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.stats: dict[str, Any] = {"calls": 0, "mean": torch.zeros(4).double(), "deep": [[0]]}
+        self.log: list[Any] = []
+        self.seen, self.pair, self.array = {0}, (torch.zeros(()), [0]), np.zeros(2)
+        self.same = self.stats
+        self.layers = {"norm": [nn.BatchNorm1d(4).double(), nn.Dropout(0.5)]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.stats["calls"] += 1
+        self.same["calls"] += 1
+        self.stats["mean"] += 1
+        self.stats["deep"][0].append(1)
+        self.log.append(x)
+        self.seen.add(len(self.log))
+        self.pair[0].add_(1)
+        self.pair[1].append(1)
+        self.array += 1
+        norm, dropout = self.layers["norm"]
+        return self.b(torch.tanh(dropout(norm(self.a(x)))))
+
+
+def test_containers_and_the_modules_in_them():
+    torch.manual_seed(0)
+    model, (x, y) = Notes().double(), _plain_batch()
+    norm, dropout = model.layers["norm"]
+    norm.running_mean.uniform_(-1, 1)
+    kept = norm.running_mean.clone()
+    plain = nn.Sequential(model.a, copy.deepcopy(norm).requires_grad_(False), nn.Tanh(), model.b)
+    v = torch.randn(39).double()
+    for options in ({}, {"batch_norm": "batch"}, {"batch_norm": "running"}):
+        ours, expected = (Objective(m, (x, y), **options) for m in (model, plain))
+        assert ours.policy == expected.policy
+        torch.testing.assert_close(ours.hessian() @ v, expected.hessian() @ v)
+        torch.testing.assert_close(ours.gauss_newton() @ v, expected.gauss_newton() @ v)
+        class_gradients(model, x, y, 3)
+    assert model.stats["calls"] == 0
+    assert model.stats["deep"] == [[0]]
+    assert not model.stats["mean"].any()
+    assert model.stats is model.same
+    assert (model.log, model.seen, model.pair[1]) == ([], {0}, [0])
+    assert not model.pair[0].any()
+    assert not model.array.any()
+    assert torch.equal(norm.running_mean, kept)
+    assert norm.num_batches_tracked == 0
+    assert norm.training
+    assert dropout.training
+
+
+class Large(nn.Module):
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 3)
+        if buffer:
+            self.register_buffer("table", torch.zeros(2**18 + 1))
+        else:
+            self.table = torch.zeros(2**18 + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table[0] += 1
+        return self.a(x)
+
+
+def test_a_large_plain_tensor_that_forward_writes():
+    x, y = _plain_batch()
+    with pytest.warns(
+        RuntimeWarning, match=r"changed Large.table, a plain tensor of 1.0 MiB .* register it as a buffer"
+    ):
+        Objective(Large(False).double(), (x, y)).loss()
+    model = Large(True).double()
+    Objective(model, (x, y)).loss()
+    assert not model.table.any()
+
+
+class OwnNorm(nn.Module):
+    """Batch normalisation that a user has written, and a dropout that no class tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(4))
+        self.register_buffer("running_var", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+
+
+class OwnDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch_norm", ["batch", "running", None])
+def test_a_normalisation_and_a_dropout_of_ones_own(batch_norm, training):
+    torch.manual_seed(0)
+    a, b, (x, y) = nn.Linear(5, 4), nn.Linear(4, 3), _plain_batch()
+    ours, theirs = (
+        nn.Sequential(a, norm, OwnDropout(), b).double().train(training)
+        for norm in (OwnNorm(), nn.BatchNorm1d(4, affine=False))
+    )
+    found, expected = (Objective(m, (x, y), batch_norm=batch_norm) for m in (ours, theirs))
+    assert found.policy == expected.policy
+    torch.testing.assert_close(found.loss(), expected.loss())
+    torch.testing.assert_close(found.gradient(), expected.gradient())
+    assert not ours[1].running_mean.any()
+    assert ours[1].training is ours[2].training is training
+
+
+class Symmetric(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.triu() + x.triu(1).T
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_inside_a_cache_of_parametrised_weights(warm):
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)).double(), _plain_batch()
+    parametrize.register_parametrization(model[0], "weight", Symmetric())
+    objective = Objective(model, (x, y))
+    v = torch.randn(objective.num_parameters).double()
+    computations: list[Callable[[], Tensor]] = [
+        objective.gradient,
+        lambda: objective.hessian() @ v,
+        lambda: objective.gauss_newton() @ v,
+        lambda: objective.hessian_by_differences() @ v,
+        lambda: class_gradients(model, x, y, 3)[0],
+    ]
+    expected = [compute() for compute in computations]
+    with parametrize.cached():
+        kept = model[0].weight if warm else None
+        for compute, value in zip(computations, expected, strict=True):
+            torch.testing.assert_close(compute(), value, rtol=0, atol=0)
+        assert not warm or model[0].weight is kept
+
+
+@pytest.mark.parametrize("attribute", [False, True])
+def test_a_loss_that_reads_what_forward_keeps(attribute):
+    torch.manual_seed(0)
+    model, (x, y) = _network(), _plain_batch()
+    model.kept = None if attribute else []
+
+    def keep(_: nn.Module, __: Any, h: Tensor) -> None:
+        if attribute:
+            model.kept = h
+        else:
+            model.kept.append(h)
+
+    model[1].register_forward_hook(keep)
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y) + (model.kept if attribute else model.kept[-1]).square().mean()
+
+    objective = Objective(model, (x, y), loss)
+    v = torch.randn(39).double()
+    expected = objective.hessian_by_differences() @ v
+    torch.testing.assert_close(objective.hessian() @ v, expected, rtol=1e-5, atol=1e-7)
+    assert not model.kept

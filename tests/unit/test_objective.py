@@ -844,3 +844,25 @@ def test_the_gram_matrix_of_zero():
         )
     assert values.shape == (0,)
     assert vectors.shape == (51, 0)
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.r, self.h = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, packed):
+        return self.h(self.r(packed)[1][-1])
+
+
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize("wrap", [lambda p: p, lambda p: (p,), lambda p: {"packed": p}])
+def test_a_packed_sequence_is_one_input(wrap, sort):
+    torch.manual_seed(0)
+    lengths, y, model = sorted([3, 5, 2, 5, 1, 4, 2, 3], reverse=True), torch.randint(2, (8,)), Packed().double()
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 3).double() for n in lengths], enforce_sorted=sort)
+    objective = Objective(model, [(wrap(packed), y)], batched=() if sort else None)
+    v = torch.randn(objective.num_parameters).double()
+    assert objective.loss() == pytest.approx(F.cross_entropy(model(packed), y).item())
+    expected = objective.hessian_by_differences() @ v
+    torch.testing.assert_close(objective.hessian() @ v, expected, rtol=1e-5, atol=1e-7)

@@ -146,6 +146,51 @@ def _shared() -> None:
 
 SOFT = torch.randn(N, 3, generator=torch.Generator().manual_seed(3)).double().softmax(1)
 IGNORED = torch.where(torch.arange(N) % 3 == 0, -100, _data()[1])
+
+
+def _counted() -> None:
+    def f(s: nn.Module, x: Tensor) -> Tensor:
+        s.notes["calls"] += 1
+        s.notes["log"].append(x)
+        return s.h(x)
+
+    model = _head(f)
+    model.notes = {"calls": 0, "log": []}
+    objective = Objective(model, _data())
+    objective.hessian() @ objective.gradient()
+    assert model.notes == {"calls": 0, "log": []}
+
+
+def _unseen() -> None:
+    model = _head(lambda s, x: s.h(s.held[1](s.held[0](x))))
+    model.held = [norm := nn.BatchNorm1d(4).double(), nn.Dropout(0.5)]
+    x, y = _data()
+    objective, plain = (
+        Objective(m, (z, y), batch_norm="running") for m, z in ((model, x), (model.h, x / (1 + 1e-5) ** 0.5))
+    )
+    torch.testing.assert_close(objective.gradient(), plain.gradient())
+    v = objective.gradient()
+    torch.testing.assert_close(objective.hessian() @ v, plain.hessian() @ v)
+    assert norm.training
+    assert not norm.running_mean.any()
+
+
+def _slope(s: nn.Module, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        return s.h(torch.autograd.grad(torch.tanh(s.c(z[:, None])).sum(), z, create_graph=True)[0])
+
+
+def _clipped() -> None:
+    def f(s: nn.Module, x: Tensor) -> Tensor:
+        z = s.h(x)
+        if z.requires_grad:
+            z.register_hook(lambda g: g.clamp(-0.01, 0.01))
+        return z
+
+    Objective(_head(f), _data()).gauss_newton() @ torch.ones(15).double()
+
+
 SITUATIONS: dict[str, Callable[[], Any]] = {
     "class weights": _loss(nn.CrossEntropyLoss(WEIGHT), microbatch=7),
     "class weights inside a callable": _loss(lambda z, y: F.cross_entropy(z, y, WEIGHT)),
@@ -175,6 +220,10 @@ SITUATIONS: dict[str, Callable[[], Any]] = {
     ),
     "one module under two names": _shared,
     "parameters read from a plain list": _list,
+    "layers in a plain list": _unseen,
+    "counters, sums and logs in dictionaries and lists": _counted,
+    "a model that differentiates inside `forward`": _model(_slope, c=nn.Conv1d(1, 2, 3)),
+    "a backward pass that is not linear (a hook that clips)": _clipped,
     "weight normalisation": _model(lambda s, x: s.h(s.w(x)), w=parametrizations.weight_norm(nn.Linear(4, 4))),
     "activation checkpoints": _model(
         lambda s, x: s.h(checkpoint(torch.tanh, s.w(x), use_reentrant=False)), w=nn.Linear(4, 4)

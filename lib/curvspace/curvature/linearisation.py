@@ -109,9 +109,8 @@ class Point:
         return value.reshape(())
 
     def loss_of_outputs(self, outputs: Any, batch: Batch) -> Tensor:
-        """The same with the model at these parameters, which a loss may read."""
-        with self.function.policy_in_force(), self.function.at(self.parameters, self.constants, batch.index):
-            return self.loss_of(outputs, batch)
+        """The same with the model at these parameters, which a loss may read, and after a call, which it may too."""
+        return self.evaluate(batch, lambda _: outputs)[1]
 
     def finite(self, value: Tensor, batch: Batch) -> Tensor:
         if not torch.isfinite(value):
