@@ -318,3 +318,12 @@ def test_a_backward_pass_that_is_not_linear(hook, together):
             continue
         with pytest.raises(RuntimeError, match="the backward pass of Hooked is not linear"):
             G @ V
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_jacobian_that_is_nothing_but_rounding(dtype):
+    """Batch statistics take the bias before them away."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    G = Objective(model, (torch.randn(9, 4), torch.randint(3, (9,))), parameters="0.bias", dtype=dtype).gauss_newton()
+    assert (G @ torch.ones(5)).norm() < 1e-10

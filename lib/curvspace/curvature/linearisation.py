@@ -204,15 +204,19 @@ class JacobianLinearisation:
         return jv
 
     def _require_linear(self, tangents: Tensors, jv: Tensor) -> None:
-        r""":math:`u^\top J v = v^\top J^\top u` at the u where the derivative is taken: once a model, in two sums."""
+        r""":math:`u^\top J v = v^\top J^\top u` at the u where the derivative is taken: once a model, in two sums.
+
+        Where they differ, doubling u decides: that doubles a linear map's values bit for bit, however small they are.
+        """
         pulled, v, u = flatten(w.detach() for w in self.vjp), flatten(tangents), self.u.detach().reshape(-1)
         forward, backward = inner(u, jv.reshape(-1)), inner(pulled, v)
-        size, rounding = (
-            torch.stack([norm(jv.reshape(-1)), forward.abs(), backward.abs()]).max(),
-            torch.finfo(pulled.dtype).eps,
-        )
-        lost = max(rounding ** (1 / 3), 0.01) * size + rounding**0.5 * norm(pulled) * norm(v)
-        if (forward - backward).abs() > lost:
+        size = torch.stack([norm(jv.reshape(-1)), forward.abs(), backward.abs()]).max()
+        close = max(torch.finfo(pulled.dtype).eps ** (1 / 3), 0.01)
+        if not (forward - backward).abs() > close * size:
+            return
+        found = self.backward(2 * self.u.detach())
+        doubled = flatten(found[i] for i in self.live)
+        if norm(doubled - 2 * pulled) > close * norm(doubled):
             raise RuntimeError(
                 f"the backward pass of {type(self.function.model).__name__} is not linear (a hook or a function of its "
                 "own that cuts off or scales gradients?), so that it has no Jacobian: switch that off while you measure"
