@@ -102,7 +102,7 @@ def layout(index: int, inputs: Inputs, targets: Any, batched: Batched) -> tuple[
         rows = found[0].shape[0] if found[0].ndim else "no"
         raise ValueError(
             f"batch {index} has {rows} inputs but {n} targets; if no input has the examples along its first dimension, "
-            "pass batched=()"
+            "pass batched=(); a list or tuple is several inputs, model(*x): one that is a single input is (x,)"
         )
     return n, (*flags, *batch_flags(targets, n))
 

@@ -92,6 +92,17 @@ def _normalised(by: Callable[[nn.Module], nn.Module]) -> nn.Module:
     return nn.Sequential(by(nn.Linear(4, 5)), nn.BatchNorm1d(5), nn.Tanh(), by(nn.Linear(5, C)))
 
 
+class Cumulated(nn.Module):
+    """Its backward pass has another derivative at a cotangent of zero, though it is linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.logcumsumexp(self.inner(x), 1)
+
+
 _MANY = {"n_power_iterations": 400}
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -107,6 +118,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "weight norm": (lambda: _normalised(nn.utils.parametrizations.weight_norm), (8, 4)),
     "weight norm, by hook": (lambda: _normalised(nn.utils.weight_norm), (8, 4)),
     "own function": (OwnFunction, (8, 4)),
+    "logcumsumexp": (Cumulated, (8, 4)),
 }
 
 

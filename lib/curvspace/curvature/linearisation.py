@@ -188,7 +188,7 @@ class JacobianLinearisation:
         with torch.enable_grad():
             with SecondOrderLayers(linear=True):
                 self.z = outputs()
-            self.u = _random_like(self.z).requires_grad_()
+            self.u = random_like(self.z).requires_grad_()
             inner = self.z.reshape(-1) @ self.u.reshape(-1)
             vjp = function.gradient(inner, theta, create_graph=True)
         self.live = [i for i, w in enumerate(vjp) if w is not None and w.requires_grad]
@@ -227,7 +227,7 @@ class JacobianLinearisation:
         return pull_back([self.z], self.theta, [u], batched=batched, retain_graph=True, materialize_grads=True)
 
 
-def _random_like(z: Tensor) -> Tensor:
+def random_like(z: Tensor) -> Tensor:
     generator = torch.Generator(z.device).manual_seed(0)  # the model's own draws stay as they are
     return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
 
@@ -255,7 +255,7 @@ class OutputCurvature:
         """Whether a loss without closed form, of the outputs alone, turns out (piecewise) linear in them."""
         if self.closed_form or self.read:
             return False
-        return not self.product(_random_like(self.z), [])[0].any()
+        return not self.product(random_like(self.z), [])[0].any()
 
     def product(self, u: Tensor, v: Tensors) -> tuple[Tensor, list[Tensor]]:
         """The product with (u, v), u in the outputs and v in the parameters; of those only ``read`` matter."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from curvspace.curvature.frozen import as_written, plain_attention
+from curvspace.curvature.linearisation import random_like
 from curvspace.curvature.memory import is_out_of_memory
 from curvspace.curvature.second_order import SecondOrderLayers
 from curvspace.functional import (
@@ -330,7 +331,7 @@ class DoubleBackward(Linearised):
         with SecondOrderLayers(linear=True):
             self.outputs, self.unpack = pack(self.taken(call(self.model, self.inputs)))
         try:
-            self._u = torch.zeros_like(self.outputs, requires_grad=True)
+            self._u = random_like(self.outputs).requires_grad_()
             pulled = pull_back([self.outputs], parameters, [self._u], create_graph=True, materialize_grads=True)
             self._live = [i for i, w in enumerate(pulled) if w.requires_grad]
             self._pulled = [pulled[i] for i in self._live]
