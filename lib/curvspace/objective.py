@@ -428,7 +428,7 @@ class Objective:
         outputs = without_graph(lambda: point.outputs(batch))
         name = f"the loss {self.loss_function.name}"
         self._require_no_draws(
-            lambda: [point.loss_of(outputs, batch)], point, batch, name, f"{batch.size} outputs of batch 0"
+            lambda: [point.loss_of_outputs(outputs, batch)], point, batch, name, f"{batch.size} outputs of batch 0"
         )
 
     def _require_no_draws(

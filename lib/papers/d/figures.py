@@ -281,7 +281,7 @@ def symmetric_log(axis: Axes, values: pd.Series, which: str) -> None:
     first, last = int(np.floor(np.log10(low))), int(np.floor(np.log10(sizes.max() if len(sizes) else 1.0)))
     getattr(axis, f"set_{which}scale")("symlog", linthresh=10.0**first)
     decades = 10.0 ** np.arange(last, first - 1, -max(1, -(-(last - first) // 2)))[::-1]  # few: both sides need room
-    if which == "x" and len(decades) > 1 and values.min() < 0:
+    if which == "x" and len(decades) > 2 and values.min() < 0:
         decades = decades[1:]  # beside zero there is no room for three labels
     negative = -decades[decades <= -values.min()] if (values < 0).any() else decades[:0]
     getattr(axis, f"set_{which}ticks")([*negative[::-1], 0.0, *decades])
