@@ -650,6 +650,7 @@ TRANSFORMS = {
     "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(x),
     "grad": lambda f, x: torch.func.grad(f)(x),
     "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones((), dtype=x.dtype))[0],
+    "jvp of grad": lambda f, x: torch.func.jvp(torch.func.grad(f), (x,), (torch.ones_like(x),))[1],
 }
 
 
