@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import curvspace
 from curvspace.cli import options
 from curvspace.cli.app import app
-from curvspace.training.spec import derived_seed
+from curvspace.seeds import derived_seed
 
 HERE = "test_command"
 

@@ -14,11 +14,12 @@ import torch
 from curvspace import datasets
 from curvspace.datasets import Split
 from curvspace.losses import get_loss
+from curvspace.seeds import derived_seed
 from curvspace.training import loop
 from curvspace.training.loop import evaluate, minibatches
 from curvspace.training.record import RunRecord, initial_model
 from curvspace.training.run import Interrupted, build_optimizer, train
-from curvspace.training.spec import Block, RunSpec, Task, derived_seed
+from curvspace.training.spec import Block, RunSpec, Task
 
 OPTIMIZERS = [
     {"name": "sgd", "kind": "sgd", "momentum": 0.9},

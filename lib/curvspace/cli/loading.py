@@ -24,9 +24,9 @@ from curvspace.datasets.store import Arrays
 from curvspace.device import use
 from curvspace.errors import UserError
 from curvspace.functional import batch_size, take
+from curvspace.seeds import derived_seed
 from curvspace.training import tensor_file
 from curvspace.training.record import RunRecord, data_options
-from curvspace.training.spec import derived_seed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 EXAMPLES = 2000

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.weak import WeakIdKeyDictionary
 
-from curvspace.functional import Inputs
+from curvspace.functional import Inputs, version_of
 
 ENTRIES = 20_000
 """Values that are looked at for one key, at most."""
@@ -63,7 +63,7 @@ def fingerprint(model: nn.Module, coordinates: Collection[str], inputs: Inputs, 
 @torch.no_grad()
 def values_mark(tensors: Sequence[Tensor]) -> Any:
     """A key that changes with the tensors' values: by versions and norms, as ``.data`` is written without a version."""
-    versions = tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
+    versions = tuple((id(t), version_of(t)) for t in tensors)
     return versions, tuple(torch.stack(torch._foreach_norm([t.detach().float() for t in tensors])).tolist())
 
 

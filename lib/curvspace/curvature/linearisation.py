@@ -21,7 +21,7 @@ from torch import Tensor
 
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.second_order import SecondOrderLayers
-from curvspace.functional import Inputs, flatten, pull_back, require_second_derivatives, take, tensors_in
+from curvspace.functional import Inputs, flatten, pull_back, require_second_derivatives, take, tensors_in, version_of
 from curvspace.inner import inner, norm
 from curvspace.losses import Loss
 from curvspace.outputs import pack
@@ -52,7 +52,7 @@ class Batch:
     @property
     def versions(self) -> list[int]:
         """How often each of its tensors has been changed in place."""
-        return [0 if t.is_inference() else t._version for t in (*tensors_in(self.inputs), *tensors_in(self.targets))]
+        return [version_of(t) for t in (*tensors_in(self.inputs), *tensors_in(self.targets))]
 
 
 @dataclass(frozen=True)

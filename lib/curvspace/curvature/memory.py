@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from curvspace.functional import dense_parts
+from curvspace.functional import dense_parts, version_of
 
 Result = TypeVar("Result")
 
@@ -29,7 +29,7 @@ class KeptBytes:
             storage = part.untyped_storage()
             size = min(storage.nbytes(), part.nbytes)  # a batch is often a view of the whole data set
             self._sizes[storage.data_ptr()] = max(size, self._sizes.get(storage.data_ptr(), 0))
-        return tensor.detach(), 0 if tensor.is_inference() else tensor._version
+        return tensor.detach(), version_of(tensor)
 
     def total(self, excluding: Iterable[Tensor] = ()) -> int:
         known = {t.untyped_storage().data_ptr() for t in excluding}

@@ -30,8 +30,8 @@ from curvspace.optim.span import (
     symmetric_span,
     unit_span,
 )
+from curvspace.seeds import derived_seed
 from curvspace.subspace import orthonormal_basis
-from curvspace.training.spec import derived_seed
 
 Orthonormal = bool | Literal["qr", "symmetric"]
 Reduction = Literal["mean", "class-sum", "batch-sum"]

@@ -1,6 +1,6 @@
 """The training loop: minibatches from device-resident data, any optimiser with ``step(inputs, targets)``.
 
-All that is random is a function of (seed, epoch) or (seed, step): see :func:`~curvspace.training.spec.derived_seed`.
+All that is random is a function of (seed, epoch) or (seed, step): see :func:`~curvspace.seeds.derived_seed`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from curvspace.datasets.augment import crop_flip
 from curvspace.functional import call
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer
+from curvspace.seeds import derived_seed
 from curvspace.training.average import accumulate, averaged
 from curvspace.training.schedule import Schedule
-from curvspace.training.spec import Task, derived_seed, steps_per_epoch
+from curvspace.training.spec import Task, steps_per_epoch
 
 Row = dict[str, Any]
 LOG_INTERVAL = {"cpu": 1, "cuda": 50}

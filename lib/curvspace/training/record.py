@@ -16,8 +16,9 @@ from torch import nn
 from curvspace import datasets, files, models
 from curvspace.datasets import DataSet
 from curvspace.errors import UserError
+from curvspace.seeds import derived_seed
 from curvspace.training import tensor_file
-from curvspace.training.spec import Block, derived_seed
+from curvspace.training.spec import Block
 
 _AGAIN = "remove the run's folder and train it again"
 

@@ -21,10 +21,11 @@ from curvspace.functional import call
 from curvspace.optim import registry
 from curvspace.optim.base import ModelOptimizer
 from curvspace.outputs import logits
+from curvspace.seeds import derived_seed
 from curvspace.training import lock
 from curvspace.training.loop import FitState, fit
 from curvspace.training.record import RunRecord, data_options, initial_model
-from curvspace.training.spec import Block, RunSpec, derived_seed
+from curvspace.training.spec import Block, RunSpec
 from curvspace.training.state import State, require_free, require_state
 
 

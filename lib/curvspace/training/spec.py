@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -200,14 +199,3 @@ class RunSpec:
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size)
-
-
-def derived_seed(*parts: object) -> int:
-    """A 63-bit seed from a run's seed, a purpose and a counter: ``derived_seed(0, "order", epoch)``.
-
-    Every random draw of a run comes from a generator seeded so: order, initialisation, augmentation and dropout
-    never share a stream, and the place in training alone says what is drawn, so that a resumed run needs no
-    generator state to continue bit for bit.
-    """
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

@@ -20,9 +20,10 @@ from torch import nn
 from curvspace.datasets import DataSet
 from curvspace.functional import call
 from curvspace.optim import registry
+from curvspace.seeds import derived_seed
 from curvspace.training.loop import fit
 from curvspace.training.record import initial_model
-from curvspace.training.spec import Block, Task, derived_seed
+from curvspace.training.spec import Block, Task
 from papers.common.context import Context
 
 NEVER = 10**9

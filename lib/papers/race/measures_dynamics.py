@@ -22,8 +22,9 @@ from curvspace.optim import registry
 from curvspace.optim.first_order import FirstOrder
 from curvspace.optim.mean_directions import mean_span
 from curvspace.optim.span import Span, identity_span, orthonormal_span
+from curvspace.seeds import derived_seed
 from curvspace.training.loop import minibatches
-from curvspace.training.spec import Block, derived_seed
+from curvspace.training.spec import Block
 from papers.race.measures_why import Resumed, Row, resumed
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ import torch
 
 from curvspace.datasets import DataSet
 from curvspace.optim import registry
+from curvspace.seeds import derived_seed
 from curvspace.training.loop import FitState, fit
 from curvspace.training.record import initial_model
-from curvspace.training.spec import Block, Task, derived_seed
+from curvspace.training.spec import Block, Task
 from papers.common.context import Context
 from papers.common.runs import best_rates
 
