@@ -20,6 +20,7 @@ from curvspace.functional import (
     preserved_buffers,
     pull_back,
     replayed_randomness,
+    seed_generators,
     select,
     trainable_parameters,
     unflatten,
@@ -79,6 +80,13 @@ def test_preserved_buffers_and_replayed_randomness():
         with replayed_randomness(torch.device("cpu"), seed=1):
             draws.append(torch.rand(3))
     assert torch.equal(*draws)
+
+
+def test_generators_of_a_device_are_seeded_as_by_torch():
+    torch.manual_seed(2**62)
+    expected = torch.rand(3)
+    seed_generators(2**62, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from curvspace.datasets import DataSet, Split
 from curvspace.datasets.augment import crop_flip
-from curvspace.functional import call
+from curvspace.functional import call, seed_generators
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer
 from curvspace.seeds import derived_seed
@@ -143,7 +143,7 @@ def fit(
         factor = schedule.factor(state.step, total, per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        torch.manual_seed(derived_seed(seed, "dropout", state.step))
+        seed_generators(derived_seed(seed, "dropout", state.step), device)
         clock = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=task.precision == "bfloat16"):
             loss = optimizer.step(inputs, targets)

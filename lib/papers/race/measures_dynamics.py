@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from curvspace import Objective, class_gradients, eigsh
 from curvspace.curvature import HessianOperator
 from curvspace.errors import UserError
-from curvspace.functional import flatten, trainable_parameters, unflatten
+from curvspace.functional import flatten, seed_generators, trainable_parameters, unflatten
 from curvspace.optim import registry
 from curvspace.optim.first_order import FirstOrder
 from curvspace.optim.mean_directions import mean_span
@@ -73,7 +73,7 @@ def _window(context: Context, run: Any, step: int, steps: int, examples: int) ->
         again = _gradient(at.model, next(second))
         drawn = next(at.batches)
         minibatch_gradients.append((_gradient(at.model, drawn), again))
-        torch.manual_seed(step + i)
+        seed_generators(step + i, at.data.train.targets.device)
         at.optimizer.step(*drawn)
         path.append(_position(at.model))
         d = path[-1] - path[-2]

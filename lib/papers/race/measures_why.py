@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from curvspace import Objective, class_gradients, eigsh
 from curvspace.datasets import DataSet
-from curvspace.functional import trainable_parameters
+from curvspace.functional import seed_generators, trainable_parameters
 from curvspace.optim.base import ModelOptimizer
 from curvspace.optim.mean_directions import MeanSpan, mean_span
 from curvspace.subspace import gradient_fraction, orthonormal_basis
@@ -128,7 +127,7 @@ class Resumed:
     def step(self, i: int) -> tuple[Tensor, Tensor]:
         """The run's step ``start + i``; gives the minibatch it was taken on."""
         batch = next(self.batches)
-        torch.manual_seed(self.start + i)
+        seed_generators(self.start + i, self.data.train.targets.device)
         self.optimizer.step(*batch)
         return batch
 
