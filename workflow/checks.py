@@ -9,12 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 from jsonschema.validators import extend
 
 from papers import registry
+from papers.common import yaml_files
 
 SCHEMA = Path(__file__).parent / "schemas" / "config.schema.yaml"
 OPEN = ("datasets", "models", "optimizers", "studies")
@@ -63,7 +63,7 @@ _Validator: Any = extend(
 @cache
 def schema() -> dict[str, Any]:
     """The whole schema: the workflow's own part, and each study's block from the study's folder."""
-    total = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    total = yaml_files.read(SCHEMA)
     for name, block in registry.schemas().items():
         definitions = block.pop("$defs", {})
         if twice := sorted(set(definitions) & set(total["$defs"])):

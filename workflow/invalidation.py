@@ -20,6 +20,7 @@ import hashlib
 import io
 import tokenize
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -58,10 +59,7 @@ class Module:
             if token.type == tokenize.COMMENT:
                 row, column = token.start
                 lines[row - 1] = lines[row - 1][:column]
-        verbatim: set[int] = set()
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.JoinedStr | ast.Constant) and (node.end_lineno or 0) > node.lineno:
-                verbatim.update(range(node.lineno, node.end_lineno or 0))  # blanks inside a string are its content
+        verbatim = {row for found in self.found.values() for row in found.verbatim}
         lines = [f"{line}\0" if row in verbatim else line.rstrip() for row, line in enumerate(lines, 1)]
         for node in self._unread():
             if not lines[node.lineno - 1][: node.col_offset].strip():
@@ -69,12 +67,17 @@ class Module:
                     lines[row - 1] = ""
         return lines
 
+    @cached_property
+    def found(self) -> dict[ast.stmt, Found]:
+        """What lies in each top-level statement."""
+        return {statement: _found(statement) for statement in self.tree.body}
+
     def _unread(self) -> Iterator[ast.stmt]:
         """Statements whose text does not count: docstrings, imports for type checkers, registries."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from (s for s in node.body if _is_docstring(s))
-        yield from (s for s in self.tree.body if _type_checking(s) or _bound(s) == [REGISTRY])
+        for statement, found in self.found.items():
+            yield from found.docstrings
+            if _is_docstring(statement) or _type_checking(statement) or _bound(statement) == [REGISTRY]:
+                yield statement
 
     @property
     def is_index(self) -> bool:
@@ -132,16 +135,42 @@ def _bound(statement: ast.stmt) -> list[str]:
 
 
 def _type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+    if not isinstance(node, ast.If) or not isinstance(node.test, ast.Name | ast.Attribute):
+        return False
+    name = [node.test.id] if isinstance(node.test, ast.Name) else _dotted(node.test)
+    return name in (["TYPE_CHECKING"], ["typing", "TYPE_CHECKING"])
 
 
-def _walk(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """All nodes but those under ``if TYPE_CHECKING:``, which never run."""
-    todo = list(nodes)
+@dataclass
+class Found:
+    """What one walk over a statement finds. Of what stands under ``if TYPE_CHECKING:``, which never runs, no import."""
+
+    names: set[str] = field(default_factory=set)
+    imports: list[ast.Import | ast.ImportFrom] = field(default_factory=list)
+    attributes: list[list[str]] = field(default_factory=list)
+    docstrings: list[ast.stmt] = field(default_factory=list)
+    verbatim: set[int] = field(default_factory=set)
+    """Rows of strings of several lines but their last: blanks at their ends are the string's content."""
+
+
+def _found(statement: ast.stmt) -> Found:
+    found = Found()
+    todo: list[tuple[ast.AST, bool]] = [(statement, True)]
     while todo:
-        node = todo.pop()
-        yield node
-        todo.extend(node.orelse if isinstance(node, ast.If) and _type_checking(node) else ast.iter_child_nodes(node))
+        node, runs = todo.pop()
+        if isinstance(node, ast.Name):
+            found.names.add(node.id)
+        elif isinstance(node, ast.JoinedStr | ast.Constant):
+            found.verbatim.update(range(node.lineno, node.end_lineno or 0))
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.docstrings += filter(_is_docstring, node.body)
+        elif isinstance(node, ast.Import | ast.ImportFrom) and runs:
+            found.imports.append(node)
+        elif isinstance(node, ast.Attribute) and runs and (dotted := _dotted(node)):
+            found.attributes.append(dotted)
+        hidden = node.body if isinstance(node, ast.If) and _type_checking(node) else []
+        todo += [(child, runs and child not in hidden) for child in ast.iter_child_nodes(node)]
+    return found
 
 
 def _dotted(node: ast.Attribute) -> list[str]:
@@ -248,7 +277,7 @@ class Code:
     def imports(self, name: str) -> set[str]:
         """The modules of the repository that a module's own import statements name."""
         module = self.module(name)
-        return self._imports(module, [module.tree]) - set(self._parents(name)) if module else set()
+        return self._imports(module, module.found.values()) - set(self._parents(name)) if module else set()
 
     def is_index(self, name: str) -> bool:
         """Whether a module is a package's ``__init__`` which only exports names, or is empty."""
@@ -259,7 +288,9 @@ class Code:
         if name not in self._needs:
             module = self.module(name)
             assert module is not None
-            self._needs[name] = frozenset(self._imports(module, [module.tree]) - {name} | set(self._parents(name)))
+            self._needs[name] = frozenset(
+                self._imports(module, module.found.values()) - {name} | set(self._parents(name))
+            )
         return self._needs[name]
 
     def _parents(self, name: str) -> list[str]:
@@ -267,24 +298,24 @@ class Code:
         parts = name.split(".")
         return [p for p in (".".join(parts[:i]) for i in range(1, len(parts))) if self.module(p)]
 
-    def _imports(self, module: Module, nodes: Iterable[ast.AST]) -> set[str]:
+    def _imports(self, module: Module, statements: Iterable[Found]) -> set[str]:
         """Modules of the repository which the code imports, lazily exported names followed to their module."""
         found: set[str] = set()
-        walked = list(_walk(nodes))
         bindings: dict[str, Binding] = {}
-        for node in walked:
-            if isinstance(node, ast.Import | ast.ImportFrom):
+        statements = list(statements)[::-1]
+        for statement in statements:
+            for node in statement.imports:
                 for local, target in self._targets(module, node):
                     found |= self._resolve(module, *target)
                     bindings[local] = target
-        for node in walked:
-            if isinstance(node, ast.Attribute):
-                found |= self._attribute(module, node, bindings)
+        for statement in statements:
+            for dotted in statement.attributes:
+                found |= self._attribute(module, dotted, bindings)
         return found | {parent for name in found for parent in self._parents(name)}
 
-    def _attribute(self, module: Module, node: ast.Attribute, bindings: dict[str, Binding]) -> set[str]:
+    def _attribute(self, module: Module, dotted: list[str], bindings: dict[str, Binding]) -> set[str]:
         """The module behind ``package.name`` where the package exports the name lazily."""
-        head, *rest = _dotted(node) or [""]
+        head, *rest = dotted
         if head not in bindings:
             return set()
         owner, name = bindings[head]
@@ -376,10 +407,11 @@ class Code:
             seen.add(name)
             for statement in module.definitions.get(name, []):
                 reached.add(statement)
-                todo.extend(n.id for n in ast.walk(statement) if isinstance(n, ast.Name))
+                todo.extend(module.found[statement].names)
         ordered = [s for s in module.tree.body if s in reached]
         code = [s for s in ordered if not isinstance(s, ast.Import | ast.ImportFrom)]
         imports = [_trim(s, seen) for s in ordered if isinstance(s, ast.Import | ast.ImportFrom)]
         used = [s for s in imports if s]
         text = "\n".join([*map(ast.unparse, used), module.text(code)])
-        return text, self._imports(module, [*used, *code]) | set(self._parents(module.name))
+        found = [*map(_found, used), *(module.found[s] for s in code)]
+        return text, self._imports(module, found) | set(self._parents(module.name))

@@ -14,9 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import papers
+from papers.common import yaml_files
 from papers.common.study import Study
 
 COMMON = "common"
@@ -88,5 +87,5 @@ def pictures(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _content(file: Path) -> Any:
     """A YAML file's content; empty where there is no file. What it names twice by an anchor is two things here."""
-    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    found = yaml_files.read(file) if file.is_file() else None
     return json.loads(json.dumps(found or {}))

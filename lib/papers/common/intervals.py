@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 
 def half_width(sd: float, n: int, level: float = 0.95) -> float:
@@ -12,6 +11,8 @@ def half_width(sd: float, n: int, level: float = 0.95) -> float:
 
     ``sd`` is the sample's standard deviation s, with n - 1 in the denominator.
     """
+    from scipy.special import stdtrit  # plans, which draw nothing, import this module too
+
     return float(stdtrit(n - 1, (1 + level) / 2) * sd / np.sqrt(n)) if n > 1 else np.nan
 
 

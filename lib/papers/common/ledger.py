@@ -19,7 +19,7 @@ import pandas as pd
 import yaml
 
 from curvspace.errors import UserError
-from papers.common import verdicts
+from papers.common import verdicts, yaml_files
 from papers.common.outcomes import UNTESTED, VERDICTS, Outcome, Untested, number
 from papers.common.study import published
 
@@ -81,7 +81,7 @@ def entries(file: Path) -> Any:
     entry's texts ({mean}, or {sums[0][value]} of what lies deeper); a text that is such a name alone becomes its value.
     An entry with neither is taken as it stands.
     """
-    written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    written = yaml_files.read(file)
     if not isinstance(written, list):
         return written
     numbers = published(file)

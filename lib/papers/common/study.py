@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from papers.common import yaml_files
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 """What data sets, models, optimisers, measures, figures and tables may be called: names of files on every system."""
@@ -36,7 +36,7 @@ def number_text(value: float) -> str:
 def published(file: str | Path) -> dict[str, Any]:
     """The paper's own numbers: ``published.yaml`` beside a file; empty where there is none."""
     place = Path(file).with_name("published.yaml")
-    return yaml.safe_load(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    return yaml_files.read(place) if place.is_file() else {}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from papers.common.outcomes import (
     FAILS,
@@ -286,6 +285,8 @@ def proportion(successes: int, total: int, seeds: int) -> Estimate:
     """A share with Wilson's 95 % interval."""
     if not total:
         return Estimate(math.nan, math.nan, math.nan, seeds)
+    from scipy import stats  # takes a second to import, which no plan needs
+
     interval = stats.binomtest(successes, total).proportion_ci(method="wilson")
     return Estimate(successes / total, float(interval.low), float(interval.high), seeds)
 
@@ -322,6 +323,8 @@ def spearman(rows: pd.DataFrame, x: str, y: str, least_rows: int = 5) -> Estimat
     pairs = rows[[x, y]].replace([np.inf, -np.inf], np.nan).dropna()
     if len(pairs) < max(least_rows, 4) or pairs[x].nunique() < 2 or pairs[y].nunique() < 2:
         return Estimate(math.nan, math.nan, math.nan, _seeds(rows))
+    from scipy import stats
+
     rho = float(stats.spearmanr(pairs[x], pairs[y]).statistic)
     z, half = math.atanh(np.clip(rho, -0.999999, 0.999999)), 1.96 * 1.03 / math.sqrt(len(pairs) - 3)
     return Estimate(rho, math.tanh(z - half), math.tanh(z + half), _seeds(rows))
