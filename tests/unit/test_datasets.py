@@ -22,6 +22,7 @@ from curvspace.datasets.store import (
     make_card,
     save,
 )
+from curvspace.errors import UserError
 
 
 def images(count: int = 12, seed: int = 0) -> Arrays:
@@ -256,6 +257,27 @@ def test_generated_sets_are_prepared_and_loaded_like_all_others(tmp_path: Path):
     for wrong, words in (({"seed": 4}, "seed=3"), ({"resize": 8}, "images"), ({"labels": "even-odd"}, "classes")):
         with pytest.raises(ValueError, match=words):
             load(tmp_path / "wave", {**entry, **wrong})
+
+
+@pytest.mark.parametrize("name", [ARRAYS, CARD, "run.json"])
+def test_files_of_others_are_not_replaced(tmp_path: Path, name: str):
+    if name == ARRAYS:
+        np.savez(tmp_path / name, mine=np.arange(3))
+    else:
+        (tmp_path / name).write_text('{"mine": 1}')
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(UserError, match=f"{name} is no prepared data set's"):
+        prepare("sine", tmp_path, options={"examples": 20, "test_examples": 10})
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(name, before)]
+
+
+@pytest.mark.parametrize("damaged", [ARRAYS, CARD])
+def test_a_damaged_data_set_is_prepared_again_where_it_is(tmp_path: Path, damaged: str):
+    prepare("sine", tmp_path, options={"examples": 20, "test_examples": 10})
+    whole = (tmp_path / damaged).read_bytes()
+    (tmp_path / damaged).write_bytes(whole[:-40])
+    prepare("sine", tmp_path, options={"examples": 20, "test_examples": 10})
+    assert (tmp_path / damaged).read_bytes() == whole
 
 
 def test_a_users_own_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,7 +18,7 @@ from curvspace.datasets.catalogue import KNOWN, Known, source_names
 from curvspace.datasets.generated import gaussian_mixture, sine
 from curvspace.datasets.imagefolder import imagefolder
 from curvspace.datasets.sources import SourceError
-from curvspace.datasets.store import Arrays, WrongData, make_card, save
+from curvspace.datasets.store import Arrays, WrongData, make_card, require_own, save
 
 log = logging.getLogger(__name__)
 DIGITS_SHA256 = "b25fba4c9a98f3a97f34fbeab41843a6e3565a3dcac452cd2525d019a0fcc93b"
@@ -70,7 +70,10 @@ def prepare(
         If a user's own images are missing or unreadable.
     ValueError
         If the name, a source or an option is unknown.
+    UserError
+        If files that are no prepared data set's stand where it would be written.
     """
+    require_own(out_dir)
     options = dict(options or {})
     if unknown := [source for source in sources if source not in source_module.SOURCES]:
         raise ValueError(f"unknown data source {unknown[0]!r}; known are {', '.join(source_module.SOURCES)}")

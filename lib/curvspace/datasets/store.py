@@ -104,6 +104,37 @@ def make_card(name: str, arrays: Arrays, source: str, options: Mapping[str, Any]
     }
 
 
+def require_own(folder: str | Path) -> None:
+    """Nothing stands in the folder under the names of a prepared data set, or one of ours does.
+
+    Raises
+    ------
+    UserError
+        Where arrays, a card or a record that this package did not write would be replaced.
+    """
+    folder = Path(folder)
+    there = [name for name in (ARRAYS, CARD, "run.json") if (folder / name).exists()]
+    if there and not _has_our_arrays(folder / ARRAYS) and not _is_our_card(folder / CARD):
+        raise UserError(
+            f"{folder / there[0]} is no prepared data set's and would be replaced; move it away, or name another folder"
+        )
+
+
+def _has_our_arrays(file: Path) -> bool:
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            return set(getattr(found, "files", ())) == set(FIELDS)
+    except Exception:  # a damaged archive can raise anything
+        return False
+
+
+def _is_our_card(file: Path) -> bool:
+    try:
+        return {"name", "num_classes", "sha256"} <= files.read_record(file).keys()
+    except (files.DamagedFile, OSError):
+        return False
+
+
 def save(folder: str | Path, arrays: Arrays, card: Mapping[str, Any]) -> None:
     """Write both files, each under a temporary name first: a reader sees a whole file or none.
 
