@@ -75,7 +75,10 @@ def _ends(t: Tensor) -> bytes:
     if t.layout != torch.strided or t.is_quantized or not t.numel():
         return b""
     rows = (t[:1], t[-1:]) if t.ndim else (t,)
-    return b"".join(bytes(r.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) for r in rows)
+    return b"".join(
+        bytes(r.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy())
+        for r in rows
+    )
 
 
 def layout(index: int, inputs: Inputs, targets: Any, batched: Batched) -> tuple[int, tuple[bool, ...]]:

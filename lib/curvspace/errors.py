@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 
 
 class UserError(Exception):
     """Shown by the commands as one line, without a traceback: say what is wrong, where, and what to do."""
+
+
+WORDS = {"true", "false", "yes", "no", "on", "off", "none", "null"}
+"""What a text may say in place of a value."""
+
+
+def refuse_text(owner: str, function: Callable[..., object], options: Mapping[str, object]) -> None:
+    """Raise the ``ValueError`` for ``"false"`` or ``"0.9"`` where the function takes a flag or a number.
+
+    It does by its annotation, or else by its default; the text would be taken for true, or for nothing at all.
+    """
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = _kind(parameter)
+        value = options.get(name)
+        if kind and isinstance(value, str) and (value.lower() in WORDS or _is_number(value)):
+            wanted = "True or False" if kind == "bool" else "a number"
+            raise ValueError(f"{owner}: {name} must be {wanted}, got {value!r}")
+
+
+def _kind(parameter: inspect.Parameter) -> str | None:
+    """ "bool", "int" or "float" where a parameter is of that type, else None."""
+    found = parameter.annotation
+    if found is parameter.empty:
+        found = type(parameter.default)
+    name = found if isinstance(found, str) else getattr(found, "__name__", "")
+    return name if name in ("bool", "int", "float") else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def refuse_old(renamed: Mapping[str, str], **given: object) -> None:

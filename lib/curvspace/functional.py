@@ -11,6 +11,7 @@ Everything in the library that moves in parameter space goes through these few f
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
@@ -294,6 +295,10 @@ def without_autocast(f: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
+NO_SECOND_DERIVATIVE = re.compile(r"derivative for '?(?:aten::)?_?(\w+?)_backward'? is not implemented")
+"""torch's words where a product needs one that it has not, with the name of the operation."""
+
+
 def pull_back(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -309,11 +314,20 @@ def pull_back(
     of every process that multiplies with a Hessian. The result is the same, bit for bit, and may share memory with u
     where J is the identity.
     """
-    if batched:
-        return torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
-    with torch.enable_grad():
-        inner = _InnerProduct.apply(len(outputs), *outputs, *cotangents)
-    return torch.autograd.grad(inner, inputs, **options)
+    try:
+        if batched:
+            return torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
+        with torch.enable_grad():
+            inner = _InnerProduct.apply(len(outputs), *outputs, *cotangents)
+        return torch.autograd.grad(inner, inputs, **options)
+    except RuntimeError as error:
+        missing = NO_SECOND_DERIVATIVE.search(str(error))
+        if missing is None:
+            raise
+        raise RuntimeError(
+            f"torch has no second derivative of {missing[1]}, which the model or the loss uses: put other operations "
+            "in its place, or take objective.hessian_by_differences()"
+        ) from error
 
 
 class _InnerProduct(torch.autograd.Function):

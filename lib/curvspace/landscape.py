@@ -47,6 +47,8 @@ class LossScanner:
     def __init__(self, objective: Objective, method: Method = "loop", chunk: int = 8):
         if method not in ("loop", "vmap"):
             raise ValueError(f'method must be "loop" or "vmap", got {method!r}')
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
         self.objective = objective
         self.method = method
         self.chunk = chunk
@@ -79,9 +81,7 @@ class LossScanner:
     @torch.no_grad()
     def _along(self, origin: Tensor, direction: Tensor, t: Sequence[float] | Floats) -> Floats:
         start = time.perf_counter()
-        if direction.shape != origin.shape:
-            raise ValueError(f"a direction must have shape {tuple(origin.shape)}, got {tuple(direction.shape)}")
-        points = [float(value) for value in np.atleast_1d(t)]
+        direction, points = self._direction(direction), _numbers(t)
         if self.method == "vmap":
             losses = torch.cat([self._together(origin, direction, part) for part in _chunks(points, self.chunk)])
         else:
@@ -93,7 +93,16 @@ class LossScanner:
 
     def plane(self, u: Tensor, v: Tensor, s: Sequence[float] | Floats, t: Sequence[float] | Floats) -> Floats:
         r""":math:`L(\theta + s_i u + t_j v)`: directions (P,), s (m,), t (n,), result (m, n)."""
-        return np.stack([self._along(self.origin + float(value) * u, v, t) for value in s])
+        u = self._direction(u)
+        return np.stack([self._along(self.origin + value * u, v, t) for value in _numbers(s)])
+
+    def _direction(self, given: Tensor) -> Tensor:
+        """In the type and on the device of the parameters."""
+        if given.shape != self.origin.shape:
+            raise ValueError(f"a direction must have shape {tuple(self.origin.shape)}, got {tuple(given.shape)}")
+        if given.is_complex():
+            raise ValueError(f"a direction must be real, got {given.dtype}")
+        return given.detach().to(self.origin)
 
     def _one(self, theta: Tensor) -> Tensor:
         point = replace(self._point, parameters=unflatten(theta, self._point.parameters))
@@ -134,11 +143,22 @@ def _double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
+def _numbers(t: Sequence[float] | Floats) -> list[float]:
+    values = np.atleast_1d(t)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"displacements must be one or more numbers (m,), got shape {values.shape}")
+    return [float(value) for value in values]
+
+
 def plane_through(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormal directions u, v (P,) of the plane through three points (3, P), and the points in it, (3, 2).
 
     The first point is the origin, the second lies on u.
     """
+    if points.ndim != 2 or len(points) != 3:
+        raise ValueError(f"a plane goes through three points (3, P), got shape {tuple(points.shape)}")
+    if not points.isfinite().all():
+        raise ValueError("the three points have entries that are not finite")
     first, second = points[1:] - points[0]
     across = norm(first)
     u = first / across
@@ -172,6 +192,10 @@ class QuadraticFit:
 
 def fit_quadratic(scanner: LossScanner, direction: Tensor, radius: float, points: int = 11) -> QuadraticFit:
     """A parabola through the loss at equally spaced points with |t| ≤ radius (paper D, fig. 4)."""
+    if points < 3:
+        raise ValueError(f"a parabola needs at least 3 points, got {points}")
+    if radius < 0:
+        raise ValueError(f"radius must not be negative, got {radius}")
     if radius == 0 or not np.isfinite(scanner.origin_loss):
         return QuadraticFit(np.nan, np.nan, 0.0, False)
     x = np.linspace(-1.0, 1.0, points)  # the fit in units of the radius is well conditioned at any scale
@@ -217,6 +241,8 @@ def line_search(
     tol
         Relative accuracy of t.
     """
+    if points < 2:
+        raise ValueError(f"a line search needs at least 2 points of either sign, got {points}")
     if not 0 < smallest < radius:
         raise ValueError(f"smallest must lie between 0 and the radius {radius}, got {smallest}")
     if not np.isfinite(scanner.origin_loss):
@@ -225,6 +251,8 @@ def line_search(
     grid = search_grid(radius, points, smallest)
     losses = np.full_like(grid, np.nan)
     losses[grid != 0] = scanner.along(direction, grid[grid != 0])
+    if np.isnan(losses[grid != 0]).all():
+        raise ValueError("the loss is not a number wherever the line search looks: is the direction finite?")
     losses[points] = scanner.origin_loss
     best = int(np.nanargmin(losses))
     if scanner.origin_loss - losses[best] <= scanner.resolution:

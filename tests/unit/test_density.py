@@ -39,7 +39,41 @@ def test_is_exact_for_few_distinct_eigenvalues():
     torch.testing.assert_close(found.weights.sum(1), torch.ones(3).double())
 
 
-@pytest.mark.parametrize("arguments", [{"steps": 0}, {"probes": 0}, {"width": 0.0}, {"axis": "cubic"}])
+@pytest.mark.parametrize("width", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("axis", ["linear", "log"])
+def test_integrates_to_one_however_narrow_the_gaussians(axis, width):
+    found = spectral_density(torch.diag(torch.tensor([1.0, 2.0, 7.0, -3.0])).double(), width=width, axis=axis)
+    x = found.grid if axis == "linear" else torch.asinh(found.grid / found.linear_width)
+    assert float(torch.trapezoid(found.density, x)) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "said"),
+    [
+        (torch.eye(3, dtype=torch.complex64), "real floating type"),
+        (torch.eye(3, dtype=torch.long), "real floating type"),
+        (torch.zeros(3, 4), "square"),
+    ],
+)
+def test_what_has_no_density_is_refused(matrix, said):
+    with pytest.raises(ValueError, match=said):
+        spectral_density(matrix)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"steps": 0},
+        {"steps": 2.5},
+        {"probes": 0},
+        {"points": 2},
+        {"points": 20},
+        {"width": 0.0},
+        {"width": float("inf")},
+        {"linear_width": -1.0},
+        {"axis": "cubic"},
+    ],
+)
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         spectral_density(torch.eye(4), **arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvspace import Objective, eigsh
 from curvspace.curvature import dense_matrix
+from curvspace.curvature.eigensolver import _degree, _WantedPairs
+from curvspace.curvature.krylov import KrylovBasis
 
 
 def _symmetric(n: int, seed: int = 0) -> torch.Tensor:
@@ -405,3 +408,20 @@ def test_what_has_no_meaning_is_refused(matrix, k, tol, said):
 def test_a_matrix_that_requires_gradients():
     matrix = torch.diag(torch.arange(5.0)).requires_grad_()
     assert eigsh(matrix, 1).values.tolist() == pytest.approx([4.0])
+
+
+@pytest.mark.parametrize(("which", "sign"), [("LA", 1), ("SA", -1), ("LM", 1)])
+@pytest.mark.parametrize("gap", [0.0, 1e-17, 1e-16, 1e-13])
+def test_what_a_probe_finds_may_be_as_large_as_what_is_wanted(which, sign, gap):
+    """The rest of the spectrum ends where the wanted values do, to rounding."""
+    values = sign * torch.tensor([2.0] * 4 + [2.0 - gap] * 4 + [1.0, 0.0, 0.5, 0.1] * 5).double()
+    rotation = torch.linalg.qr(_symmetric(len(values)))[0]
+    start = rotation[:, :2] + 1e-3 * _symmetric(len(values), 1)[:, :2]
+    pairs = eigsh((rotation * values) @ rotation.T, 2, which, 1e-6, start)
+    assert pairs.values.tolist() == pytest.approx([2 * sign] * 2)
+
+
+def test_a_gap_below_rounding_asks_for_every_degree():
+    basis = KrylovBasis(torch.eye(9).double(), 9, torch.Generator())
+    pairs = _WantedPairs(1, torch.tensor([1e-20]).double(), torch.eye(1).double(), [0], torch.zeros(1), 1e-3, 0.0)
+    assert _degree(torch.tensor([-1.0, 0.0]).double(), pairs, "LA", basis) == math.inf

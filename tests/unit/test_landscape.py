@@ -192,3 +192,35 @@ def test_a_direction_of_another_length():
     scanner = LossScanner(Objective(nn.Linear(4, 3), (torch.randn(5, 4), torch.arange(5) % 3)))
     with pytest.raises(ValueError, match=r"must have shape \(15,\)"):
         scanner.along(torch.ones(14), [0.0])
+
+
+@pytest.mark.parametrize("method", ["loop", "vmap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_directions_of_any_real_type(dtype, method):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    objective = Objective(model, [(torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1]))])
+    direction = torch.arange(8).to(dtype)
+    expected = LossScanner(objective, method).along(direction.float(), [0.5])
+    assert LossScanner(objective, method).along(direction, [0.5]) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda s: fit_quadratic(s, axis(0), 1.0, points=2), "at least 3 points, got 2"),
+        (lambda s: fit_quadratic(s, axis(0), -1.0), "radius"),
+        (lambda s: line_search(s, axis(0), 1.0, points=1), "at least 2 points"),
+        (lambda s: line_search(s, axis(0) * torch.nan, 1.0), "not a number wherever"),
+        (lambda s: s.along(axis(0), np.zeros((2, 2))), r"one or more numbers \(m,\), got shape \(2, 2\)"),
+        (lambda s: s.along(axis(0), []), "one or more numbers"),
+        (lambda s: s.along(axis(0).to(torch.complex128), [1.0]), "real"),
+        (lambda s: s.plane(axis(0, 1), axis(1), [0.0], [0.0]), "shape"),
+        (lambda s: LossScanner(s.objective, "vmap", 0), "chunk"),
+        (lambda s: plane_through(torch.eye(2)), "three points"),
+        (lambda s: plane_through(torch.full((3, 4), torch.nan)), "not finite"),
+    ],
+)
+def test_what_would_be_another_answer_is_refused(call, said):
+    with pytest.raises(ValueError, match=said):
+        call(scanner_of(bowl, 1.0, 1.0))

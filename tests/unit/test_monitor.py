@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import random
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def test_mistakes_are_told_at_the_first_step():
         CurvatureMonitor(network(), batches(), k=60)
     with pytest.raises(ValueError, match="share must be positive, or None"):
         CurvatureMonitor(network(), batches(), share=0)
-    with pytest.raises(ValueError, match="num_classes must be at least 2"):
+    with pytest.raises(ValueError, match="num_classes must be a whole number of at least 2"):
         CurvatureMonitor(network(), batches(), num_classes=1)
     with pytest.raises(ValueError, match="to must be a path"):
         CurvatureMonitor(network(), batches(), to=3)  # type: ignore[arg-type]
@@ -296,3 +297,47 @@ def test_a_budget_of_fewer_products_than_eigenvalues():
     assert math.isfinite(row["sharpness"])
     assert math.isnan(row["eigenvalue_3"])
     assert not row["converged"]
+
+
+@pytest.mark.parametrize("width", [3, 9])
+def test_layers_that_grow_or_shrink_on_the_way(width):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    monitor = CurvatureMonitor(model, batches(), k=2, share=None, tol=1e-9)
+    monitor(0)
+    model[0], model[2] = nn.Linear(5, width).double(), nn.Linear(width, 3).double()
+    expected = torch.linalg.eigvalsh(oracles.dense_hessian(model, batches(), "cross_entropy"))
+    assert monitor(1)["sharpness"] == pytest.approx(float(expected[-1]))
+
+
+def test_batches_from_a_generator_need_not_be_contiguous():
+    x, y = torch.cat([x for x, _ in batches()]), torch.cat([y for _, y in batches()])
+    rows = [
+        CurvatureMonitor(network(), made, share=None).measure(0)
+        for made in (((x[i::2], y[i::2]) for i in range(2)), [(x, y)])
+    ]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_two_monitors_do_not_share_a_file(tmp_path, k):
+    first, second = (CurvatureMonitor(network(), batches(), k=n, share=None, to=tmp_path / "a.csv") for n in (1, k))
+    first(0)
+    with pytest.raises(ValueError, match="is there already"):
+        second(0)
+    assert len(pd.read_csv(tmp_path / "a.csv")) == 1
+
+
+def test_a_monitor_is_pickled_with_its_rows():
+    monitor = CurvatureMonitor(network(), batches(), share=None)
+    monitor(torch.tensor(3))
+    assert pickle.loads(pickle.dumps(monitor)).rows[0]["step"] == 3
+    assert type(monitor.rows[0]["step"]) is int
+
+
+@pytest.mark.parametrize(
+    "options", [{"k": 2.0}, {"every": "2"}, {"every": 0.5}, {"num_classes": 3.0}, {"share": "0.1"}, {"share": 0}]
+)
+def test_options_that_are_no_numbers_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        CurvatureMonitor(network(), batches(), **options)

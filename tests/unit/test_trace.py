@@ -35,3 +35,24 @@ def test_beats_the_plain_estimator_where_a_few_eigenvalues_dominate():
 def test_bad_budget():
     with pytest.raises(ValueError, match="at least 6 products, got 3"):
         hutchpp(torch.eye(4), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("products", [6, 60])
+def test_operators_in_half_precision(dtype, products):
+    A = torch.diag(torch.tensor([8.0, 4.0, 2.0] + [0.0] * 5)).to(dtype)
+    expected = hutchpp(A.double(), products).value
+    assert hutchpp(A, products).value == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "said"),
+    [
+        (torch.full((9, 9), float("nan")), "not finite"),
+        (torch.eye(9, dtype=torch.complex64), "real floating type"),
+        (torch.zeros(9, 8), "square"),
+    ],
+)
+def test_what_has_no_trace_is_refused(matrix, said):
+    with pytest.raises((RuntimeError, ValueError), match=said):
+        hutchpp(matrix, 12)

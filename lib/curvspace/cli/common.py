@@ -84,6 +84,8 @@ def set_threads(count: int | None) -> None:
     """Hold torch to so many CPU threads, which take denormal numbers for zero (:mod:`curvspace.denormals`)."""
     import torch
 
+    if count is not None and count < 0:
+        raise UserError(f"--threads must not be negative, got {count}")
     if count:
         torch.set_num_threads(count)
     torch.set_flush_denormal(True)  # before the pool starts: its threads inherit it

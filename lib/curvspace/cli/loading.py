@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from curvspace.curvature.frozen import FrozenModel
 from curvspace.datasets.catalogue import EMBEDDED, KNOWN, MADE_HERE, source_names
 from curvspace.datasets.store import Arrays
 from curvspace.device import use
-from curvspace.errors import UserError
+from curvspace.errors import UserError, refuse_text
 from curvspace.functional import batch_size, take
 from curvspace.seeds import derived_seed
 from curvspace.training import tensor_file
@@ -131,6 +132,8 @@ def _check(subject: Subject) -> None:
         raise UserError("give the folder of a run, or --model and --data; examples: curvspace eigs --help")
     if subject.run is not None and (subject.model or subject.checkpoint):
         raise UserError("a run knows its network and weights; leave out --model and --checkpoint")
+    if subject.run is None and subject.step != "last":
+        raise UserError("--step is of a run; give the run's folder, or leave it out")
     for name in ("examples", "batches", "batch_size"):
         value = getattr(subject, name)
         if value is not None and value < 1:
@@ -208,7 +211,7 @@ def as_batches(found: Any, size: int | None, name: str) -> tuple[Iterable[tuple[
 
     A pair is one batch unless a size is given; then the parts, and what was cut.
     """
-    if isinstance(found, list | tuple) and len(found) == 2 and isinstance(found[1], Tensor):
+    if isinstance(found, list | tuple) and len(found) == 2 and isinstance(found[1], Tensor | np.ndarray):
         ((x, y),) = as_pairs([found])
         n, flags = layout(0, x, y, None)
         if size is None or n <= size:
@@ -293,6 +296,7 @@ def _model(kind: str, options: dict[str, Any], shape: tuple[int, ...], classes: 
         if required:
             lacking = required[0].name
             raise UserError(f"--model {kind}: its argument {lacking!r} has no value; give --model-option {lacking}=…")
+        refuse_text(f"--model {kind}", function, options)
         made = function(**options)
     if not isinstance(made, nn.Module):
         raise UserError(f"--model {kind} returned {type(made).__name__}, not a torch.nn.Module")

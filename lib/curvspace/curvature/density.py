@@ -7,13 +7,18 @@ For a random unit vector v, k steps of Lanczos give a Gauss quadrature of the me
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator
+from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator, plain_operator
+
+MARGIN = 5
+"""Standard deviations that the grid reaches beyond the outermost nodes."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def spectral_density(
     *,
     steps: int = 40,
     probes: int = 5,
-    points: int = 512,
+    points: int | None = None,
     width: float | None = None,
     axis: Literal["linear", "log"] = "linear",
     linear_width: float | None = None,
@@ -59,6 +64,8 @@ def spectral_density(
 
     Parameters
     ----------
+    points
+        Of the grid (default 512, or as many more as the width asks for).
     width
         Standard deviation of the Gaussian at each node, as a share of the axis (default 1 / ``steps``, about the
         distance between nodes).
@@ -69,12 +76,22 @@ def spectral_density(
     Raises
     ------
     ValueError
-        For steps or probes below 1, or a width that is not positive.
+        For steps or probes below 1, a width that is not positive, or a grid that is too coarse for it.
     """
-    width = 1 / max(steps, 1) if width is None else width
-    for name, value in (("steps", steps), ("probes", probes), ("points", points), ("width", width)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+    A = plain_operator(A, "spectral_density")
+    for name, count in (("steps", steps), ("probes", probes), ("points", points)):
+        if count is not None and not (isinstance(count, Integral) and count > 0):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}")
+    width = 1 / steps if width is None else width
+    for name, value in (("width", width), ("linear_width", linear_width)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    finest = math.ceil(1 / width + 2 * MARGIN) + 1
+    points = max(512, finest) if points is None else points
+    if points < finest:
+        raise ValueError(
+            f"{points} points would miss Gaussians of width {width:g}: give at least {finest}, or a larger width"
+        )
     if axis not in ("linear", "log"):
         raise ValueError(f'axis must be "linear" or "log", got {axis!r}')
     steps = min(steps, A.shape[0])
@@ -110,7 +127,8 @@ def _smoothed(nodes: Tensor, weights: Tensor, points: int, width: float, scale: 
     held = x[weights > 0]
     span = float(held.max() - held.min()) or max(float(held.abs().max()), 1.0)
     sigma = width * span
-    grid = torch.linspace(float(held.min()) - 5 * sigma, float(held.max()) + 5 * sigma, points, dtype=torch.float64)
+    low, high = float(held.min()) - MARGIN * sigma, float(held.max()) + MARGIN * sigma
+    grid = torch.linspace(low, high, points, dtype=torch.float64)
     bumps = torch.exp(-0.5 * ((grid - x[..., None]) / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)
     curves = (weights[..., None] * bumps).sum(1)
     return (grid if scale is None else scale * torch.sinh(grid)), curves

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator
+from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator, plain_operator
 from curvspace.curvature.memory import free_memory
 from curvspace.denormals import flushed
 from curvspace.functional import without_autocast
@@ -119,8 +119,8 @@ def eigsh(
     MemoryError
         If the free memory does not hold a basis of k + 4 vectors.
     """
+    A = plain_operator(A, "eigsh")
     _check(A, k, which, tol)
-    A = A.detach() if isinstance(A, Tensor) else A
     max_products = max(300, 20 * k) if max_products is None else max_products
     bar = tqdm(disable=not progress, unit="product")
     basis = KrylovBasis(A, _capacity(A, k, max_basis), torch.Generator().manual_seed(seed), bar)
@@ -274,7 +274,8 @@ def _degree(rest: Tensor, pairs: _WantedPairs, which: Which, basis: KrylovBasis)
     distance = min(edges[:1] if pairs.k == 1 else edges)
     if distance <= 0 or b <= a:
         return math.inf if distance <= 0 else 0.0
-    return math.acosh(math.sqrt(basis.V.shape[1])) / math.acosh(1 + 2 * distance / (b - a))
+    growth = math.acosh(1 + 2 * distance / (b - a))
+    return math.acosh(math.sqrt(basis.V.shape[1])) / growth if growth else math.inf
 
 
 def _start(basis: KrylovBasis, v0: Tensor | None, tol: float) -> None:
@@ -351,12 +352,6 @@ def _warn(basis: KrylovBasis, pairs: _WantedPairs, unit: float) -> None:
 
 def _check(A: SymmetricOperator, k: int, which: str, tol: float) -> None:
     n = A.shape[0]
-    if tuple(A.shape) != (n, n):
-        raise ValueError(f"eigsh needs a square operator, got shape {tuple(A.shape)}")
-    if not A.dtype.is_floating_point:
-        raise ValueError(
-            f"eigsh needs an operator of a real floating type, got {A.dtype}: convert it, as by A.double()"
-        )
     if not isinstance(k, Integral):
         raise ValueError(f"k must be a whole number, got {k!r}")
     if not 1 <= k <= n:

@@ -41,6 +41,17 @@ class SymmetricOperator(Protocol):
     def __matmul__(self, v: Tensor) -> Tensor: ...
 
 
+def plain_operator(A: SymmetricOperator, user: str) -> SymmetricOperator:
+    """A, a tensor without its graph; a ``ValueError`` unless it is square and of a real floating type."""
+    if tuple(A.shape) != (A.shape[0], A.shape[0]):
+        raise ValueError(f"{user} needs a square operator, got shape {tuple(A.shape)}")
+    if not A.dtype.is_floating_point:
+        raise ValueError(
+            f"{user} needs an operator of a real floating type, got {A.dtype}: convert it, as by A.double()"
+        )
+    return A.detach() if isinstance(A, Tensor) else A
+
+
 class KrylovBasis:
     """Orthonormal rows V (``size``, P), the projected matrix T, candidates C and couplings B (see the module).
 

@@ -19,6 +19,7 @@ from curvspace.datasets.generated import gaussian_mixture, sine
 from curvspace.datasets.imagefolder import imagefolder
 from curvspace.datasets.sources import SourceError
 from curvspace.datasets.store import Arrays, WrongData, make_card, require_own, save
+from curvspace.errors import refuse_text
 
 log = logging.getLogger(__name__)
 DIGITS_SHA256 = "b25fba4c9a98f3a97f34fbeab41843a6e3565a3dcac452cd2525d019a0fcc93b"
@@ -88,6 +89,7 @@ def prepare(
             inspect.signature(function).bind(**options)
         except TypeError as error:
             raise ValueError(f"data set {name!r} does not take the options {options}: {error}") from None
+        refuse_text(f"data set {name!r}", function, options)
         arrays, served = function(**options), {"digits": "scikit-learn"}.get(name, "made here")
         if not isinstance(arrays, Arrays):
             raise ValueError(f"{name} must return curvspace.datasets.store.Arrays, got {type(arrays).__name__}")

@@ -43,11 +43,15 @@ class Arrays:
     num_classes: int
 
     def __post_init__(self) -> None:
+        for name in FIELDS:
+            if not isinstance(getattr(self, name), np.ndarray):
+                raise WrongData(f"{name} must be a NumPy array, got {type(getattr(self, name)).__name__}")
+        _require_images(self.train_inputs)
         for split in ("train", "test"):
             inputs, targets = getattr(self, f"{split}_inputs"), getattr(self, f"{split}_targets")
             if len(inputs) != len(targets):
                 raise WrongData(f"{split}: {len(inputs)} examples but {len(targets)} targets")
-            classes = targets.dtype.kind == "i" and len(targets) > 0
+            classes = targets.dtype.kind in "iub" and len(targets) > 0
             if classes and not 0 <= targets.min() <= targets.max() < self.num_classes:
                 raise WrongData(f"{split}: {targets.min()} … {targets.max()} are not {self.num_classes} classes")
         if self.train_inputs.shape[1:] != self.test_inputs.shape[1:]:
@@ -66,6 +70,17 @@ class Arrays:
             sha.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
             sha.update(array.data)
         return sha.hexdigest()
+
+
+def _require_images(inputs: NDArray[Any]) -> None:
+    """uint8 arrays are images, which are normalised channel by channel."""
+    shape = inputs.shape
+    if inputs.dtype != np.uint8:
+        return
+    if inputs.ndim != 4:
+        raise WrongData(f"train: uint8 inputs are images (N, C, H, W), got shape {shape}; give others as floats")
+    if shape[3] in (3, 4) and min(shape[1:3]) > 4:
+        raise WrongData(f"train: images of shape {shape} seem to be (N, H, W, C); give (N, C, H, W)")
 
 
 def channel_statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:

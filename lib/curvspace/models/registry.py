@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from curvspace.errors import refuse_text
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -76,6 +78,7 @@ def build(kind: str, options: Mapping[str, Any] | None, input_shape: Sequence[in
         signature.bind(tuple(input_shape), num_classes, **options)
     except TypeError as error:
         raise ValueError(f"model kind {kind!r} does not take the options {options}: {error}") from None
+    refuse_text(f"model kind {kind!r}", function, options)
     if kind not in KINDS:
         return function(tuple(input_shape), num_classes, **options)
     given = f"model kind {kind!r}" + "".join(f", {name} = {value!r}" for name, value in options.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 
 
 class Budget:
@@ -29,7 +30,7 @@ class Budget:
     """
 
     def __init__(self, share: float | None, clock: Callable[[], float] = time.perf_counter):
-        if share is not None and not share > 0:
+        if share is not None and not (isinstance(share, Real) and share > 0):
             raise ValueError(f"share must be positive, or None for no limit, got {share!r}")
         self.share = share
         self.training_s = self.spent_s = 0.0

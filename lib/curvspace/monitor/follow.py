@@ -9,6 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,6 @@ COLD_SOLVE = 30
 class CurvatureMonitor:
     r"""Follows the sharp directions of a loss along a training: ``monitor(step)`` after each step of any loop.
 
-    With L the mean loss over fixed batches, H its Hessian with eigenpairs :math:`(\lambda_i, u_i)`, largest first, g
     With L the mean loss over fixed batches, H its Hessian with eigenpairs :math:`(\lambda_i, u_i)`, largest first, g
     its gradient and C the span of the class gradients, a measurement is one row of
 
@@ -111,10 +112,9 @@ class CurvatureMonitor:
         most_negative: bool = False,
         **options: Any,
     ):
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        for name, value, least in (("k", k, 1), ("every", every, 1), ("num_classes", num_classes, 2)):
+            if value is not None and not (isinstance(value, Integral) and value >= least):
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         self.model = model
         self.batches = as_pairs(batches)
         self.k = k
@@ -124,7 +124,7 @@ class CurvatureMonitor:
         self.budget = Budget(share)
         self.rows: list[Row] = []
         self._loss, self._options = loss, {"group": None, **options}
-        self._new_tracker = lambda k, which: SubspaceTracker(k, which, tol, max_products=max_products)
+        self._new_tracker = partial(SubspaceTracker, tol=tol, max_products=max_products)
         self._start: float | None = None
         self._sinks = as_sinks(to)
         self._prepare()
@@ -138,10 +138,11 @@ class CurvatureMonitor:
             due = self.budget.share is None
         if not due or step % self.every:
             return None
+        any_before = bool(self.rows)
         try:
             return self.measure(step)
         except Exception as error:  # training goes on, whatever the model raises
-            if not self.rows:
+            if not any_before:
                 raise
             warnings.warn(f"step {step}: curvature was not measured: {error}", RuntimeWarning, stacklevel=2)
             return None
@@ -155,12 +156,16 @@ class CurvatureMonitor:
         start = time.perf_counter()
         with self.budget.spending(typical=wanted == self.most_negative):
             with _untouched(self._device):
-                if self._names() != self._measured_names:
+                if self._coordinates() != self._prepared_for:
                     self._prepare()
                 found = self._measured(wanted)
             self._synchronise()
         spent = time.perf_counter() - start
-        row: Row = {"step": step, "wall_s": time.perf_counter() - self._start, **found}
+        row: Row = {
+            "step": step.item() if isinstance(step, Tensor) else step,
+            "wall_s": time.perf_counter() - self._start,
+            **found,
+        }
         row = {**row, "measure_s": spent, "overhead": self.budget.overhead}
         self.rows.append(row)
         with self.budget.spending():
@@ -191,12 +196,12 @@ class CurvatureMonitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _names(self) -> list[str]:
-        return list(trainable_parameters(self.model))
+    def _coordinates(self) -> dict[str, torch.Size]:
+        return {name: p.shape for name, p in trainable_parameters(self.model).items()}
 
     def _prepare(self) -> None:
-        """For the parameters that are trainable now: layers may be frozen and unfrozen on the way."""
-        self._measured_names = self._names()
+        """For the parameters that are trainable now: layers may be frozen, unfrozen, grown and pruned on the way."""
+        self._prepared_for = self._coordinates()
         self._objective = Objective(self.model, self.batches, self._loss, **self._options)
         self._device = self._objective.function.device
         if not 1 <= self.k <= self._objective.num_parameters:

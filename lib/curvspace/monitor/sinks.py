@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 Row = Mapping[str, float]
 
@@ -41,9 +41,9 @@ class CSVSink:
     def __init__(self, path: str | os.PathLike[str], append: bool = False):
         self.path = Path(path)
         self.columns: list[str] | None = None
-        if self.path.is_file() and self.path.stat().st_size:
+        if self._begun():
             if not append:
-                raise ValueError(f"{self.path} is there already; name another file, or continue it with append=True")
+                self._refuse()
             with self.path.open(newline="", encoding="utf-8") as file:
                 self.columns = next(csv.reader(file))
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +51,8 @@ class CSVSink:
     def write(self, row: Row) -> None:
         new = self.columns is None
         if self.columns is None:
+            if self._begun():
+                self._refuse()
             self.columns = list(row)
         if list(row) != self.columns:
             other = sorted(set(row) ^ set(self.columns)) or "their order"
@@ -63,6 +65,12 @@ class CSVSink:
 
     def close(self) -> None:
         pass
+
+    def _begun(self) -> bool:
+        return self.path.is_file() and self.path.stat().st_size > 0
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(f"{self.path} is there already; name another file, or continue it with append=True")
 
 
 class TensorBoardSink:

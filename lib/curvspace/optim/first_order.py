@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvspace.errors import refuse_text
 from curvspace.functional import Inputs, call
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer, require
@@ -201,14 +202,12 @@ def _gradients_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def refuse_unknown(kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for an option that the class's signature does not name, and for text as a flag."""
+    """Raise ``ValueError`` for an option that the class's signature does not name, and for text as a flag or number."""
     parameters = inspect.signature(kind).parameters
     named = [n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     if unknown := [name for name in options if name not in named]:
         raise ValueError(f"{kind.__name__} has no option {unknown[0]!r}; it has {', '.join(named[1:])}")
-    for name, value in options.items():
-        if isinstance(parameters[name].default, bool) and isinstance(value, str):
-            raise ValueError(f"{name} must be True or False, got {value!r}")
+    refuse_text(kind.__name__, kind, options)
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:

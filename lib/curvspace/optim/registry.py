@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from curvspace.errors import refuse_text
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -92,6 +94,7 @@ def build(
     unknown = [] if takes_any else [key for key in options if key not in parameters]
     if unknown:
         raise ValueError(f"optimizer kind {kind!r} has no option {unknown[0]!r}; it has {', '.join(parameters)}")
+    refuse_text(f"optimizer kind {kind!r}", function, options)
     try:
         return function(model, lr=lr, loss=loss, **values)
     except TypeError as error:  # an option that a wrapped optimiser does not know
