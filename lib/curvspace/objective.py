@@ -344,7 +344,8 @@ class Objective:
     def layers(self, depth: int | None = None) -> dict[str, Objective]:
         """The same loss as a function of each layer's parameters: one :meth:`part` a module that has some of its own.
 
-        ``depth``: one a block instead, the modules ``depth`` levels below the model.
+        ``depth``: one a block instead, the modules ``depth`` levels below the model. A tied weight belongs to the first
+        module that holds it, and to no other.
         """
         groups: dict[str, list[str]] = {}
         for name in self.function.names:

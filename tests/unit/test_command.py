@@ -33,6 +33,15 @@ def by_shape(input_shape, num_classes):
     return nn.Linear(input_shape[0], num_classes)
 
 
+def flagged(width: int = 5, bias=True, dropout: float = 0.0, mode="same"):
+    return nn.Sequential(nn.Linear(4, width, bias), nn.Dropout(dropout), nn.Tanh(), nn.Linear(width, 3))
+
+
+def arrays():
+    x, y = pair()
+    return x.numpy(), y.numpy()
+
+
 def needs_width(width):
     return build(width)
 
@@ -155,7 +164,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("data", ["pair", "listed", "loader", "dataset"])
+@pytest.mark.parametrize("data", ["pair", "arrays", "listed", "loader", "dataset"])
 def test_eigs_of_ones_own_network_and_data(data, weights):
     got = found(
         "eigs",
@@ -255,6 +264,21 @@ def test_parts_of_a_pair_have_batch_statistics_of_their_own():
 def test_a_network_that_fails_says_so_itself():
     words = ("--model", f"{HERE}:too_wide", "--data", f"{HERE}:pair", "--batch-size", "8")
     assert "shapes cannot be multiplied" in run("sharpness", *words, "--device", "cpu", ok=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ('bias="false"', "bias must be True or False, got 'false'"),
+        ("bias=off", "bias must be True or False, got 'off'"),
+        ('width="7"', "width must be a number, got '7'"),
+        ('dropout="1e-3"', "dropout must be a number, got '1e-3'"),
+    ],
+)
+def test_text_is_no_flag_and_no_number(option, said):
+    words = ("eigs", "--model", f"{HERE}:flagged", "--data", f"{HERE}:pair", "-k", 1, "-q", "--model-option")
+    assert said in run(*words, option, ok=False)
+    run(*words, "mode='1'")
 
 
 def test_models_made_from_shape_and_classes_or_options():
@@ -366,6 +390,8 @@ WORDS = ("eigs", "--model", f"{HERE}:build", "--data", f"{HERE}:pair")
         ((*WORDS, "--examples", "0"), "--examples must be at least 1"),
         ((*WORDS, "--device", "tpu"), "device = 'tpu' is not allowed"),
         ((*WORDS, "--model-option", "width"), "'width' is no option; write NAME=VALUE"),
+        ((*WORDS, "--step", "3"), "--step is of a run"),
+        ((*WORDS, "--threads", "-1"), "--threads must not be negative"),
         (("eigs", "nowhere"), "nowhere holds no finished run"),
         (("train", "--out", "x"), "say what to train by one of"),
         (("train", "--out", "x", "--model", "fc"), "--model needs --data too"),

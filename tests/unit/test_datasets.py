@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from curvspace.datasets import folder_name, load, prepare, prepare_options
 from curvspace.datasets.generated import gaussian_mixture, sine
@@ -193,6 +194,14 @@ def test_a_card_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path)
         {"train_targets": np.arange(12) % 4},
         {"test_targets": np.arange(6) - 1},
         {"test_inputs": np.zeros((6, 3, 4, 5), dtype=np.uint8)},
+        {"train_targets": (np.arange(12) % 4).astype(np.uint8)},
+        {
+            "train_inputs": np.zeros((12, 8, 8, 3), dtype=np.uint8),
+            "test_inputs": np.zeros((6, 8, 8, 3), dtype=np.uint8),
+        },
+        {"train_inputs": np.zeros((12, 8, 8), dtype=np.uint8), "test_inputs": np.zeros((6, 8, 8), dtype=np.uint8)},
+        {"train_inputs": np.zeros((12, 8), dtype=np.uint8), "test_inputs": np.zeros((6, 8), dtype=np.uint8)},
+        {"train_inputs": torch.zeros(12, 3, 4, 4)},
     ],
 )
 def test_inconsistent_arrays_are_refused(changes: dict[str, np.ndarray]):
@@ -285,12 +294,15 @@ def test_a_users_own_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "import numpy as np\nfrom curvspace.datasets.store import Arrays\n"
         "def ramp(n):\n    x = np.linspace(0, 1, n)[:, None]\n"
         "    return Arrays(x, (x[:, 0] > 0.5).astype(np.int64), x, (x[:, 0] > 0.5).astype(np.int64), 2)\n"
-        "def wrong():\n    return 3\n"
+        "def wrong(noise=0.1, flip=False):\n    return 3\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     prepare("own_data:ramp", tmp_path / "ramp", options={"n": 8})
     data = load(tmp_path / "ramp", {"source": "own_data:ramp", "n": 8, "dtype": "float64", "validation": 2})
     assert (len(data.train), data.train.inputs.dtype.itemsize, data.input_shape) == (6, 8, (1,))
+    for options in ({"noise": "0.2"}, {"flip": "false"}):
+        with pytest.raises(ValueError, match=f"own_data:wrong': {next(iter(options))} must be"):
+            prepare("own_data:wrong", tmp_path / "no", options=options)
     for name in ("own_data:wrong", "own_data:absent", "no_such_module:f", "ramp"):
         with pytest.raises(ValueError):
             prepare(name, tmp_path / "no")

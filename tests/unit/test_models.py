@@ -214,6 +214,9 @@ def test_a_users_own_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert count(build("own_net:line", {"bias": False}, (7,), 3)) == 21
     assert module_of("own_net:line") == "own_net"
+    for text in ("false", "True", "None", "off", "0"):
+        with pytest.raises(ValueError, match=f"'own_net:line': bias must be True or False, got '{text}'"):
+            build("own_net:line", {"bias": text}, (7,), 3)
     sys.modules.pop("own_net")
 
 

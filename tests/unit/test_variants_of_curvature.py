@@ -328,3 +328,26 @@ def test_preconditioner_errors():
         preconditioned(H, torch.optim.Adam(model[3].parameters()))
     with pytest.raises(ValueError, match="no diagonal is known for Rprop"):
         preconditioned(H, torch.optim.Rprop(model.parameters()))
+
+
+class Bags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(7, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.bag(x)))
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton", "empirical_fisher"])
+@pytest.mark.parametrize(
+    ("model", "x", "named"),
+    [
+        (nn.Sequential(nn.Linear(4, 5), nn.Hardsigmoid(), nn.Linear(5, 3)), torch.randn(6, 4), "hardsigmoid"),
+        (Bags(), torch.randint(7, (6, 5)), "embedding_bag"),
+    ],
+)
+def test_an_operation_without_second_derivative_is_named_with_what_to_do(model, x, named, kind):
+    objective = Objective(model, (x, torch.arange(6) % 3))
+    with pytest.raises(RuntimeError, match=rf"second derivative of {named},.*hessian_by_differences\(\)"):
+        getattr(objective, kind)() @ torch.ones(objective.num_parameters)
