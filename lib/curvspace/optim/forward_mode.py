@@ -350,7 +350,7 @@ class DoubleBackward(Linearised):
     def _no_derivatives(self, error: Exception) -> ValueError:
         return ValueError(
             f"{type(self.model).__name__} has a layer with neither forward-mode nor second derivatives, "
-            f"which a Gauss-Newton product needs; replace it ({str(error).splitlines()[0]})"
+            f"which a Gauss-Newton product needs; replace it ({str(error.__cause__ or error).splitlines()[0]})"
         )
 
     def push(self, tangents: Sequence[Tensor]) -> Tensor:
