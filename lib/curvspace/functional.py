@@ -41,7 +41,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
-        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True; nothing to differentiate")
+        raise ValueError(
+            f"{type(model).__name__} has no parameter with requires_grad=True; nothing to differentiate: "
+            "for a frozen copy (an average of weights) call its requires_grad_()"
+        )
     for name, p in found.items():
         if p.is_complex():
             raise ValueError(
