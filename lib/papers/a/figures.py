@@ -76,7 +76,9 @@ def loss_by_batch_size(tables: Tables, style: Style, pairs: Mapping[str, str]) -
         notes = [_mark_crossover(axis, part, sgd, method, colours[method]) for method, sgd in pairs.items()]
         full = part.loc[part["step"] > 0, "epoch"].min() == part.loc[part["step"] > 0, "step"].min()
         note = "; ".join(filter(None, notes)) or "no crossover"
-        axis.set_title(f"batch {size}{' (full)' if full else ''}: {note}")
+        seeds = part["seed"].nunique()
+        marks = [*(["full"] if full else []), *([f"{seeds} seeds"] if seeds < runs["seed"].nunique() else [])]
+        axis.set_title(f"batch {size}{' (' + ', '.join(marks) + ')' if marks else ''}: {note}")
         axis.set(xlabel="step", ylabel="training loss")
         axis.set_xlim(left=0)
     axes[0, 0].set_ylim(0, limit)
