@@ -80,13 +80,21 @@ def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
     ]
 
 
+def _sizes_and_seeds(block: Mapping[str, Any]) -> list[tuple[int | str, int]]:
+    return [
+        (size, seed)
+        for part in (block, block.get("also", {}))
+        for size in part.get("sizes", [])
+        for seed in part["seeds"]
+    ]
+
+
 def _batch_sizes(a: Mapping[str, Any]) -> list[Artefact]:
     block = a["batch_sizes"]
     runs = tuple(
         Run(block["dataset"], block["model"], optimizer, size, block["lr"], seed)
-        for size in block["sizes"]
+        for size, seed in _sizes_and_seeds(block)
         for optimizer in _optimizers(a)
-        for seed in block["seeds"]
     )
     labels = {"data": block["dataset"], "model": block["model"]}
     spec = {"pairs": a["newton"]}
@@ -159,8 +167,7 @@ def _readings(a: Mapping[str, Any]) -> list[Artefact]:
         at(part, name, size, part["lr"], seed)
         for part in block["batch_sizes"]
         for name in full
-        for size in part["sizes"]
-        for seed in part["seeds"]
+        for size, seed in _sizes_and_seeds(part)
     ]
     inputs = {"rates": tuple(runs), "batches": tuple(batches)}
     spec = {"pairs": pairs, "above": max(rates["lrs"])}
