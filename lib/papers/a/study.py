@@ -24,18 +24,28 @@ def _optimizers(a: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for method, sgd in a["newton"].items() for name in (sgd, method)))
 
 
+def _with_seeds(block: Mapping[str, Any], key: str) -> list[tuple[Any, int]]:
+    """(value, seed) for the block's values of the key and its seeds, then for those of ``also``."""
+    return [
+        (value, seed)
+        for part in (block, block.get("also", {}))
+        for value in part.get(key, [])
+        for seed in part["seeds"]
+    ]
+
+
 def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
     block = a["learning_rates"]
 
-    def runs(lrs: list[float], seeds: list[int]) -> tuple[Run, ...]:
+    def runs(settings: list[tuple[float, int]]) -> tuple[Run, ...]:
         return tuple(
             Run(block["dataset"], block["model"], optimizer, block["batch_size"], lr, seed)
             for optimizer in _optimizers(a)
-            for lr in lrs
-            for seed in seeds
+            for lr, seed in settings
         )
 
     labels = {"data": block["dataset"], "model": block["model"]}
+    settings = _with_seeds(block, "lrs")
     highest = max(block["lrs"])
     accuracy = f"{TABLES}:accuracy_by_lr"
     return [
@@ -43,7 +53,7 @@ def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
             "A-F1",
             "figure",
             f"{FIGURES}:loss_over_training",
-            {"runs": runs([highest], block["seeds"])},
+            {"runs": runs([(lr, seed) for lr, seed in settings if lr == highest])},
             paper="A",
             title="Validation loss of SGD and class-gradient Newton",
             labels=labels,
@@ -52,7 +62,7 @@ def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
             "A-T1",
             "table",
             accuracy,
-            {"runs": runs(block["lrs"], block["seeds"])},
+            {"runs": runs(settings)},
             spec={"published": PUBLISHED},
             paper="A",
             title="Validation accuracy by learning rate",
@@ -62,7 +72,7 @@ def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
             "A-T2",
             "table",
             f"{TABLES}:loss_by_lr",
-            {"runs": runs(block["lrs"], block["seeds"])},
+            {"runs": runs(settings)},
             spec={"published": PUBLISHED},
             paper="A",
             title="Validation loss by learning rate",
@@ -72,7 +82,7 @@ def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
             "A-D",
             "table",
             f"{TABLES}:divergence",
-            {"runs": runs(block["diverging_lrs"], block["seeds"][:1])},
+            {"runs": runs([(lr, block["seeds"][0]) for lr in block["diverging_lrs"]])},
             paper="A",
             title="Divergence above the paper's learning rate",
             labels=labels,
@@ -80,20 +90,11 @@ def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
     ]
 
 
-def _sizes_and_seeds(block: Mapping[str, Any]) -> list[tuple[int | str, int]]:
-    return [
-        (size, seed)
-        for part in (block, block.get("also", {}))
-        for size in part.get("sizes", [])
-        for seed in part["seeds"]
-    ]
-
-
 def _batch_sizes(a: Mapping[str, Any]) -> list[Artefact]:
     block = a["batch_sizes"]
     runs = tuple(
         Run(block["dataset"], block["model"], optimizer, size, block["lr"], seed)
-        for size, seed in _sizes_and_seeds(block)
+        for size, seed in _with_seeds(block, "sizes")
         for optimizer in _optimizers(a)
     )
     labels = {"data": block["dataset"], "model": block["model"]}
@@ -154,7 +155,7 @@ def _readings(a: Mapping[str, Any]) -> list[Artefact]:
     block = a["readings"]
     rates, screened = block["learning_rates"], block.get("screened", {})
     pairs = {sgd: [*readings, *screened.get(sgd, [])] for sgd, readings in block["pairs"].items()}
-    grid = [(lr, seed) for lr in [*rates["lrs"], *rates["diverging_lrs"]] for seed in rates["seeds"]]
+    grid = [*_with_seeds(rates, "lrs"), *((lr, seed) for lr in rates["diverging_lrs"] for seed in rates["seeds"])]
 
     def at(part: Mapping[str, Any], optimizer: str, size: int | str, lr: float, seed: int) -> Run:
         return Run(part["dataset"], part["model"], optimizer, size, lr, seed)
@@ -167,7 +168,7 @@ def _readings(a: Mapping[str, Any]) -> list[Artefact]:
         at(part, name, size, part["lr"], seed)
         for part in block["batch_sizes"]
         for name in full
-        for size, seed in _sizes_and_seeds(part)
+        for size, seed in _with_seeds(part, "sizes")
     ]
     inputs = {"rates": tuple(runs), "batches": tuple(batches)}
     spec = {"pairs": pairs, "above": max(rates["lrs"])}
