@@ -328,8 +328,9 @@ def pull_back(
         if missing is None:
             raise
         raise RuntimeError(
-            f"torch has no second derivative of {missing[1]}, which the model or the loss uses: put other operations "
-            "in its place, or take objective.hessian_by_differences()"
+            f"torch has no second derivative of {missing[1]}, which the model or the loss uses (the derivative of "
+            f"{missing[1]}_backward is not implemented): put other operations in its place, or take "
+            "objective.hessian_by_differences()"
         ) from error
 
 
