@@ -56,8 +56,9 @@ def speed_ups(tables: Tables, against: Sequence[str]) -> pd.DataFrame:
     """One row per workload, optimiser and rival: the speed-up with its 95 % bootstrap interval over seeds.
 
     Two are compared on the seeds that both have, ``seeds`` of them: a seed's start and order of examples are the same
-    for all, and some are harder. ``beats``: the share of pairs of seeds in which the optimiser's final loss at the
-    longest horizon is the lower. ``bound``: the speed-up lies beyond the shortest horizon.
+    for all, and some are harder. So the bootstrap draws seeds, each with its runs of both. ``beats``: the share of
+    pairs of seeds in which the optimiser's final loss at the longest horizon is the lower. ``bound``: the speed-up
+    lies beyond the shortest horizon.
     """
     races = tables["races"]
     rows = []
@@ -78,18 +79,13 @@ def _compared(races: pd.DataFrame, workload: Sequence[object], name: str, rival:
     ours, theirs = (losses.loc[seeds].to_numpy(float) for losses in (first, second))
     value, bound = speed_up(horizons, ours.mean(0), theirs.mean(0))
     draw = np.random.default_rng(0)
-    sampled = [
-        speed_up(horizons, _resampled(ours, draw).mean(0), _resampled(theirs, draw).mean(0))[0] for _ in range(DRAWS)
-    ]
+    samples = (draw.integers(len(seeds), size=len(seeds)) for _ in range(DRAWS))
+    sampled = [speed_up(horizons, ours[sample].mean(0), theirs[sample].mean(0))[0] for sample in samples]
     low, high = np.quantile(sampled, [0.025, 0.975]) if len(seeds) > 1 else (np.nan, np.nan)
     beats = (ours[:, -1][:, None] < theirs[:, -1]).mean()
     keys = dict(zip(NETWORK, workload, strict=True))
     measured = {"speed_up": value, "low": low, "high": high, "bound": bound, "beats": float(beats)}
     return {**keys, "optimizer": name, "against": rival, **measured, "seeds": len(seeds)}
-
-
-def _resampled(losses: Losses, draw: np.random.Generator) -> Losses:
-    return losses[draw.integers(len(losses), size=len(losses))]
 
 
 def results(tables: Tables) -> pd.DataFrame:
