@@ -28,12 +28,15 @@ def refuse_text(owner: str, function: Callable[..., object], options: Mapping[st
 
 
 def _kind(parameter: inspect.Parameter) -> str | None:
-    """ "bool", "int" or "float" where a parameter is of that type, else None."""
+    """ "bool", "int" or "float" where a parameter takes that and no text (``float | None``), else None."""
     found = parameter.annotation
     if found is parameter.empty:
         found = type(parameter.default)
-    name = found if isinstance(found, str) else getattr(found, "__name__", "")
-    return name if name in ("bool", "int", "float") else None
+    text = found if isinstance(found, str) else getattr(found, "__name__", str(found))
+    words = [word.strip() for word in text.split("|")]
+    if not set(words) <= {"bool", "int", "float", "None"}:
+        return None
+    return next((word for word in words if word != "None"), None)
 
 
 def _is_number(text: str) -> bool:

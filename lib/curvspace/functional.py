@@ -481,29 +481,3 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
             for store, name, buffer, value in saved:
                 store[name] = buffer
                 buffer.copy_(value)
-
-
-@contextmanager
-def replayed_randomness(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Draws inside (dropout) come from ``seed``, or from the present state, and leave the generators as they were.
-
-    Two passes, each inside its own such block entered at the same state, see the same dropout masks.
-    """
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            seed_generators(seed, device)
-        yield
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed the generators that a model on ``device`` draws from, and no other device's.
-
-    ``torch.manual_seed`` asks every kind of device there is: 1.4 ms a call where torch was built for GPUs and has none.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    elif device.type != "cpu":
-        torch.manual_seed(seed)

@@ -40,9 +40,10 @@ from curvspace.curvature.operators import (
 from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, independent, within_memory
 from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
-from curvspace.functional import Batched, replayed_randomness, tensors_in, without_autocast, without_graph
+from curvspace.functional import Batched, tensors_in, without_autocast, without_graph
 from curvspace.losses import Loss, get_loss, options_of, plain_globals
 from curvspace.outputs import output_tensors
+from curvspace.seeds import replayed_randomness
 
 Result = TypeVar("Result")
 Operator = TypeVar("Operator", bound=CurvatureOperator)

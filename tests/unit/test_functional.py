@@ -19,12 +19,11 @@ from curvspace.functional import (
     parameter_vector,
     preserved_buffers,
     pull_back,
-    replayed_randomness,
-    seed_generators,
     select,
     trainable_parameters,
     unflatten,
 )
+from curvspace.seeds import replayed_randomness, seed_generators
 
 
 def _model() -> nn.Module:

@@ -25,7 +25,7 @@ from curvspace.datasets.store import Arrays
 from curvspace.device import use
 from curvspace.errors import UserError, refuse_text
 from curvspace.functional import batch_size, take
-from curvspace.seeds import derived_seed
+from curvspace.seeds import derived_seed, replayed_randomness
 from curvspace.training import tensor_file
 from curvspace.training.record import RunRecord, data_options
 
@@ -279,8 +279,7 @@ def _classes(batches: list[tuple[Any, Tensor]]) -> int:
 
 def _model(kind: str, options: dict[str, Any], shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
     """A kind of ours or a function with two required arguments gets shape and classes; any other its options alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, "init"))
+    with replayed_randomness(torch.device("cpu"), derived_seed(seed, "init")):
         if ":" not in kind:
             return models.build(kind, options, shape, classes)
         function = load_function(kind)

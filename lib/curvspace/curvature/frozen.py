@@ -27,13 +27,13 @@ from curvspace.functional import (
     modules_within,
     ordinary,
     preserved_attributes,
-    replayed_randomness,
     require_second_derivatives,
     substituted,
     tensors_in,
     trainable_parameters,
     unwrapped,
 )
+from curvspace.seeds import replayed_randomness
 
 BatchNorm = Literal["batch", "running"] | None
 """Whose statistics batch normalisation takes: the batch's, the stored ones, or as the module's present mode says."""

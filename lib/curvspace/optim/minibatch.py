@@ -27,7 +27,6 @@ from curvspace.functional import (
     call,
     flatten,
     preserved_buffers,
-    replayed_randomness,
     select,
     trainable_parameters,
     without_graph,
@@ -39,6 +38,7 @@ from curvspace.optim.base import Costs
 from curvspace.optim.draws import random_state
 from curvspace.optim.ranks import Ranks
 from curvspace.outputs import logits
+from curvspace.seeds import replayed_randomness
 
 Curvature = Literal["gauss-newton", "hessian"]
 CURVATURES = ("gauss-newton", "hessian")

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from curvspace.datasets import DataSet, Split
 from curvspace.datasets.augment import crop_flip
-from curvspace.functional import call, seed_generators
+from curvspace.functional import call
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer
-from curvspace.seeds import derived_seed
+from curvspace.seeds import derived_seed, seed_generators
 from curvspace.training.average import accumulate, averaged
 from curvspace.training.schedule import Schedule
 from curvspace.training.spec import Task, steps_per_epoch

@@ -16,7 +16,7 @@ from torch import nn
 from curvspace import datasets, files, models
 from curvspace.datasets import DataSet
 from curvspace.errors import UserError
-from curvspace.seeds import derived_seed
+from curvspace.seeds import derived_seed, replayed_randomness
 from curvspace.training import tensor_file
 from curvspace.training.spec import Block
 
@@ -108,8 +108,7 @@ def data_options(dataset: Mapping[str, Any]) -> dict[str, Any]:
 def initial_model(options: Mapping[str, Any], data: DataSet, seed: int) -> nn.Module:
     """The model of a config block on the CPU, initialised from ``seed`` alone; the generators are left as they were."""
     block = Block.of(options)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derived_seed(seed, "init"))  # torch.manual_seed: those of all GPUs too
+    with replayed_randomness(torch.device("cpu"), derived_seed(seed, "init")):
         model = models.build(block.kind, block.options, data.input_shape, data.num_classes)
     if not isinstance(model, nn.Module):
         raise UserError(f"model kind {block.kind!r} returned {type(model).__name__}; a torch.nn.Module is wanted")

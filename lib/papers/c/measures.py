@@ -154,6 +154,7 @@ def step_costs(
 
     from curvspace import models
     from curvspace.optim import registry
+    from curvspace.seeds import replayed_randomness
     from curvspace.training.spec import Block
 
     data = context.dataset(dataset)
@@ -162,8 +163,8 @@ def step_costs(
     built = {}
     net = Block.of(model)
     for name, values in optimizers.items():
-        torch.manual_seed(seed)
-        network = models.build(net.kind, net.options, data.input_shape, data.num_classes).to(context.device)
+        with replayed_randomness(torch.device("cpu"), seed):
+            network = models.build(net.kind, net.options, data.input_shape, data.num_classes).to(context.device)
         block, rate = Block.of(values), lr.get(name, lr["default"])
         built[name] = registry.build(block.kind, block.options, network, data.num_classes, rate)
     rows = []

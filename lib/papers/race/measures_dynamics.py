@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from curvspace import Objective, class_gradients, eigsh
 from curvspace.curvature import HessianOperator
 from curvspace.errors import UserError
-from curvspace.functional import flatten, seed_generators, trainable_parameters, unflatten
+from curvspace.functional import flatten, trainable_parameters, unflatten
 from curvspace.optim import registry
 from curvspace.optim.first_order import FirstOrder
 from curvspace.optim.mean_directions import mean_span
 from curvspace.optim.span import Span, identity_span, orthonormal_span
-from curvspace.seeds import derived_seed
+from curvspace.seeds import derived_seed, seed_generators
 from curvspace.training.loop import minibatches
 from curvspace.training.spec import Block
 from papers.race.measures_why import Resumed, Row, resumed

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from curvspace import Objective, class_gradients, eigsh
 from curvspace.datasets import DataSet
-from curvspace.functional import seed_generators, trainable_parameters
+from curvspace.functional import trainable_parameters
 from curvspace.optim.base import ModelOptimizer
 from curvspace.optim.mean_directions import MeanSpan, mean_span
+from curvspace.seeds import seed_generators
 from curvspace.subspace import gradient_fraction, orthonormal_basis
 from curvspace.training.loop import evaluate, minibatches
 from curvspace.training.run import build_optimizer

@@ -53,14 +53,15 @@ def test_beyond_the_shortest_horizon_there_is_a_bound_only():
 
 
 def test_speed_ups_with_intervals_and_chances(races):
-    table = speed_ups({"races": races}, ["plain"])
-    row = table.iloc[0]
+    """A seed that is harder by as much for both says nothing about either; one that is so for one alone does."""
+    row = speed_ups({"races": races}, ["plain"]).iloc[0]
     assert row["optimizer"] == "twice"
-    assert row["speed_up"] == pytest.approx(2.0)
-    assert row["low"] < 2.0 < row["high"]
-    assert row["high"] - row["low"] < 0.1
+    assert list(row[["speed_up", "low", "high"]]) == pytest.approx([2.0, 2.0, 2.0])
     assert row["beats"] == 1.0
     assert row["seeds"] == 3
+    races.loc[races["optimizer"].eq("twice"), "val_loss"] -= 0.02 * races["seed"]
+    row = speed_ups({"races": races}, ["plain"]).iloc[0]
+    assert row["low"] < row["speed_up"] < row["high"] < row["low"] + 0.2
 
 
 def test_two_are_compared_on_the_seeds_that_both_have(races):
