@@ -42,6 +42,8 @@ def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str
                 behind += [s for _, sources in found for s in sources]
         if not behind:
             continue
+        where = entry.get("options", {}).get("where", {})
+        behind = [source for source in behind if _meant(source, where)] or behind
         runs, datasets = _behind(behind)
         parts = [*_scale(runs, config), *_own_training(behind, config), *_examples(behind)]
         spec["scale"][entry["id"]] = f"{config['scale']}: {'; '.join(parts) or 'generated data'}"
@@ -86,6 +88,18 @@ def _resolve(source: str, study: Study, artefacts: Mapping[str, Artefact]) -> li
     if not rest:
         return [(f"{artefact.path}.csv", list(artefact.sources))]
     return [(s.table, [s]) for s in (artefact.sources if rest == "*" else artefact.inputs.get(rest, ()))]
+
+
+def _meant(source: Source, where: Mapping[str, Any]) -> bool:
+    """Whether a claim about the rows ``where`` (a value or a list for each column) can be about this run or measure."""
+    own: dict[str, Any]
+    if isinstance(source, Run):
+        own = {"dataset": source.dataset, "model": source.model, "optimizer": source.optimizer}
+    else:
+        blocks = {column: source.spec.get(column) for column in ("dataset", "model", "optimizer")}
+        own = {column: block["name"] if isinstance(block, Mapping) else block for column, block in blocks.items()}
+    wanted = {column: value for column, value in where.items() if own.get(column) and not isinstance(value, Mapping)}
+    return all(own[column] in _listed([value]) for column, value in wanted.items())
 
 
 def _behind(sources: Iterable[Source]) -> tuple[list[Run], list[str]]:

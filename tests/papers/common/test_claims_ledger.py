@@ -131,6 +131,24 @@ def test_binding_of_each_kind_of_source() -> None:
         assert binding.bind([ENTRY | {"reads": {"x": absent}}], study(), CONFIG)["sources"] == {}
 
 
+def test_the_scale_is_that_of_the_rows_a_claim_is_about() -> None:
+    runs = tuple(Run("small", "fc", name, 64, lr, 0) for name, lr in (("sgd", 0.1), ("adam", 0.01)))
+    race = Measure("z/raced", "m:f", datasets=("other",), spec={"dataset": "other", "optimizer": {"name": "adam"}})
+    both = Study(artefacts=[Artefact("Z-F1", "figure", "m:f", {"runs": runs, "raced": (race,)})])
+    entry = ENTRY | {"reads": {"x": "Z-F1"}}
+    config = CONFIG | {"datasets": CONFIG["datasets"] | {"other": {"source": "cifar10"}}}
+
+    def scale(**where: object) -> str:
+        spec = binding.bind([entry | {"options": {"where": where}}], both, config)
+        return spec["scale"]["Z1"].removeprefix("smoke: fully connected network on 1,000 examples of MNIST, 2 epochs")
+
+    assert scale() == scale(lr=0.3, optimizer=["sgd", "adam"]) == ", η = 0.01 or 0.1"
+    assert scale(optimizer="adam") == ", η = 0.01"
+    assert scale(dataset="small", optimizer={"above": 1}) == ", η = 0.01 or 0.1"
+    assert scale(dataset="other") == "smoke: generated data"
+    assert scale(optimizer="neither") == scale()
+
+
 def test_binding_says_what_a_scale_lacks() -> None:
     spec = binding.bind([ENTRY], study("digits"), CONFIG)
     assert spec["short"]["Z1"] == "digits instead of mnist, 1 epochs"
