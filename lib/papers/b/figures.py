@@ -120,7 +120,7 @@ def _overlap_lines(axis: Axes, part: pd.DataFrame, style: Style) -> pd.DataFrame
 
 
 def overlap_by_dimension(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Figure, pd.DataFrame]:
-    """B-F3: the overlap averaged over t2, against the dimension of the subspace; k - 1 is marked."""
+    """B-F3: the overlap averaged over t2 and seeds, against the dimension of the subspace; k - 1 is marked."""
     tables = in_order(tables, order)
     figure, axes = style.panels(1, len(tables), sharey=True)
     drawn = []
@@ -128,13 +128,14 @@ def overlap_by_dimension(tables: Tables, style: Style, order: Sequence[str] = ()
         means = mean_overlaps(table)
         starts = sorted(means["start_step"].unique())
         for start, colour in zip(starts, style.sequence(len(starts)), strict=True):
-            line = means[means["start_step"] == start]
+            line = means[means["start_step"] == start].groupby("dimension", as_index=False)[["value", "null"]].mean()
             axis.plot(line["dimension"], line["value"], marker="o", color=colour, label=f"{start:.0f}")
         axis.plot(line["dimension"], line["null"], **NULL)
         axis.axvline(classes(table) - 1, color="0.3", linestyle="--", linewidth=0.8, zorder=0)
         axis.set(xlabel="dimension of the subspace (dashed: k − 1)", ylim=(-0.03, 1.03))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_title(scale(table), fontsize="small")
+        seeds = means["seed"].nunique()
+        axis.set_title(scale(table, f"mean of {seeds} seeds" if seeds > 1 else ""), fontsize="small")
         below(axis, title="step t₁", fontsize="x-small", ncols=3)
         drawn.append(means)
     axes[0, 0].set_ylabel("mean overlap over t₂")

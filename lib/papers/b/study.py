@@ -64,11 +64,12 @@ def _measured(b: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
     return {"examples": block["examples"], "batch": block["microbatch"], "batch_norm": block["batch_norm"]}
 
 
-def _trajectory(b: Mapping[str, Any], name: str, block: Mapping[str, Any], k: int) -> Measure:
+def _trajectory(b: Mapping[str, Any], name: str, block: Mapping[str, Any], k: int, seed: int | None = None) -> Measure:
     spec = {**_measured(b, block), "steps": block["steps"], "k": k, "tol": b["tol"]}
     if block.get("starts"):
         spec |= {"starts": block["starts"], "dimensions": b["dimensions"]}
-    return Measure(f"b/trajectory/{name}", f"{MEASURES}:trajectory", (_run(b, block),), spec=spec)
+    own = "" if seed in (None, b["seed"]) else f"-seed-{seed}"
+    return Measure(f"b/trajectory/{name}{own}", f"{MEASURES}:trajectory", (_run(b, block, seed),), spec=spec)
 
 
 def _networks(b: Mapping[str, Any]) -> list[Artefact]:
@@ -76,6 +77,9 @@ def _networks(b: Mapping[str, Any]) -> list[Artefact]:
     measures = {name: _trajectory(b, name, b["networks"][name], b["k"]) for name in NETWORKS}
     fc = {"fc": measures["fc"]}
     two = {name: measures[name] for name in ("fc", "resnet18")}
+    bends = {
+        name: tuple(_trajectory(b, name, b["networks"][name], b["k"], seed) for seed in b["bend_seeds"]) for name in two
+    }
     dimensions = [d for d in PANEL_DIMENSIONS if d in b["dimensions"]]
     sums, order = {"steps": b["gradient_steps"]}, {"order": list(NETWORKS)}
     return [
@@ -87,8 +91,8 @@ def _networks(b: Mapping[str, Any]) -> list[Artefact]:
             spec=order,
         ),
         _figure("B-F2", f"{FIGURES}:subspace_overlaps", measures, "Overlap of top subspaces at two steps", spec=order),
-        _figure("B-F3", f"{FIGURES}:overlap_by_dimension", two, "Mean overlap against the subspace's dimension"),
-        _table("B-T4", "kink", two, "Dimension at which the mean overlap is largest"),
+        _figure("B-F3", f"{FIGURES}:overlap_by_dimension", bends, "Mean overlap against the subspace's dimension"),
+        _table("B-T4", "kink", bends, "Dimension at which the mean overlap is largest"),
         _figure("B-F8", f"{FIGURES}:largest_eigenvalue", two, "Largest eigenvalue through training"),
         *(
             _figure(

@@ -157,11 +157,12 @@ def kink(tables: Tables) -> pd.DataFrame:
     for table in tables.values():
         k = int(table.loc[table["quantity"] == "f_top", "index"].iloc[0])
         found = table[table["quantity"] == "top_overlap"]
-        for start, part in found.groupby("start_step"):
+        for (seed, start), part in found.groupby(["seed", "start_step"]):
             means = part.groupby("index")["value"].mean()
             rows.append(
                 {
                     **table[["dataset", "model", "seed", "parameters", "examples"]].iloc[0].to_dict(),
+                    "seed": int(seed),
                     "start_step": int(start),
                     "k_less_1": k - 1,
                     "dimension_of_maximum": int(means.idxmax()),
