@@ -175,12 +175,15 @@ def improvement(tables: Tables, *, table: str | None = None, margin: float = 0.0
 def agreement(
     tables: Tables, *, difference_at_most: float, angle_at_most: float, table: str | None = None, margin: float = 0.0
 ) -> Outcome:
-    """D8: medians over eigenpairs of |λ_part − λ_all|/|λ_all| and of the principal angle in degrees, at each end."""
+    """D8: medians over eigenpairs of |λ_part − λ_all|/|λ_all| and of the principal angle in degrees, at each end.
+
+    ``margin`` is that of the difference, and a share of a right angle.
+    """
     rows = pick(tables, table)
     found = []
     for end, part in rows.groupby("end", sort=False):
         relative = estimate([float(part["relative_difference"].abs().median())], margin)
-        angle = estimate([float(part["principal_angle_deg"].median())], margin)
+        angle = estimate([float(part["principal_angle_deg"].median())], 90 * margin)
         found.append(Case(f"{end}: difference", relative, judge(relative, at_most=difference_at_most)))
         found.append(Case(f"{end}: angle in degrees", angle, judge(angle, at_most=angle_at_most)))
     return Outcome(tuple(found))
