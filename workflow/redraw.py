@@ -108,8 +108,9 @@ def draw(folder: Path, name: str, code: Code) -> None:
     with style.applied(), TemporaryDirectory() as place:
         figure, drawn = function(tables, style, **options)
         for file in save(figure, drawn, Path(place) / f"{name}.csv", style.dpi):
-            if ((folder / "figures" / file.name).is_file() and file.suffix != ".csv") or file.suffix == ".png":
-                shutil.copyfile(file, folder / "figures" / file.name)
+            target = folder / "figures" / file.name
+            if file.suffix == ".png" or (target.is_file() and target not in sources(folder, name)):
+                shutil.copyfile(file, target)
     entry = {"function": artefact.function, "code": code.hash("papers.cli.figure", artefact.function)}
     text = json.dumps(dict(sorted({**stamp(folder), name: entry}.items())), indent=1)
     (folder / "figures" / STAMP).write_text(text + "\n", encoding="utf-8")
@@ -121,13 +122,10 @@ def kept(folder: Path, name: str) -> dict[str, pd.DataFrame]:
     ``where``: column -> the value of its rows. ``order``: column -> values in the order in which they are drawn.
     """
     found = {}
-    for label, entry in drawable(folder)[name].items():
-        block = entry if isinstance(entry, Mapping) else {"csv": entry}
-        source, where = block["csv"], block.get("where", {})
-        listed = [source] if isinstance(source, str) else source
-        paths = [path for pattern in listed for path in sorted(folder.glob(pattern))]
+    for label, block in _blocks(folder, name).items():
+        paths, where = _paths(folder, block), block.get("where", {})
         if not paths:
-            raise UserError(f"{folder / 'figures.yaml'}: {name} has no table {listed[0]}")
+            raise UserError(f"{folder / 'figures.yaml'}: {name} has no table {block['csv']}")
         table = ledger.joined([pd.read_csv(path) for path in paths])
         table = table[(table[list(where)] == list(where.values())).all(axis=1)]
         for column, order in block.get("order", {}).items():
@@ -145,6 +143,21 @@ def declared(folder: Path, name: str) -> tuple[Artefact, Style]:
         if artefact.id == name:
             return artefact, Style(**config.get("style", {}))
     raise UserError(f"{folder / 'figures.yaml'} names {name}, which its config does not make")
+
+
+def sources(folder: Path, name: str) -> set[Path]:
+    """The files that a figure is drawn from."""
+    return {path for block in _blocks(folder, name).values() for path in _paths(folder, block)}
+
+
+def _blocks(folder: Path, name: str) -> dict[str, Mapping[str, Any]]:
+    entries = drawable(folder)[name].items()
+    return {label: entry if isinstance(entry, Mapping) else {"csv": entry} for label, entry in entries}
+
+
+def _paths(folder: Path, block: Mapping[str, Any]) -> list[Path]:
+    listed = [block["csv"]] if isinstance(block["csv"], str) else block["csv"]
+    return [path for pattern in listed for path in sorted(folder.glob(pattern))]
 
 
 if __name__ == "__main__":
