@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -68,3 +70,17 @@ def test_a_change_of_the_code_draws_again_and_keeps_the_csv(tmp_path, monkeypatc
     monkeypatch.setattr(redraw, "draw", lambda folder, name, code: None)
     redraw.main([])
     assert capsys.readouterr().out == "results/reference/piece: A-F3\n"
+
+
+def test_a_csv_that_a_figure_is_not_drawn_from_is_written_with_it(tmp_path):
+    source = ROOT / "results" / "reference" / "race"
+    (tmp_path / "figures").mkdir()
+    shutil.copytree(source / "measures" / "race" / "mnist-cnn-400", tmp_path / "measures" / "race" / "mnist-cnn-400")
+    (tmp_path / "config.yaml").write_bytes((source / "config.yaml").read_bytes())
+    (tmp_path / "figures.yaml").write_text(yaml.safe_dump({"X-R2": {"races": "measures/race/*-*/*.csv"}}))
+    (tmp_path / "figures" / "X-R2.csv").write_text("stale\n")
+    before = (tmp_path / "measures" / "race" / "mnist-cnn-400" / "adamw.csv").read_bytes()
+    redraw.draw(tmp_path, "X-R2", Code(ROOT / "lib", ROOT))
+    kept = pd.read_csv(source / "figures" / "X-R2.csv").query("dataset == 'mnist'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "figures" / "X-R2.csv"), kept)
+    assert (tmp_path / "measures" / "race" / "mnist-cnn-400" / "adamw.csv").read_bytes() == before
