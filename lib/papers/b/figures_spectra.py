@@ -23,6 +23,7 @@ def spectra(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Fi
         values = table[table["quantity"] == "eigenvalue"].sort_values("index")
         density = table[table["quantity"] == "density"]
         count = outlier_count(values["eigenvalue"])
+        axis.set(xlabel="eigenvalue", yscale="log")
         _bulk(axis, values["eigenvalue"].to_numpy(), density, table["parameters"].iloc[0])
         _numbered(axis, values["eigenvalue"].to_numpy()[:count])
         row = table.iloc[0]
@@ -31,7 +32,6 @@ def spectra(tables: Tables, style: Style, order: Sequence[str] = ()) -> tuple[Fi
             f"P = {row['parameters']:,}, accuracy {row['accuracy']:.2f}",
             fontsize="small",
         )
-        axis.set(xlabel="eigenvalue", yscale="log")
         drawn.append(pd.concat([values, density]).assign(labels=label, outliers=count))
     axes[0, 0].set_ylabel("eigenvalues per unit")
     return figure, pd.concat(drawn, ignore_index=True)

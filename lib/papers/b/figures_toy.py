@@ -33,7 +33,8 @@ def _exact(table: pd.DataFrame) -> pd.DataFrame:
 def _eigenvalues(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFrame:
     found = _exact(table)
     first = found[(found["case"] == found["case"].min()) & (found["index"] <= found["classes"])]
-    axis.plot(first["time"], first["value"], "o", fillstyle="none", label="measured, k = 2")
+    k = first["classes"].iloc[0]
+    axis.plot(first["time"], first["value"], "o", fillstyle="none", label=f"measured, k = {k}")
     one = first[first["index"] == 1]
     axis.plot(one["time"], one["expected"], label="exact solution")
     late = one[one["time"] >= 3]

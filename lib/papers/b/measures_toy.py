@@ -92,7 +92,8 @@ def _expected(time: float, k: int, margins: toy.Array) -> dict[tuple[str, int], 
     values["gradient_norm", 0] = float(np.sqrt(np.mean([s.gradient_norm**2 for s in solutions])))
     values["loss", 0] = float(np.mean([np.log1p((k - 1) * np.exp(-s.margin)) for s in solutions]))
     values["rank", 0] = k * (k - 1)
-    values["f_top", 0] = 1.0
+    if k == 2 or time > 0:  # at the start all k(k - 1) eigenvalues are equal, so there are no k top ones
+        values["f_top", 0] = 1.0
     return values
 
 

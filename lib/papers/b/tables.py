@@ -15,12 +15,27 @@ def in_order(tables: Mapping[str, pd.DataFrame], order: Sequence[str] = ()) -> d
     return {label: tables[label] for label in [*order, *(label for label in tables if label not in order)]}
 
 
+def mean_over_steps(rows: pd.DataFrame, column: str) -> float:
+    """The mean of one run's column over its steps: each checkpoint stands for the steps since the one before it.
+
+    The first stands for as many as the second. Checkpoints lie close at the start of a run and far apart later.
+    """
+    known = rows[rows[column].notna()].sort_values("step")
+    gaps = np.diff(known["step"])
+    return float(np.average(known[column], weights=[gaps[0], *gaps]) if len(gaps) else known[column].mean())
+
+
 def mean_overlaps(tables: Tables, paper: Mapping[str, float], order: Sequence[str] = ()) -> pd.DataFrame:
     """B-T1: the mean of overlap(g, Hg), eq. 3, over the last steps of training, one row an input.
 
-    ``paper`` has the paper's value by the inputs' labels. ``overlap_sd`` is the standard deviation over checkpoints
-    (and seeds), ``random`` the mean for random vectors, ``test_overlap`` that of gradient and Hessian of test examples.
+    ``paper`` has the paper's value by the inputs' labels. Means are :func:`mean_over_steps`, then over seeds.
+    ``overlap_sd`` is the standard deviation over checkpoints (and seeds), ``random`` the mean for random vectors,
+    ``test_overlap`` that of gradient and Hessian of test examples.
     """
+
+    def mean(part: pd.DataFrame, column: str) -> float:
+        return float(pd.Series([mean_over_steps(run, column) for _, run in part.groupby("seed")]).mean())
+
     rows = []
     for label, table in in_order(tables, order).items():
         parts = dict(iter(table.groupby("split")))
@@ -30,10 +45,10 @@ def mean_overlaps(tables: Tables, paper: Mapping[str, float], order: Sequence[st
                 "case": label,
                 **train[SETTING].iloc[0].to_dict(),
                 "paper": paper.get(label, np.nan),
-                "overlap": train["hg_overlap"].mean(),
+                "overlap": mean(train, "hg_overlap"),
                 "overlap_sd": train["hg_overlap"].std(),
-                "random": train["random"].mean(),
-                "test_overlap": parts["test"]["hg_overlap"].mean() if "test" in parts else np.nan,
+                "random": mean(train, "random"),
+                "test_overlap": mean(parts["test"], "hg_overlap") if "test" in parts else np.nan,
                 "loss": train.loc[train["step"] == train["step"].max(), "loss"].mean(),
                 "first_step": train["step"].min(),
                 "last_step": train["step"].max(),
@@ -48,9 +63,9 @@ def mean_overlaps(tables: Tables, paper: Mapping[str, float], order: Sequence[st
 def overlaps_by_epoch(tables: Tables, paper: Mapping[str, float], last: int, order: Sequence[str] = ()) -> pd.DataFrame:
     """B-T6: the mean of overlap(g, Hg) over the last ``last`` steps, had training ended after each whole epoch.
 
-    One row an input and number of epochs. ``overlap_min`` and ``overlap_max`` are the least and the largest mean of
-    one seed; ``overlap_sd`` is the standard deviation over checkpoints. An epoch's row is there if the run has a
-    checkpoint after the epoch before it.
+    One row an input and number of epochs; means are :func:`mean_over_steps`, then over seeds. ``overlap_min`` and
+    ``overlap_max`` are the least and the largest mean of one seed; ``overlap_sd`` is the standard deviation over
+    checkpoints. An epoch's row is there if the run has a checkpoint after the epoch before it.
     """
     rows = []
     for label, table in in_order(tables, order).items():
@@ -61,7 +76,7 @@ def overlaps_by_epoch(tables: Tables, paper: Mapping[str, float], last: int, ord
                 continue
             end = (until["step"] / until["epoch"]).max() * epochs
             window = until[until["step"] > end - last]
-            means = window.groupby("seed")["hg_overlap"].mean()
+            means = pd.Series([mean_over_steps(run, "hg_overlap") for _, run in window.groupby("seed")])
             rows.append(
                 {
                     "variant": label,
@@ -178,10 +193,13 @@ def toy_checks(tables: Tables) -> pd.DataFrame:
     """B-T5: the toy model at the last measured time: each quantity beside what the exact solution says.
 
     ``relative_error`` is against the exact solution in continuous time, ``time_times_value`` the eigenvalue's
-    product with the time, whose limit is 1 for the k top ones.
+    product with the time, whose limit is 1 for the k top ones. ``lowest f_top``: the lowest of all times measured at
+    which the exact solution says what it is.
     """
     (table,) = tables.values()
-    last = table[table["time"] == table["time"].max()].copy()
+    inside = table[(table["quantity"] == "f_top") & table["expected"].notna()].sort_values("value")
+    lowest = inside.drop_duplicates("case").sort_values("case").assign(quantity="lowest f_top")
+    last = pd.concat([table[table["time"] == table["time"].max()], lowest], ignore_index=True)
     last["relative_error"] = last["value"] / last["expected"] - 1
     eigen = last["quantity"] == "eigenvalue"
     last["time_times_value"] = np.where(eigen, last["time"] * last["value"], np.nan)

@@ -91,12 +91,13 @@ def _error_panels(tables: Tables, style: Style, x: str, label: str) -> tuple[Fig
 
 
 def rates(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
-    """C-X1: ρ, β, λ and γ through training, a column a network."""
+    """C-X1: ρ, β, λ and γ through training, a column a network: its first seed, at its best learning rate."""
     quantities = {"rho": "ρ", "beta": "β", "damping": "λ", "ratio": "γ"}
     figure, axes = style.panels(len(quantities), len(tables), height=0.42 * style.width, sharex="col")
     drawn = []
     for column, (network, metrics) in enumerate(tables.items()):
-        rows = metrics[metrics["seed"] == metrics["seed"].min()].dropna(subset=["rho"])
+        rows = best_settings(metrics)
+        rows = rows[rows["seed"] == rows["seed"].min()].dropna(subset=["rho"])
         for axis, (name, symbol) in zip(axes[:, column], quantities.items(), strict=True):
             values = rows.dropna(subset=[name])
             axis.plot(values["step"], values[name], linewidth=0.8, alpha=0.5)

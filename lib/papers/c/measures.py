@@ -106,18 +106,10 @@ def _solve(
             counts.append(bfgs(problem.take(index), start[index], rng, tolerance, limit, path))
             paths.append(np.concatenate(path))
         return np.array(counts), paths[:traced]
-    counts_array = solve(solver, problem, start, _repeat(setting, runs), rng, tolerance, limit)
-    first = np.arange(traced)
-    trace: list[np.ndarray] = []
-    taken = solve(solver, problem.take(first), start[first], _repeat(setting, traced), rng, tolerance, limit, trace)
-    stacked = np.stack(trace)
-    return counts_array, [
-        stacked[: int(taken[run]) + 1 if np.isfinite(taken[run]) else None, run] for run in range(traced)
-    ]
-
-
-def _repeat(setting: Setting, runs: int) -> dict[str, np.ndarray]:
-    return {key: np.full(runs, value) for key, value in setting.items()}
+    settings = {key: np.full(runs, value) for key, value in setting.items()}
+    trace: list[list[np.ndarray]] = [[] for _ in range(traced)]
+    counts_array = solve(solver, problem, start, settings, rng, tolerance, limit, trace)
+    return counts_array, [np.stack(path) for path in trace]
 
 
 def _along(problem: Problem, run: int, path: np.ndarray) -> Iterator[dict[str, Any]]:

@@ -144,11 +144,11 @@ def solve(
     rng: np.random.Generator,
     tolerance: float,
     limit: int,
-    trace: list[Array] | None = None,
+    trace: list[list[Array]] | None = None,
 ) -> Array:
     """Iterations (B,) until the noiseless objective is below ``tolerance``; NaN for runs not there after ``limit``.
 
-    ``trace`` collects the parameters (B, P) at each iteration, from the start on; then no run is dropped.
+    ``trace`` has a list for each of the first runs, which collects its parameters (P,) from the start to where it ends.
     """
     w, count = start.copy(), np.full(len(start), np.nan)
     alive = np.arange(len(start))
@@ -159,16 +159,14 @@ def solve(
             done = value < tolerance
             count[alive[done & np.isnan(count[alive])]] = iteration
             if trace is not None:
-                trace.append(w.copy())
-                if not np.isnan(count).any():
-                    break
-            else:
-                keep = ~done & np.isfinite(value) & (value < 1e12)
-                if not keep.all():
-                    alive, w, problem = alive[keep], w[keep], problem.take(np.flatnonzero(keep))
-                    method.take(keep)
-                if not len(alive):
-                    break
+                for place in np.flatnonzero(alive < len(trace)):
+                    trace[alive[place]].append(w[place].copy())
+            keep = ~done & np.isfinite(value) & (value < 1e12)
+            if not keep.all():
+                alive, w, problem = alive[keep], w[keep], problem.take(np.flatnonzero(keep))
+                method.take(keep)
+            if not len(alive):
+                break
             w = method.step(problem, w, problem.draw(len(w), rng))
     return count
 
@@ -184,10 +182,11 @@ def bfgs(
     """Iterations of scipy's BFGS (cubic line search) for one run, ``start`` (1, P); NaN if more than ``limit``.
 
     Where noise stops the line search, BFGS is started again from the same point with a fresh matrix; a restart that
-    makes no progress counts as an iteration.
+    makes no progress counts as an iteration. ``trace`` collects the parameters (1, P) at each iteration, from the start
+    on.
     """
     point, count = start[0].copy(), 0
-    path = [point] if trace is None else trace
+    path: list[Array] = [] if trace is None else trace
 
     def evaluate(w: Array) -> tuple[float, Array]:
         noise = problem.draw(1, rng)
@@ -200,16 +199,16 @@ def bfgs(
     def record(intermediate_result: OptimizeResult) -> None:
         nonlocal point, count
         point, count = intermediate_result.x.copy(), count + 1
-        if trace is not None:
-            path.append(point[None])
+        path.append(point[None])
         if reached(point) or count >= limit:
             raise StopIteration
 
-    if trace is not None:
-        path.append(point[None])
+    path.append(point[None])
     with np.errstate(all="ignore"):
         while not reached(point) and count < limit:
             before = count
             minimize(evaluate, point, jac=True, method="BFGS", callback=record, options={"gtol": 0, "maxiter": limit})
-            count += before == count
+            if before == count:
+                count += 1
+                path.append(point[None])
     return float(count) if reached(point) else float("nan")

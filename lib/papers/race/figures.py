@@ -133,13 +133,15 @@ def _dots(axis: Axes, rows: pd.DataFrame, names: Sequence[str], look: Mapping[st
 def tuning(tables: Tables, style: Style, families: Families) -> tuple[Figure, pd.DataFrame]:
     """X-R3: final loss of each trial against its learning rate; the ring is the setting that was run again.
 
-    Trials that diverged are crosses at the upper edge. The range of the axis is the range that was searched.
+    Trials that diverged, be it on one of several tuning seeds, are crosses at the upper edge. The ticks are the
+    smallest and the largest rate tried.
     """
     races = tables["races"]
     tried = races[races["phase"] == "tuning"]
     ended = tried["val_loss"].where((tried["status"] == "finished") & np.isfinite(tried["val_loss"]))
     by = [*NETWORK, "optimizer", "trial", "lr"]
-    table = tried.assign(val_loss=ended).groupby(by, sort=False)["val_loss"].mean().reset_index()
+    means = tried.assign(val_loss=ended).groupby(by, sort=False)["val_loss"].agg(lambda loss: loss.mean(skipna=False))
+    table = means.reset_index()
     best = races[races["phase"] == "final"].groupby([*NETWORK, "optimizer"])["trial"].first()
     table["chosen"] = [best.get(tuple(row[:4]), -1) == row[4] for row in table[by].itertuples(index=False)]
     look = looks(style, families)

@@ -65,11 +65,14 @@ def annealed(tables: Tables, style: Style, reference: str) -> tuple[Figure, pd.D
 
 
 def leads(tables: Tables, reference: str) -> pd.DataFrame:
-    """One row per network, optimiser and step: the lead over the reference, annealed too, and the surviving share."""
-    by = [*NETWORK, "optimizer", "step"]
-    mean = tables["branches"].groupby(by, sort=False)[["val_loss", "annealed_val_loss"]].mean().reset_index()
-    base = mean[mean["optimizer"] == reference].drop(columns="optimizer")
-    both = mean[mean["optimizer"] != reference].merge(base, on=[*NETWORK, "step"], suffixes=("", "_reference"))
+    """One row per network, optimiser and step: the lead over the reference, annealed too, and the surviving share.
+
+    Means over the seeds that both have there.
+    """
+    runs = tables["branches"][[*NETWORK, "optimizer", "seed", "step", "val_loss", "annealed_val_loss"]].dropna()
+    base = runs[runs["optimizer"] == reference].drop(columns="optimizer")
+    pairs = runs[runs["optimizer"] != reference].merge(base, on=[*NETWORK, "seed", "step"], suffixes=("", "_reference"))
+    both = pairs.drop(columns="seed").groupby([*NETWORK, "optimizer", "step"], sort=False).mean().reset_index()
     both["lead"] = both["val_loss_reference"] - both["val_loss"]
     both["annealed_lead"] = both["annealed_val_loss_reference"] - both["annealed_val_loss"]
     both["surviving"] = (both["annealed_lead"] / both["lead"]).where(both["lead"].abs() > 1e-3, np.nan)

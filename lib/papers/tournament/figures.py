@@ -75,7 +75,9 @@ def speed_up_bars(
             part = table[chosen & (table["optimizer"] != rival)]
             order = part[part["unit"] == "steps"].sort_values("speed_up")["optimizer"].tolist()
             _bars(axes[row, place], part, order, style)
-            axes[row, place].set(title=f"{network[0]}, {network[1]}\nagainst {rival}", xlabel="speed-up" if row else "")
+            last = row == len(against) - 1
+            title = f"{network[0]}, {network[1]}\nagainst {rival}"
+            axes[row, place].set(title=title, xlabel="speed-up" if last else "")
     if networks:
         _ratio_axis(axes[0, 0], table[table["unit"].isin(UNIT_LABELS)])
         legend_below(figure)
@@ -180,7 +182,9 @@ def ablation_bars(
 
 def _interval(axis: Axes, y: int, values: pd.Series, edge: float, colour: str) -> None:
     """A dot with its interval; what lies beyond the edge, or is not finite, is an arrow there."""
-    mean, low, high = (float(value) if np.isfinite(value) else np.inf for value in values)
+    mean, low, high = (float(value) for value in values)
+    mean = mean if np.isfinite(mean) else np.inf
+    low, high = (mean if np.isnan(end) else end for end in (low, high))  # of one seed: no interval
     if mean < edge:
         axis.plot([max(low, 0.0), min(high, edge)], [y, y], color=colour)
         axis.plot([mean], [y], "o", color=colour, markersize=6)

@@ -75,7 +75,8 @@ def ranking(tables: Tables, reference: str, column: str = "val_loss") -> pd.Data
         last = last_rows(final, ["seed"])
         row |= {"seeds": final["seed"].nunique(), "diverged": int((last["status"] == "diverged").sum())}
         for name in ("val_loss", "val_accuracy", "eval_train_loss"):
-            row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(last[name])
+            found = last[name].fillna(np.inf) if name.endswith("loss") else last[name]  # NaN: diverged
+            row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(found)
         mine = spent[(spent[[*NETWORK, "optimizer"]] == list(key)).all(axis=1)]
         row |= {"target": mine["target"].iloc[0] if len(mine) else np.nan, "reached": int(mine["reached"].sum())}
         row |= {f"{unit}_to_target": mine[unit].mean() for unit in UNITS}

@@ -10,7 +10,10 @@ import pytest
 
 from papers.b import figures as paper_b
 from papers.b import figures_spectra as spectra_b
+from papers.b import figures_toy as toy_b
+from papers.b.measures_toy import toy_model
 from papers.b.tables import in_order
+from papers.common.context import Context
 from papers.common.style import Style
 
 K, P = 3, 1234
@@ -185,3 +188,20 @@ def test_no_figure_of_paper_b_imports_torch():
     modules = "papers.b.figures, papers.b.figures_spectra, papers.b.figures_toy"
     code = f"import {modules}, papers.b.tables, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_what_stands_out_is_marked_in_a_histogram_of_all_eigenvalues_too():
+    tables = {"true labels": spectrum_table([9, 8, 7, *(0.001 * i for i in range(100, 0, -1))], False)}
+    axis = spectra_b.spectra(tables, Style())[0].axes[0]
+    low, high = axis.get_ylim()
+    (marks,) = [line for line in axis.lines if line.get_marker() == "|"]
+    assert list(marks.get_xdata()) == [9, 8, 7]
+    assert all(low < y < high for y in [*marks.get_ydata(), *(text.xy[1] for text in axis.texts)])
+
+
+def test_the_toy_figure_says_how_many_classes_its_first_case_has():
+    cases = [{"classes": 3}, {"classes": 2, "sigma": 0.01}, {"classes": 2, "orthonormal": False, "bias": True}]
+    table = toy_model(Context(show_progress=False), cases=cases, times=[1, 4], dimension=9, per_class=2)
+    figure, _ = toy_b.toy_model({"toy": table}, Style())
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert "measured, k = 3" in labels

@@ -265,3 +265,18 @@ def test_kink_is_where_the_mean_overlap_is_largest():
     found = tables_b.kink({"fc": made}).iloc[0]
     assert (found["dimension_of_maximum"], found["k_less_1"]) == (4, 4)
     assert found["drop_after"] == pytest.approx(0.1)
+
+
+def test_close_checkpoints_at_the_start_do_not_outweigh_the_steps_after_them():
+    """An overlap of 0 up to step 50, seen four times, and of 1 from there to step 1,000, seen ten times."""
+    steps = [0, 10, 25, 50, *range(100, 1001, 100)]
+    values = [float(step > 50) for step in steps]
+    rows = pd.DataFrame({"step": steps, "epoch": [s / 1000 for s in steps], "hg_overlap": values, "random": values})
+    run = {"dataset": "d", "model": "m", "optimizer": "o", "batch_size": 2, "lr": 0.1, "split": "train", "loss": 1.0}
+    table = rows.assign(**run, parameters=5, examples=9, batch_norm="batch")
+    both = pd.concat([table.assign(seed=0), table[table["step"] >= 100].assign(seed=1)])
+    row = tables_b.mean_overlaps({"v": both}, paper={}).iloc[0]
+    expected = (950 / 1010 + 1) / 2  # the first checkpoint stands for ten steps, as the second does
+    assert row[["overlap", "random"]].tolist() == pytest.approx([expected, expected])
+    found = tables_b.overlaps_by_epoch({"v": both}, paper={}, last=1001).iloc[0]
+    assert found[["overlap", "overlap_min", "overlap_max"]].tolist() == pytest.approx([expected, 950 / 1010, 1])

@@ -10,7 +10,9 @@ from curvspace.datasets.generated import gaussian_mixture
 from papers.b import toy
 from papers.b.measures_toy import toy_model
 from papers.b.tables import toy_checks
+from papers.b.verdicts import toy_exact
 from papers.common.context import Context
+from papers.common.outcomes import FAILS
 
 
 def points(classes: int, dimension: int = 30, bias: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -142,3 +144,21 @@ def test_wrong_arguments_are_named():
         toy.closed_form(np.array(-1.0), 2)
     with pytest.raises(ValueError, match="sgima"):
         toy_model(Context(show_progress=False), cases=[{"sgima": 0.1}], times=[1])
+
+
+def test_the_gradient_is_looked_at_all_times_but_where_no_eigenvalues_are_the_top_ones():
+    """At the symmetric start all k(k - 1) eigenvalues are equal, and no k of them are the top ones."""
+    cases = [{"classes": 2, "start": 0.5}, {"classes": 5}]
+    table = toy_model(Context(show_progress=False), cases=cases, times=[0, 1, 50], lr=0.05, dimension=40)
+    inside = table[table["quantity"] == "f_top"].set_index(["classes", "time"])
+    assert np.isnan(inside.loc[(5, 0), "expected"])
+    assert inside.loc[(5, 0), "value"] < 0.9
+    known = inside[inside["expected"].notna()]
+    assert len(known) == 5
+    np.testing.assert_allclose(known["value"], 1.0, atol=1e-9)
+    table.loc[(table["quantity"] == "f_top") & (table["classes"] == 5) & (table["time"] == 1), "value"] = 0.4
+    checks = toy_checks({"toy": table})
+    lowest = checks[checks["quantity"] == "lowest f_top"].set_index("classes")
+    assert lowest["value"].to_dict() == pytest.approx({2: 1.0, 5: 0.4})
+    assert lowest["time"].to_dict()[5] == 1
+    assert toy_exact({"toy": checks}).verdict == FAILS

@@ -7,7 +7,9 @@ import math
 import pandas as pd
 import pytest
 
+from papers import registry
 from papers.c import verdicts as claims_c
+from papers.common import ledger
 from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Untested
 
 CELL = {"where": {"solver": "SGD"}, "mean": "mean", "sd": "sd", "count": "solved", "runs": "runs", "least": 90}
@@ -25,12 +27,30 @@ def cell(mean: float, sd: float, solved: int, runs: int = 100) -> claims_c.Outco
         (500.0, 40.0, 100, FAILS),
         (408.0, 40.0, 100, INCONCLUSIVE),
         (380.0, 40.0, 50, INCONCLUSIVE),  # half of the runs never got there
+        (200.0, 40.0, 50, INCONCLUSIVE),  # with the late ones the mean may be the paper's
+        (500.0, 40.0, 50, FAILS),  # with them it is farther above
         (math.nan, math.nan, 0, INCONCLUSIVE),
     ],
 )
 def test_cell(mean: float, sd: float, solved: int, verdict: str) -> None:
     outcome = cell(mean, sd, solved)
     assert (outcome.verdict, outcome.seeds) == (verdict, solved)
+
+
+def test_of_many_runs_as_large_a_part_must_get_there() -> None:
+    assert cell(380.0, 40.0, 3900, runs=4000).verdict == HOLDS
+    assert cell(380.0, 40.0, 2000, runs=4000).verdict == INCONCLUSIVE
+
+
+def test_table_2_is_judged_by_its_networks_on_cifar10() -> None:
+    (claim,) = [one for one in ledger.load([registry.claim_files()["c"]]) if one.id == "C22"]
+    error = {"train_error_percent": 14.0, "val_error_percent": 20.0}
+    paper = {"paper_train_error_percent": 14.1, "paper_val_error_percent": 19.9}
+    rows = [{"network": name, "optimizer": "curveball", "seeds": 1, **error, **paper} for name in ("basic", "vgg-f")]
+    rows[1] |= {"train_error_percent": 50.0}
+    outcome = ledger.rule_of(claim.rule)({"errors": pd.DataFrame(rows)}, **claim.options)
+    assert [case.name for case in outcome.cases] == [f"basic, curveball {column}" for column in error]
+    assert outcome.verdict == HOLDS
 
 
 def test_cell_of_few_runs_is_no_test() -> None:

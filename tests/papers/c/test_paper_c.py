@@ -64,8 +64,17 @@ def test_trajectories_end_below_the_tolerance(small):
     for solver, path in paths.groupby("solver"):
         assert path["objective"].iloc[-1] < 1e-4
         assert (path["objective"].iloc[:-1] >= 1e-4).all()
-        if solver != "bfgs":
-            assert len(path) - 1 == final.loc[("deterministic", solver), "iterations"]
+        assert len(path) - 1 == final.loc[("deterministic", solver), "iterations"]
+
+
+def test_trajectories_are_those_of_the_runs_that_are_counted_with_noise_too():
+    grids = {**GRIDS, "sgd": {"lr": [5e-4], "momentum": [0.9]}}
+    settings = {"runs": 5, "search_runs": 2, "tolerance": 1e-4, "limit": 5000, "grids": grids, "seed": 0, "traced": 3}
+    table = paper_c.small_problem(Silent(), problem="U[0, 3]", **settings)
+    final = table[table["stage"] == "final"].set_index(["solver", "run"])["iterations"]
+    paths = table[table["stage"] == "trajectory"].groupby(["solver", "run"])["iteration"].max()
+    assert len(paths) == 4 * 3
+    assert paths.to_dict() == final[paths.index].to_dict()
 
 
 def metrics(optimizer: str, lr: float, errors: list[float], seed: int = 0, **columns: float) -> pd.DataFrame:
@@ -203,3 +212,11 @@ def test_kfac_names_bad_hyper_parameters(options):
 
     with pytest.raises(ValueError, match=next(iter(options))):
         KFAC(nn.Linear(2, 2), **options)
+
+
+def test_rates_are_drawn_of_one_run():
+    rates: dict[str, Any] = {"rho": 0.5, "beta": 0.1, "damping": 2.0, "ratio": 0.9}
+    better, worse = (metrics("curveball", lr, [0.9, end], **rates) for lr, end in ((1.0, 0.2), (0.3, 0.4)))
+    _, drawn = figures.rates({"basic": pd.concat([worse.assign(rho=7.0), better])}, Style())
+    assert drawn["step"].tolist() == [0, 10]
+    assert set(drawn["rho"]) == {0.5}

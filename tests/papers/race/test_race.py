@@ -170,3 +170,14 @@ def test_figures_draw_what_the_tables_say(races):
     _, tried = tuning(tables, Style(), FAMILIES)
     assert tried["chosen"].all()
     assert len(tried) == 2
+
+
+def test_a_trial_that_diverged_on_one_of_two_tuning_seeds_is_drawn_as_lost(races):
+    second = races[(races["phase"] == "tuning") & (races["optimizer"] == "plain")].assign(
+        seed=8, status="diverged", val_loss=np.nan
+    )
+    figure, tried = tuning({"races": pd.concat([races, second])}, Style(), FAMILIES)
+    lost = tried.set_index("optimizer")["val_loss"].isna()
+    assert lost.to_dict() == {"plain": True, "twice": False}
+    crosses = [len(line.get_xdata()) for axis in figure.axes for line in axis.lines if line.get_marker() == "x"]
+    assert crosses == [1, 0]

@@ -67,3 +67,12 @@ def test_shares_along_training_are_drawn(context):
     assert (table["quantity"] == "gradient").sum() == 4
     figure, _ = draw_shares({"shares": table}, Style())
     assert len(figure.axes) == 1
+
+
+def test_leads_are_paired_by_seed():
+    """The reference has no seed 1, an easy one, at this step: it says nothing about the lead."""
+    rows = [("sgd", 0, 1.0, 0.9), ("ours", 0, 0.9, 0.85), ("ours", 1, 0.5, 0.4)]
+    table = pd.DataFrame(rows, columns=["optimizer", "seed", "val_loss", "annealed_val_loss"])
+    found = leads({"branches": table.assign(dataset="d", model="m", step=8)}, "sgd")
+    assert found[["lead", "annealed_lead", "surviving"]].iloc[0].tolist() == pytest.approx([0.1, 0.05, 0.5])
+    assert len(found) == 1

@@ -223,3 +223,34 @@ def test_figures_survive_a_tournament_in_which_everything_diverged() -> None:
         assert curves(tables, style, "sgd")[1].empty
         assert speed_up_bars(tables, style, "sgd", ["sgd"])[1].empty
         assert ablation_bars(tables, style, "sgd", "ours")[1]["best_lr"].isna().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_mean_loss_does_not_leave_out_the_run_that_diverged(value: float) -> None:
+    races = made_up_races()
+    lost = (races["optimizer"] == "stuck") & (races["phase"] == "final") & (races["seed"] == 1)
+    races.loc[lost, "status"] = "diverged"
+    races.loc[lost & (races["step"] == 10), ["val_loss", "eval_train_loss"]] = value
+    row = ranking({"races": races}, "sgd").set_index("optimizer").loc["stuck"]
+    assert row["diverged"] == 1
+    assert row[["val_loss", "eval_train_loss"]].tolist() == [math.inf, math.inf]
+    assert math.isnan(row["val_loss_high"])
+    assert row["val_accuracy"] == 0.5
+
+
+def test_one_seed_has_a_dot_and_no_arrow() -> None:
+    races = pd.concat([made_up_race(name, rate, seed, phase) for seed, phase in ((0, "tuning"), (1, "final"))
+                       for name, rate in (("sgd", 0.1), ("ours", 0.15))])  # fmt: skip
+    style = Style()
+    with style.applied():
+        figure, _ = ablation_bars({"races": races}, style, "sgd", "ours")
+    markers = [line.get_marker() for line in figure.axes[0].lines]
+    assert markers.count("o") == 2
+    assert markers.count(">") == 0
+
+
+def test_the_axis_of_speed_ups_is_named_with_one_rival_too() -> None:
+    style = Style()
+    with style.applied():
+        figure, _ = speed_up_bars({"races": made_up_races()}, style, "sgd", ["sgd"])
+    assert [axis.get_xlabel() for axis in figure.axes] == ["speed-up"]
