@@ -99,8 +99,9 @@ def _branch(context: Context, run: RunRecord, step: int, steps: int) -> Row:
     spec = at.spec
 
     def losses() -> tuple[float, float, float]:
-        validation, accuracy = evaluate(at.model, at.data, at.data.validation, at.optimizer.loss)
-        train, _ = evaluate(at.model, at.data, at.data.train, at.optimizer.loss, spec.task.evaluate_train)
+        with at.optimizer.evaluated():
+            validation, accuracy = evaluate(at.model, at.data, at.data.validation, at.optimizer.loss)
+            train, _ = evaluate(at.model, at.data, at.data.train, at.optimizer.loss, spec.task.evaluate_train)
         at.model.train()
         return validation, accuracy, train
 

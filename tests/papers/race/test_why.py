@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import contextmanager
+
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
+from curvspace.optim.first_order import FirstOrder
 from curvspace.optim.mean_directions import mean_span
 from papers.common.style import Style
 from papers.race.figures_why import annealed as draw_annealed
@@ -76,3 +80,24 @@ def test_leads_are_paired_by_seed():
     found = leads({"branches": table.assign(dataset="d", model="m", step=8)}, "sgd")
     assert found[["lead", "annealed_lead", "surviving"]].iloc[0].tolist() == pytest.approx([0.1, 0.05, 0.5])
     assert len(found) == 1
+
+
+def test_branches_evaluate_the_weights_that_are_to_be_judged(context, monkeypatch):
+    """Of a schedule-free optimiser these are others than those it steps; here, for certainty, zeros."""
+
+    @contextmanager
+    def zeros(optimizer):
+        kept = [p.detach().clone() for p in optimizer.model.parameters()]
+        with torch.no_grad():
+            for p in optimizer.model.parameters():
+                p.zero_()
+            yield
+            for p, value in zip(optimizer.model.parameters(), kept, strict=True):
+                p.copy_(value)
+
+    plain = annealed(context, steps=3)
+    monkeypatch.setattr(FirstOrder, "evaluated", zeros)
+    table = annealed(context, steps=3)
+    columns = ["val_loss", "train_loss", "annealed_val_loss", "annealed_train_loss"]
+    assert table[columns].to_numpy() == pytest.approx(math.log(2), rel=1e-6)
+    assert (plain[columns] < 0.69).all(axis=None)
