@@ -122,21 +122,22 @@ def costs(tables: Tables) -> pd.DataFrame:
 
 
 def damping_sensitivity(tables: Tables) -> pd.DataFrame:
-    """C-T4: best training and validation error against the damping at the start (paper C, section 3)."""
+    """C-T4: best training and validation error against the damping at the start (paper C, section 3), over seeds."""
     metrics = tables["runs"]
     rows: list[dict[str, Any]] = []
     for optimizer, part in metrics.groupby("optimizer", sort=False):
         evaluated = part.dropna(subset=["eval_train_accuracy"])
         best = 100 * (1 - evaluated.groupby("seed")[["eval_train_accuracy", "val_accuracy"]].max())
-        last = part.sort_values("step").iloc[-1]
+        last = last_rows(part, ["seed"])
+        first = part.dropna(subset="damping").sort_values("step").groupby("seed")["damping"].first()
         rows.append(
             {
-                "dataset": last["dataset"],
-                "model": last["model"],
+                "dataset": part["dataset"].iloc[0],
+                "model": part["model"].iloc[0],
                 "optimizer": optimizer,
-                "damping_after_step_1": part.sort_values("step")["damping"].dropna().iloc[0],
-                "last_damping": last["damping"],
-                "epochs": last["epoch"],
+                "damping_after_step_1": first.mean(),
+                "last_damping": last["damping"].mean(),
+                "epochs": last["epoch"].max(),
                 "seeds": len(best),
                 "train_error_percent": best["eval_train_accuracy"].mean(),
                 "val_error_percent": best["val_accuracy"].mean(),

@@ -158,8 +158,8 @@ def _best_curves(runs: pd.DataFrame, column: str, against: str) -> dict[str, pd.
 
 
 def _side_by_side(own: pd.Series, other: pd.Series) -> pd.DataFrame:
-    """Two curves after the start, at the evaluations of the longer one; one that diverged has infinite errors then."""
-    grid = max(own.index, other.index, key=len)
+    """Two curves after the start, at the evaluations of the one that goes on longer; infinite where one has ended."""
+    grid = max(own.index, other.index, key=max)
     both = pd.DataFrame({"own": own.reindex(grid), "other": other.reindex(grid)}).fillna(math.inf)
     return both[both.index > 0]
 

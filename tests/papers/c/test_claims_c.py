@@ -90,6 +90,15 @@ def test_at_every_epoch(own: list[list[float]], verdict: str) -> None:
     )
 
 
+def test_at_every_epoch_counts_the_epoch_in_which_it_diverged_as_lost() -> None:
+    table = curves(curveball=[[0.9, 0.5, 0.4, 0.95]] * 2, sgd=SGD).astype({"epoch": float})
+    lost = (table["optimizer"] == "curveball") & (table["epoch"] == 3)
+    table.loc[lost, ["step", "epoch"]] = [24, 2.4]
+    outcome = claims_c.at_every_epoch({"t": table}, first="curveball", second=["sgd"], column="accuracy")
+    assert outcome.cases[0].estimate.value == pytest.approx(2 / 3)
+    assert outcome.verdict == FAILS
+
+
 def test_at_every_epoch_takes_the_rivals_best_rate() -> None:
     weak = curves(sgd=[[0.9, 0.9, 0.9, 0.9]] * 2).assign(lr=10.0)
     table = pd.concat([curves(curveball=[[0.9, 0.7, 0.6, 0.5]] * 2, sgd=SGD), weak])

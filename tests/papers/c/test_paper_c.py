@@ -124,6 +124,12 @@ def test_damping_table_orders_by_the_first_damping():
     assert list(table["train_error_percent"]) == pytest.approx([20, 10])
 
 
+def test_damping_table_has_means_over_seeds():
+    seeds = [metrics("a", 1.0, [0.5, 0.2], seed, damping=1.0 + seed) for seed in range(3)]
+    row = tables_c.damping_sensitivity({"runs": pd.concat(seeds)}).iloc[0]
+    assert row[["damping_after_step_1", "last_damping"]].tolist() == [2.0, 2.0]
+
+
 def test_costs_are_medians_relative_to_the_first():
     rows = [
         {"dataset": "d", "model": "m", "batch_size": 8, "optimizer": name, "round": i, "step_s": s, "relative": s,
