@@ -98,7 +98,8 @@ def at_equal_seconds(
 ) -> Outcome:
     """C23: training error of ``first`` over the best first-order one's, when the quickest optimiser has finished.
 
-    Each optimiser is at its best learning rate; errors are linear in wall-clock between evaluations.
+    Each optimiser is at its best learning rate; errors are linear in wall-clock between evaluations. A run that
+    diverged, cut short of the longest one, has not finished, and an infinite error.
     """
     found = []
     for name, part in cases_of(pick(tables, table, where), apart=["optimizer", "lr"]):
@@ -106,8 +107,12 @@ def at_equal_seconds(
         if first not in curves or not any(other in curves for other in second):
             continue
         names = [first, *(other for other in second if other in curves)]
-        budget = min(float(curves[n][s].dropna().index.max()) for n in names for s in curves[n])
-        errors = pd.DataFrame({n: {s: _at(curves[n][s], budget) for s in curves[n]} for n in names})
+        epochs = best_settings(part).groupby(["optimizer", "seed"])["epoch"].max()[names]
+        whole = epochs >= 0.99 * epochs.max()
+        budget = min(float(curves[n][s].dropna().index.max()) for n, s in epochs.index[whole])
+        errors = pd.DataFrame(
+            {n: {s: _at(curves[n][s], budget) if whole[n, s] else math.inf for s in curves[n]} for n in names}
+        )
         best = errors[names[1:]].mean().idxmin()
         measured = estimate_ratio((errors[first] / errors[best]).dropna().tolist(), margin)
         note = f"after {number(budget)} s"

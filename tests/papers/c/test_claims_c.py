@@ -125,6 +125,17 @@ def test_at_equal_seconds(own: list[list[float]], verdict: str, value: float) ->
     assert outcome.cases[0].estimate.value == pytest.approx(value, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["curveball", "sgd"])
+def test_at_equal_seconds_a_run_that_diverged_has_not_finished_and_is_worst(name: str) -> None:
+    lost = {name: [[0.9, 0.3, 0.2, 0.1], [0.9, 0.95], [0.9, 0.3, 0.2, 0.1]]}
+    table = curves(**{"curveball": [[0.9, 0.3, 0.2, 0.1]] * 3, "sgd": [[0.9, 0.6, 0.5, 0.4]] * 3, **lost})
+    options = {"first": "curveball", "second": ["sgd"], "column": "accuracy", "at_most": 1.1}
+    case = claims_c.at_equal_seconds({"t": table}, **options).cases[0]
+    assert case.note == "after 3 s"
+    assert case.verdict == INCONCLUSIVE
+    assert case.estimate.high == (math.inf if name == "curveball" else pytest.approx(0.25 / 0.1))
+
+
 def test_at_equal_seconds_with_spread_over_seeds() -> None:
     table = curves(curveball=[[0.9, 0.3, 0.2, 0.1], [0.9, 0.8, 0.7, 0.6]], sgd=SGD)
     options = {"first": "curveball", "second": ["sgd"], "column": "accuracy", "at_most": 1.1}
