@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from papers.common.intervals import interval
+from papers.common.intervals import half_width, interval
 from papers.common.runs import NETWORK, Tables
 
 DRAWS = 2000
@@ -53,10 +53,10 @@ def _reached(horizons: Losses, losses: Losses, target: float) -> tuple[float, bo
 
 
 def speed_ups(tables: Tables, against: Sequence[str]) -> pd.DataFrame:
-    """One row per workload, optimiser and rival: the speed-up with its 95 % bootstrap interval over seeds.
+    """One row per workload, optimiser and rival: the speed-up with its 95 % interval over seeds.
 
     Two are compared on the seeds that both have, ``seeds`` of them: a seed's start and order of examples are the same
-    for all, and some are harder. So the bootstrap draws seeds, each with its runs of both. ``beats``: the share of
+    for all, and some are harder. So the interval is that of pairs (:func:`_interval`). ``beats``: the share of
     pairs of seeds in which the optimiser's final loss at the longest horizon is the lower. ``bound``: the speed-up
     lies beyond the shortest horizon.
     """
@@ -78,14 +78,29 @@ def _compared(races: pd.DataFrame, workload: Sequence[object], name: str, rival:
     horizons = first.columns.to_numpy(float)
     ours, theirs = (losses.loc[seeds].to_numpy(float) for losses in (first, second))
     value, bound = speed_up(horizons, ours.mean(0), theirs.mean(0))
-    draw = np.random.default_rng(0)
-    samples = (draw.integers(len(seeds), size=len(seeds)) for _ in range(DRAWS))
-    sampled = [speed_up(horizons, ours[sample].mean(0), theirs[sample].mean(0))[0] for sample in samples]
-    low, high = np.quantile(sampled, [0.025, 0.975]) if len(seeds) > 1 else (np.nan, np.nan)
+    low, high = _interval(horizons, ours, theirs, value)
     beats = (ours[:, -1][:, None] < theirs[:, -1]).mean()
     keys = dict(zip(NETWORK, workload, strict=True))
     measured = {"speed_up": value, "low": low, "high": high, "bound": bound, "beats": float(beats)}
     return {**keys, "optimizer": name, "against": rival, **measured, "seeds": len(seeds)}
+
+
+def _interval(horizons: Losses, ours: Losses, theirs: Losses, value: float) -> tuple[float, float]:
+    r"""95 % interval of a speed-up: Student's t of its logarithm, with the standard error of a bootstrap over seeds.
+
+    A sample is seeds, each with its runs of both; its variance is :math:`(n-1)/n` of that of fresh seeds. The sample's
+    own quantiles would cover the truth in 0.82 of all cases with five seeds, and in 0.54 with two. Of what lies
+    beyond the shortest horizon nothing is known: the interval ends there.
+    """
+    n = len(ours)
+    if n < 2:
+        return np.nan, np.nan
+    draw = np.random.default_rng(0)
+    samples = (draw.integers(n, size=n) for _ in range(DRAWS))
+    sampled = [speed_up(horizons, ours[sample].mean(0), theirs[sample].mean(0))[0] for sample in samples]
+    half = half_width(float(np.std(np.log(sampled))) * n / np.sqrt(n - 1), n)
+    most = horizons[-1] / horizons[0]
+    return max(value * np.exp(-half), 1 / most), min(value * np.exp(half), most)
 
 
 def results(tables: Tables) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from papers.common.context import Context
+from papers.common.intervals import interval
 from papers.common.style import Style
 from papers.race import measures
 from papers.race.figures import horizons, tuning
@@ -61,7 +62,27 @@ def test_speed_ups_with_intervals_and_chances(races):
     assert row["seeds"] == 3
     races.loc[races["optimizer"].eq("twice"), "val_loss"] -= 0.02 * races["seed"]
     row = speed_ups({"races": races}, ["plain"]).iloc[0]
-    assert row["low"] < row["speed_up"] < row["high"] < row["low"] + 0.2
+    assert row["speed_up"] == pytest.approx(2 * np.exp(0.02))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 12])
+def test_the_interval_is_students_where_each_seed_has_a_speed_up_of_its_own(seeds):
+    """Losses are linear in the logarithm of the length here, so that of the speed-up is a mean over seeds."""
+    own = 0.02 * np.random.default_rng(seeds).standard_normal(seeds)
+    races = pd.concat([made_up("plain", 1.0, seeds), made_up("twice", 2.0, seeds)], ignore_index=True)
+    ours = races["optimizer"].eq("twice") & races["phase"].eq("final")
+    races.loc[ours, "val_loss"] -= own[races.loc[ours, "seed"]]
+    row = speed_ups({"races": races}, ["plain"]).iloc[0]
+    mean, low, high = interval(pd.Series(np.log(2) + own))
+    assert np.log(row["speed_up"]) == pytest.approx(mean)
+    assert np.log(row["high"]) - np.log(row["low"]) == pytest.approx(high - low, rel=0.1)
+
+
+def test_an_interval_does_not_reach_beyond_the_shortest_horizon():
+    races = pd.concat([made_up("plain", 1.0), made_up("twice", 3.5)], ignore_index=True)
+    races.loc[races["optimizer"].eq("twice"), "val_loss"] -= 0.1 * races["seed"]
+    row = speed_ups({"races": races}, ["plain"]).iloc[0]
+    assert row["low"] < row["speed_up"] <= row["high"] == 4.0
 
 
 def test_two_are_compared_on_the_seeds_that_both_have(races):
