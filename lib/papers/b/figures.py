@@ -143,7 +143,7 @@ def overlap_by_dimension(tables: Tables, style: Style, order: Sequence[str] = ()
 
 
 def mean_overlaps(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean of the top-subspace overlap over the later steps measured: a row a start_step and dimension, with value, null."""
+    """Mean of the top-subspace overlap over the later steps that were measured, for each start_step and dimension."""
     found = quantity(table, "top_overlap").rename(columns={"index": "dimension"})
     keys = ["dataset", "model", "seed", "start_step", "dimension"]
     return found.groupby(keys, as_index=False).agg(value=("value", "mean"), null=("null", "first"))
