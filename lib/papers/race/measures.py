@@ -159,7 +159,7 @@ def _train(
 
 @torch.no_grad()
 def class_accuracies(model: nn.Module, data: DataSet) -> list[float]:
-    """Share of each class's validation examples that are recognised, in evaluation mode."""
+    """Share of each class's validation examples that are recognised, in evaluation mode; of classes that have any."""
     model.eval()
     right = torch.zeros(data.num_classes)
     count = torch.zeros(data.num_classes)
@@ -167,4 +167,4 @@ def class_accuracies(model: nn.Module, data: DataSet) -> list[float]:
         hit = (call(model, inputs).argmax(1) == targets).float().cpu()
         right.index_add_(0, targets.cpu(), hit)
         count.index_add_(0, targets.cpu(), torch.ones_like(hit))
-    return [float(value) for value in right / count.clamp_min(1)]
+    return (right / count)[count > 0].tolist()

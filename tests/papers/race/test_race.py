@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
 from papers.common.context import Context
 from papers.common.intervals import interval
@@ -202,3 +206,17 @@ def test_a_trial_that_diverged_on_one_of_two_tuning_seeds_is_drawn_as_lost(races
     assert lost.to_dict() == {"plain": True, "twice": False}
     crosses = [len(line.get_xdata()) for axis in figure.axes for line in axis.lines if line.get_marker() == "x"]
     assert crosses == [1, 0]
+
+
+def test_a_class_without_validation_examples_is_not_the_worst_one(tiny):
+    """Three classes, of which the validation set has two; the network says 0 to all."""
+    data = dataclasses.replace(tiny, num_classes=3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
+    assert measures.class_accuracies(model, tiny) == [1.0, 0.0]
+    with torch.no_grad():
+        model[1].weight.copy_(torch.ones(16) * torch.tensor([-1.0, 1.0, 0.0])[:, None])
+        model[1].bias.copy_(torch.tensor([0.0, 0.0, -1e6]))
+    assert measures.class_accuracies(model, data) == [1.0, 1.0]
