@@ -1,6 +1,7 @@
 r"""Tables of the tournament, from its races. No torch here: table jobs start fast.
 
-The target of a network is the loss that the best-tuned reference optimiser reaches on *every* seed within the budget.
+The target of a network is the loss that the best-tuned reference optimiser reaches on *every* seed within the budget
+(of those on which it did not diverge: a run cut short has reached next to nothing).
 Every optimiser is asked when it first reaches it: after how many steps, gradient-equivalents and seconds. A run that
 never does counts with its whole budget, which bounds its speed-up from above and that of others over it from below; the
 table says how many did. The budget is the network's number of steps: a run that diverged counts with all of them, at
@@ -20,8 +21,8 @@ UNITS = {"steps": "step", "gradient_evaluations": "gradient_evaluations", "secon
 
 
 def targets(races: pd.DataFrame, reference: str, column: str = "val_loss") -> pd.Series:
-    """Target loss by network: the highest, over the reference's final runs, of their lowest losses."""
-    final = races[(races["phase"] == "final") & (races["optimizer"] == reference)]
+    """Target loss by network: the highest, over the reference's final runs that finished, of their lowest losses."""
+    final = races[(races["phase"] == "final") & (races["optimizer"] == reference) & (races["status"] == "finished")]
     lowest = final.groupby([*NETWORK, "seed"])[column].min()
     return lowest.groupby(NETWORK).max().rename("target")
 

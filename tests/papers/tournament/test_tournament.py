@@ -60,6 +60,23 @@ def test_target_is_what_the_reference_reaches_on_every_seed() -> None:
     assert targets(races, "sgd").item() == pytest.approx(1.0)
 
 
+def test_a_reference_run_that_diverged_sets_no_easy_target() -> None:
+    races = made_up_races()
+    lost = (races["optimizer"] == "sgd") & (races["phase"] == "final") & (races["seed"] == 2)
+    races = races[~(lost & (races["step"] > 4))]
+    races.loc[lost, "status"] = "diverged"
+    races.loc[lost & (races["step"] == 4), "val_loss"] = math.nan
+    assert targets(races, "sgd").item() == pytest.approx(1.0)
+    found = arrivals(races, "sgd").set_index(["optimizer", "seed"])
+    assert found["reached"].to_dict() == {
+        **{("sgd", 1): True, ("sgd", 2): False, ("ours", 1): True, ("ours", 2): True},
+        **{("stuck", 1): False, ("stuck", 2): False},
+    }
+    assert found.loc[("ours", 1), "steps"] == pytest.approx(5)
+    races.loc[(races["optimizer"] == "sgd") & (races["phase"] == "final"), "status"] = "diverged"
+    assert not arrivals(races, "sgd")["reached"].any()
+
+
 def test_arrival_is_linear_between_evaluations() -> None:
     found = arrivals(made_up_races(), "sgd").set_index(["optimizer", "seed"])
     assert found.loc[("sgd", 1), "steps"] == pytest.approx(10)
