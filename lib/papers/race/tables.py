@@ -106,7 +106,8 @@ def _interval(horizons: Losses, ours: Losses, theirs: Losses, value: float) -> t
 def results(tables: Tables) -> pd.DataFrame:
     """X-R4: one row per workload and optimiser at each horizon: what the tuned setting ends at, and what it costs.
 
-    ``*_low``, ``*_high``: 95 % t-interval over seeds. ``mean_weights_val_loss``: with the running mean of the weights.
+    ``*_low``, ``*_high``: 95 % t-interval over seeds. Means are over the runs that finished; ``diverged`` did not.
+    ``mean_weights_val_loss``: with the running mean of the weights.
     ``edge``: hyper-parameters whose best value lies within a tenth of the (logarithmic) range from its end.
     """
     races = tables["races"]
