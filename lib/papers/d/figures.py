@@ -129,8 +129,7 @@ def inverse_step(tables: Tables, style: Style, narrow: float = 1.0) -> Drawn:
     narrow = close_to_zero(table["curvature"], narrow)
     figure, axes = style.panels(1, 2)
     for axis in axes[0]:
-        scatter(axis, style, table[~table["at_edge"]], "curvature", "inverse_alpha")
-        scatter(axis, style, table[table["at_edge"]], "curvature", "inverse_alpha", hollow=True)
+        scatter(axis, style, table, "curvature", "inverse_alpha", hollow="at_edge")
         axis.axhline(0.0, color="0.5", linewidth=0.8)
         axis.set_xlabel("eigenvalue λ")
     same_scale(axes[0, 1], table["curvature"], table["inverse_alpha"])
@@ -140,7 +139,7 @@ def inverse_step(tables: Tables, style: Style, narrow: float = 1.0) -> Drawn:
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(5))
     words = [
         f"{sign} λ: rank correlation {rank_correlation(part['inverse_alpha'], part['curvature']):.2f} (n = {len(part)})"
-        for sign, part in table.groupby("sign")
+        for sign, part in table.dropna(subset="inverse_alpha").groupby("sign")
     ]
     axes[0, 1].set_title("\n".join(words), fontsize="small")
     axes[0, 0].set_title(f"|λ| ≤ {narrow:.2g}\nhollow: best at an end of the range", fontsize="small")
@@ -235,7 +234,7 @@ def optimizer(tables: Tables, style: Style, base: str) -> Drawn:
         color="C1",
         label=f"share of ṽ in SA({count})",
     )
-    axes[0, 2].axhline(medians["null_share"].iloc[0], color="0.5", linestyle=":", label="random direction")
+    axes[0, 2].axhline(medians["null_share"].iloc[0], color="0.5", linestyle=":", label=f"random, SA({count})")
     axes[0, 2].set(xlabel="step", yscale="log", title="the estimated direction")
     for axis in axes[0]:
         below(axis, fontsize="x-small")
@@ -264,14 +263,15 @@ def _race(axis: Axes, style: Style, metrics: pd.DataFrame, best: pd.DataFrame, b
     return pd.concat(parts, ignore_index=True)
 
 
-def scatter(axis: Axes, style: Style, table: pd.DataFrame, x: str, y: str, *, hollow: bool = False) -> None:
-    """Points coloured by step, filled unless ``hollow``."""
+def scatter(axis: Axes, style: Style, table: pd.DataFrame, x: str, y: str, *, hollow: str | None = None) -> None:
+    """Points coloured by step, filled but for those that the column ``hollow`` marks."""
     steps = sorted(table["step"].unique())
+    empty = table[hollow] if hollow else pd.Series(False, index=table.index)
     for colour, step in zip(style.sequence(len(steps)), steps, strict=True):
-        part = table[table["step"] == step]
-        face = "none" if hollow else colour
-        label = None if hollow else f"{step}"
-        axis.plot(part[x], part[y], "o", color=colour, markerfacecolor=face, label=label, alpha=0.8)
+        for face, label, chosen in ((colour, f"{step}", ~empty), ("none", None, empty)):
+            part = table[(table["step"] == step) & chosen]
+            if label or len(part):
+                axis.plot(part[x], part[y], "o", color=colour, markerfacecolor=face, label=label, alpha=0.8)
 
 
 def symmetric_log(axis: Axes, values: pd.Series, which: str) -> None:

@@ -88,14 +88,15 @@ def evaluated(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_budget(metrics: pd.DataFrame) -> pd.DataFrame:
-    """One row a run: loss and accuracy when it has spent what the cheapest setting spends in all.
+    """One row a run: loss and accuracy when it has spent what the cheapest run to the last step spends in all.
 
     Cost is in gradient-equivalents; the geometric mean between the two evaluations around the budget. ``diverged``
-    runs end before it and have no loss.
+    runs end before it and have no loss; the budget is not theirs.
     """
     rows = evaluated(metrics)
-    spent = rows.groupby(SETTING)["gradient_evaluations"].max()
-    budget = float(spent.min())
+    last = rows.groupby(RUN).tail(1)
+    whole = last[(last["step"] == metrics["step"].max()) & np.isfinite(last["eval_train_loss"])]
+    budget = float((last if whole.empty else whole)["gradient_evaluations"].min())
     found = []
     for key, run in rows.groupby(RUN):
         cost = run["gradient_evaluations"].to_numpy()

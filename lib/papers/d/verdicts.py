@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 
-from papers.common.outcomes import Case, Outcome, Untested, estimate, estimate_ratio, judge
+from papers.common.outcomes import Case, Outcome, Ratio, Untested, estimate, estimate_ratio, judge
 from papers.common.runs import Tables
-from papers.common.verdicts import cases_of, pick, proportion, spearman
+from papers.common.verdicts import cases_of, pick, proportion, spearman, threshold
 
 EIGEN = ("LA", "SA")
+NO_GAIN = {
+    "first diverged": "the second side gains nothing",
+    "second diverged": "the first side gains nothing",
+    "no ratio: on some seeds a side diverged": "no ratio: at some checkpoints a side gains nothing",
+}
+
+
+class Gains(Ratio):
+    """A ratio of two gains: infinite where the second is nothing, 0 where the first is."""
+
+    def __str__(self) -> str:
+        return NO_GAIN.get(text := super().__str__(), text)
 
 
 def settles(
@@ -20,24 +30,27 @@ def settles(
     """D1: the top eigenvalues settle on each data set, and the most negative one goes its own way on each.
 
     Settled: over the later half of the checkpoints the largest value of λ_i is at most ``spread_at_most`` times the
-    smallest (median over i). The trend of |λ_d| is its mean over the later half over that of the earlier one; the
-    trends of two data sets must differ by the factor ``trends_differ``.
+    smallest (median over i; no multiple where that is not positive). The trend of |λ_d| is its mean over the later half
+    over that of the earlier one; the trends of two data sets must differ by the factor ``trends_differ``.
     """
     rows = pick(tables, table)
-    found, trends = [], []
+    if rows["dataset"].nunique() < 2:
+        raise Untested("two data sets are needed")
+    found: list[Case] = []
+    trends: list[tuple[str, float]] = []
     for name, part in cases_of(rows):
         steps = np.sort(part["step"].unique())
         late = part["step"] >= steps[len(steps) // 2]
         top = part[late & (part["end"] == "LA")].groupby("index")["eigenvalue"]
-        spread = estimate([float((top.max() / top.min()).median())], margin)
-        found.append(Case(f"{name} top".strip(), spread, judge(spread, at_most=spread_at_most)))
+        multiples = (top.max() / top.min()).where(top.min() > 0, np.inf)
+        spread = estimate([float(multiples.median())], margin)
+        note = "" if np.isfinite(spread.value) else "not positive throughout"
+        found.append(Case(f"{name} top".strip(), spread, judge(spread, at_most=spread_at_most), note))
         last = part[(part["end"] == "SA") & (part["index"] == 1)]
         size = last["eigenvalue"].abs()
-        trends.append(float(size[late].mean() / size[~late].mean()))
-    if len(trends) < 2:
-        raise Untested("two data sets are needed")
-    contrast = estimate([max(trends) / min(trends)], margin)
-    note = "trends " + ", ".join(f"{trend:.2g}" for trend in trends)
+        trends.append((str(part["dataset"].iloc[0]), float(size[late].mean() / size[~late].mean())))
+    contrast = estimate([max(x / y for a, x in trends for b, y in trends if a != b)], margin)
+    note = "trends " + ", ".join(f"{trend:.2g}" for _, trend in trends)
     found.append(Case("trends of |λ_d|", contrast, judge(contrast, at_least=trends_differ), note))
     return Outcome(tuple(found))
 
@@ -88,8 +101,7 @@ def misfit(profile: pd.DataFrame, beyond: float = 0.0) -> float:
     """Largest |loss − quadratic model| where |α| > ``beyond``, over the largest change predicted there."""
     if profile.empty:
         raise Untested("no profile along this direction")
-    profile = profile.sort_values("alpha", key=abs)
-    change = profile["quadratic"] - profile["quadratic"].iloc[0]
+    change = profile["quadratic"] - np.polyfit(profile["alpha"], profile["quadratic"], 2)[-1]  # α = 0 may be no point
     error = profile["loss"] - profile["quadratic"]
     outer = profile["alpha"].abs() > beyond
     return float(error[outer].abs().max() / change[outer].abs().max())
@@ -145,11 +157,12 @@ def best_step(
     median = estimate([float(products.median())], margin)
     negative = parts["negative"].assign(size=parts["negative"]["curvature"].abs())
     rank = spearman(negative, "inverse_alpha", "size")
+    known = int(negative["inverse_alpha"].notna().sum())
     return Outcome(
         (
             Case("λ > 0: rank correlation", positive, judge(positive, at_least=positive_at_least)),
             Case("λ > 0: median of α*λ", median, judge(median, *product)),
-            Case("λ < 0: rank correlation with |λ|", rank, judge(rank, -unrelated, unrelated), f"{len(negative)} rows"),
+            Case("λ < 0: rank correlation with |λ|", rank, judge(rank, -unrelated, unrelated), f"{known} rows"),
         )
     )
 
@@ -167,19 +180,41 @@ def improvement(tables: Tables, *, table: str | None = None, margin: float = 0.0
     total = (gains["positive"]["sum"] + floor) / (gains["negative"]["sum"] + floor)
     found = []
     for name, ratios in (("negative / positive, one direction", each), ("positive / negative, totals", total)):
-        measured = replace(estimate_ratio(ratios.dropna().tolist(), margin), seeds=1)
+        ratio = estimate_ratio(ratios.dropna().tolist(), margin)
+        measured = Gains(ratio.value, ratio.low, ratio.high, seeds=1)
         found.append(Case(name, measured, judge(measured, at_least=1.0), f"{ratios.notna().sum()} checkpoints"))
     return Outcome(tuple(found))
 
 
+def cheaper(tables: Tables, *, largest: int, negative: int, table: str | None = None, margin: float = 0.0) -> Outcome:
+    """D7: products for SA(``negative``) over those for LA(``largest``), with each solver."""
+    rows = pick(tables, table)
+    for end, k in (("LA", largest), ("SA", negative)):
+        if set(rows.loc[rows["end"] == end, "k"]) != {k}:
+            raise Untested(f"no {end}({k})")
+    where = {"end": "SA"}
+    return threshold({"": rows}, column="products_over_LA", where=where, by=["solver"], at_least=1.0, margin=margin)
+
+
 def agreement(
-    tables: Tables, *, difference_at_most: float, angle_at_most: float, table: str | None = None, margin: float = 0.0
+    tables: Tables,
+    *,
+    share: float,
+    pairs: int,
+    difference_at_most: float,
+    angle_at_most: float,
+    table: str | None = None,
+    margin: float = 0.0,
 ) -> Outcome:
     """D8: medians over eigenpairs of |λ_part − λ_all|/|λ_all| and of the principal angle in degrees, at each end.
 
-    ``margin`` is that of the difference, and a share of a right angle.
+    The part must be this ``share`` of the data, and at each end there must be so many ``pairs``. ``margin`` is that of
+    the difference, and a share of a right angle.
     """
     rows = pick(tables, table)
+    part, most = float((rows["part_examples"] / rows["all_examples"]).iloc[0]), int(rows["index"].max())
+    if abs(part / share - 1) > 0.1 or most != pairs:
+        raise Untested(f"{most} eigenpairs at each end of {part:.1%} of the data")
     found = []
     for end, part in rows.groupby("end", sort=False):
         relative = estimate([float(part["relative_difference"].abs().median())], margin)

@@ -43,6 +43,25 @@ def test_settles_needs_two_data_sets() -> None:
         claims_d.settles({"t": spectra(12, {"mnist": 1.0})}, spread_at_most=3, trends_differ=2)
 
 
+def test_settles_compares_data_sets_and_no_two_networks_on_one() -> None:
+    parts = [spectra(12, {"mnist": late}).assign(model=f"m{late:g}") for late in (0.1, 2.0)]
+    options = {"spread_at_most": 3.0, "trends_differ": 2.0, "margin": 0.1}
+    with pytest.raises(Untested, match="two data sets"):
+        claims_d.settles({"t": pd.concat(parts)}, **options)
+    other = spectra(12, {"cifar10": 2.0}).assign(model="m")
+    near = [parts[1], spectra(12, {"mnist": 2.1}).assign(model="m2.1"), other]
+    outcome = claims_d.settles({"t": pd.concat(near)}, **options)
+    assert outcome.verdict == FAILS
+    assert outcome.cases[-1].estimate.value == pytest.approx(1.05)
+
+
+def test_a_top_eigenvalue_that_changes_its_sign_has_not_settled() -> None:
+    table = spectra(-0.5, {"mnist": 0.1, "cifar10": 2.0})
+    outcome = claims_d.settles({"t": table}, spread_at_most=3.0, trends_differ=2.0, margin=0.1)
+    assert outcome.verdict == FAILS
+    assert outcome.deciding.note == "not positive throughout"
+
+
 def directions(top: float, bottom_positive: int) -> dict[str, pd.DataFrame]:
     """v_1(5) keeps the share ``top`` of λ_1; v_d(5) is positive at so many of 40 other checkpoints."""
     steps = range(1, 42)
@@ -88,6 +107,14 @@ def test_quadratic_breaks(top: float, bottom: float, verdict: str) -> None:
     # a second reading in which nothing breaks does not take the first one's verdict away
     both = pd.concat([profile("eq. 1", 0.0, 0.0), one])
     assert claims_d.quadratic_breaks({"t": both}, **options).verdict == verdict
+
+
+@pytest.mark.parametrize("points", [3, 4, 21, 24])
+def test_the_misfit_is_over_the_change_from_the_origin_whatever_the_points(points: int) -> None:
+    alpha = np.linspace(-1, 1, points)
+    change = 0.3 * alpha - 2 * alpha**2
+    table = pd.DataFrame({"alpha": alpha, "quadratic": 5 + change, "loss": 5 + change + 0.46 * alpha**2})
+    assert claims_d.misfit(table) == pytest.approx(0.2)  # 0.46 over 2.3
 
 
 def fits(positive: float, negative: float) -> pd.DataFrame:
@@ -139,6 +166,13 @@ def test_best_step(table: pd.DataFrame, verdict: str) -> None:
     assert outcome.verdict == verdict
 
 
+def test_directions_without_a_best_step_are_not_counted() -> None:
+    table = searches(0.05, follows=False)
+    table.loc[(table["kind"] == "SA") & (table["curvature"] < -4), "inverse_alpha"] = np.nan
+    outcome = claims_d.best_step({"t": table}, positive_at_least=0.7, product=(0.5, 2.0), unrelated=0.4, margin=0.05)
+    assert outcome.cases[-1].note == f"{(np.linspace(0.5, 5, 60) <= 4).sum()} rows"
+
+
 def gains(negative: float, spread: float = 0.0) -> pd.DataFrame:
     """Per checkpoint ten positive directions that gain 1 each and two negative ones."""
     rows = []
@@ -157,15 +191,54 @@ def test_improvement(table: pd.DataFrame, verdict: str) -> None:
     assert claims_d.improvement({"t": table}).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("first", "rest", "text"),
+    [(0.0, 0.0, "the first side gains nothing"), (0.0, 1.0, "no ratio: at some checkpoints a side gains nothing")],
+)
+def test_a_side_without_a_gain_has_not_diverged(first: float, rest: float, text: str) -> None:
+    table = gains(1.0)
+    negative = table["kind"] == "SA"
+    table.loc[negative, "improvement"] = np.where(table.loc[negative, "step"] == 0, first, rest)
+    outcome = claims_d.improvement({"t": table})
+    assert text in outcome.measured
+    assert "diverged" not in outcome.measured
+
+
+def costs(largest: int, negative: int, ratios: tuple[float, float]) -> pd.DataFrame:
+    rows = [
+        {"solver": solver, "end": end, "k": k, "products_over_LA": ratio if end == "SA" else 1.0}
+        for solver, ratio in zip(("ARPACK", "curvspace"), ratios, strict=True)
+        for end, k in (("LA", largest), ("SA", negative))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_cheaper_is_about_twenty_and_three() -> None:
+    options = {"largest": 20, "negative": 3, "margin": 0.1}
+    assert claims_d.cheaper({"t": costs(20, 3, (1.5, 1.2))}, **options).verdict == HOLDS
+    assert claims_d.cheaper({"t": costs(20, 3, (1.5, 0.8))}, **options).verdict == FAILS
+    assert claims_d.cheaper({"t": costs(20, 3, (1.5, 1.05))}, **options).verdict == INCONCLUSIVE
+    for largest, negative, name in ((5, 3, r"LA\(20\)"), (20, 8, r"SA\(3\)")):
+        with pytest.raises(Untested, match=name):
+            claims_d.cheaper({"t": costs(largest, negative, (1.5, 1.2))}, **options)
+
+
 def test_agreement() -> None:
     table = pd.DataFrame(
         {
             "end": ["LA"] * 3 + ["SA"] * 3,
+            "index": [1, 2, 3] * 2,
+            "part_examples": 2500,
+            "all_examples": 50000,
             "relative_difference": [0.1, -0.1, 0.2] * 2,
             "principal_angle_deg": [5, 10, 20] * 2,
         }
     )
-    options = {"difference_at_most": 0.25, "angle_at_most": 30.0, "margin": 0.05}
+    options = {"share": 0.05, "pairs": 3, "difference_at_most": 0.25, "angle_at_most": 30.0, "margin": 0.05}
     assert claims_d.agreement({"t": table}, **options).verdict == HOLDS
     assert claims_d.agreement({"t": table.assign(principal_angle_deg=80)}, **options).verdict == FAILS
     assert claims_d.agreement({"t": table.assign(relative_difference=0.24)}, **options).verdict == INCONCLUSIVE
+    with pytest.raises(Untested, match=r"3 eigenpairs at each end of 2.0% of the data"):
+        claims_d.agreement({"t": table.assign(part_examples=1000)}, **options)
+    with pytest.raises(Untested, match=r"3 eigenpairs"):
+        claims_d.agreement({"t": table}, **{**options, "pairs": 10})

@@ -111,6 +111,23 @@ def test_best_steps_at_the_end_of_the_range_are_hollow():
     assert {tuple(line.get_xdata()) for line in hollow} == {(-0.5, -0.2)}
 
 
+def test_hollow_points_have_the_colour_of_their_step():
+    table = directions_table()
+    table["at_edge"] &= table["step"] == 10
+    lines = paper_d.inverse_step({"directions": table}, Style())[0].axes[1].lines
+    (hollow,) = (line for line in lines if line.get_markerfacecolor() == "none")
+    by_label = {line.get_label(): line.get_color() for line in lines}
+    assert hollow.get_color() == by_label["10"] != by_label["5"]
+
+
+def test_a_rank_correlation_says_how_many_directions_it_is_of():
+    table = directions_table()
+    table.loc[(table["step"] == 5) & (table["kind"] == "SA"), "inverse_alpha"] = np.nan  # no gain, no best step
+    title = paper_d.inverse_step({"directions": table}, Style())[0].axes[1].get_title()
+    assert "negative λ: rank correlation nan (n = 2)" in title
+    assert "(n = 4)" in title
+
+
 def test_only_eigenvectors_count_in_the_totals():
     figure, drawn = paper_d.improvement({"directions": directions_table()}, Style())
     assert set(drawn["kind"]) == {"LA", "SA"}

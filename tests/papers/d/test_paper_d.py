@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -210,6 +212,20 @@ def test_losses_are_compared_at_the_same_cost():
     assert (ours["steps"] == 5).all()
     np.testing.assert_allclose(ours.sort_values("seed")["eval_train_loss"].iloc[0], np.exp(-2.0))
     assert at[(at["optimizer"] == "wild")]["diverged"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("end", [math.nan, math.inf, 900.0])
+def test_a_setting_that_diverges_on_all_seeds_does_not_set_the_cost(end):
+    """It ends at its third step, with a loss or without one; the others are compared where they were before."""
+    lost = made_up_runs().query("optimizer == 'base' and step <= 3").assign(lr=10.0)
+    lost.loc[lost["step"] == 3, "eval_train_loss"] = end
+    without, runs = made_up_runs(), pd.concat([made_up_runs(), lost])
+    at = tables_d.at_budget(runs)
+    assert (at["budget"] == 10).all()
+    assert at.loc[at["lr"] == 10.0, "diverged"].all()
+    columns = ["optimizer", "ratio_to_base", "ratio_low", "ratio_high", "best"]
+    found, expected = (tables_d.equal_cost({"runs": table}, base="base") for table in (runs, without))
+    pd.testing.assert_frame_equal(found.query("lr == 0.1")[columns], expected[columns], check_index_type=False)
 
 
 def test_equal_cost_interval_is_students():
