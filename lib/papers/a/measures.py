@@ -146,7 +146,7 @@ def diagnosis(
 ) -> pd.DataFrame:
     r"""A-X1: what eq. 12 claims about the class-gradient span, and what holds, at these of the run's checkpoints (all).
 
-    One row a (step, quantity, class or pair):
+    One row a (step, quantity, ``index`` of the class, from 0, or of the pair of those that are there):
 
     - "ratio": :math:`\lambda_k / v_k^\top G v_k`; "lambda": eq. 12; "curvature": :math:`v_k^\top G v_k`;
     - "newton step": the largest eigenvalue of :math:`\Lambda^{-1/2} V^\top G V \Lambda^{-1/2}`, by which the step
@@ -186,12 +186,13 @@ def _diagnose(
     gradients, _ = class_gradients(model, *batch, num_classes=classes)
     v = unit_rows(gradients)
     present = gradients.norm(dim=1) > 0
+    classes_present = present.nonzero().flatten().tolist()
     gv = operators["G"] @ v
     curvature = (v * gv).sum(0)
     lambdas = eq12_eigenvalues(model, *batch, gradients)[present]
     q = orthonormal_basis(v)
     rows: list[Row] = []
-    for k, (value, along) in enumerate(zip(lambdas.tolist(), curvature.tolist(), strict=True)):
+    for k, value, along in zip(classes_present, lambdas.tolist(), curvature.tolist(), strict=True):
         rows.append({"quantity": "lambda", "index": k, "value": value})
         rows.append({"quantity": "curvature", "index": k, "value": along})
         rows.append({"quantity": "ratio", "index": k, "value": value / along if along else np.nan})

@@ -80,10 +80,11 @@ def score(judged: pd.DataFrame) -> pd.DataFrame:
     The paper's network for MNIST is not known: the statement about it holds if it does for one of the networks.
     """
     scored = judged[judged["statement"].isin(STATEMENTS)]
-    holds = scored.assign(holds=scored["verdict"] == HOLDS).groupby(["momentum", "reading", "statement"], sort=False)
+    scored = scored.assign(holds=scored["verdict"] == HOLDS, share=scored["met"] / scored["cases"].clip(lower=1))
+    holds = scored.groupby(["momentum", "reading", "statement"], sort=False)
     by_reading = holds["holds"].any().groupby(["momentum", "reading"], sort=False).sum()
-    share = (scored["met"] / scored["cases"].clip(lower=1)).groupby([scored["momentum"], scored["reading"]]).sum()
-    table = pd.DataFrame({"hold": by_reading, "met": share.reindex(by_reading.index)}).reset_index()
+    met = holds["share"].max().groupby(["momentum", "reading"], sort=False).sum()
+    table = pd.DataFrame({"hold": by_reading, "met": met}).reset_index()
     return table.sort_values(["hold", "met"], ascending=False, kind="stable").reset_index(drop=True)
 
 
@@ -117,13 +118,15 @@ def summary(metrics: pd.DataFrame) -> pd.DataFrame:
     """One row a run, by (optimizer, lr, seed): learns, closing loss and accuracy (%), volatility, and its curve.
 
     ``curve`` is the validation loss by step, smoothed by a running median of three evaluations; infinite from where a
-    run diverged.
+    run diverged, which is where its loss is no number or, since all runs are equally long, where it ends before others.
     """
-    rows = []
+    rows, end = [], metrics["step"].max()
     for key, part in metrics.sort_values("step").groupby(["optimizer", "lr", "seed"], sort=False):
         last = part["step"] == part["step"].max()
         seen = part[part["val_loss"].notna() | last].set_index("step")
         loss = seen["val_loss"].fillna(math.inf)
+        if loss.index[-1] < end:
+            loss.iloc[-1] = math.inf
         late = loss.iloc[-max(1, (len(loss) - 1) // 4) :]
         rows.append(
             {
@@ -143,9 +146,8 @@ def _all(
 ) -> Iterator[Judgement]:
     ours, theirs = rates.loc[reading], rates.loc[sgd].reindex(rates.loc[reading].index)
     low = ours.index.get_level_values("lr") <= above
-    missing = {lr for lr in rates.loc[sgd].index.get_level_values("lr") if lr <= above} - set(
-        ours[low].index.unique("lr")
-    )
+    trained = {lr for lr in rates.loc[sgd].index.get_level_values("lr") if lr <= above}
+    missing = trained - set(ours[low].index.unique("lr"))
     trains = _every("trains", ours["learns"][low])
     yield replace(trains, verdict=UNTESTED) if trains.verdict == HOLDS and missing else trains
     both = low & ours["learns"] & theirs["learns"].eq(True)
@@ -159,7 +161,7 @@ def _all(
     yield _every("diverges", ~(ours["learns"][~low] | theirs["learns"][~low].eq(True)))
     for network, part in batches.groupby("model", sort=False) if batches is not None else ():
         yield _overtaken(str(network), part, sgd, reading)
-    yield _falls(a["accuracy"], b["accuracy"])
+    yield _falls(a["accuracy"], b["accuracy"], max(trained), min(trained))
 
 
 def _every(statement: str, cases: pd.Series) -> Judgement:
@@ -220,18 +222,17 @@ def _overtaken(network: str, runs: pd.DataFrame, sgd: str, reading: str) -> Judg
     for _, part in runs[runs["optimizer"].isin([sgd, reading])].groupby("seed"):
         if part["optimizer"].nunique() < 2:
             continue
-        found = crossovers(part, sgd, reading)
+        found = crossovers(part, sgd, reading).dropna(subset="starts_faster")
         cases += (found["starts_faster"].eq(True) & found["crossover_step"].notna()).tolist()
     judged = _every("overtaken", pd.Series(cases, dtype=bool))
     return Judgement(judged.statement, judged.measured, judged.met, judged.cases, judged.verdict, network)
 
 
-def _falls(ours: pd.Series, theirs: pd.Series) -> Judgement:
+def _falls(ours: pd.Series, theirs: pd.Series, top: float, bottom: float) -> Judgement:
     """By how many points more SGD's accuracy falls from the highest rate to the lowest, for each seed (paper: 4)."""
     a, b = (x.unstack("lr") if len(x) else pd.DataFrame() for x in (ours, theirs))
-    if a.shape[1] < 2:
+    if top == bottom or not {top, bottom} <= set(a):
         return Judgement("tables", estimate([]), 0, 0, UNTESTED)
-    top, bottom = max(a.columns), min(a.columns)
     more = ((b[top] - b[bottom]) - (a[top] - a[bottom])).dropna()
     measured = _estimate(more.to_numpy(float))
     return Judgement("tables", measured, int((more > 0).sum()), len(more), judge(measured, at_least=0.0))

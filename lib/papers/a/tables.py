@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pandas as pd
@@ -13,12 +14,12 @@ Published = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def last_evaluation(metrics: pd.DataFrame) -> pd.DataFrame:
-    """The last row of each run (always evaluated), with ``diverged``: its validation loss is not finite, or more than
-    twice the untrained network's."""
+    """The last row of each run (always evaluated), with ``diverged``: its validation loss or that of its last minibatch
+    is not finite, or more than twice the untrained network's. A validation loss that is not a number is infinite."""
     first = metrics[metrics["step"] == 0].set_index(RUN)["val_loss"]
-    last = last_rows(metrics).set_index(RUN)
-    worse = ~(last["val_loss"] < 2 * first.reindex(last.index))
-    return last.assign(diverged=worse).reset_index()
+    last = last_rows(metrics).set_index(RUN).fillna({"val_loss": math.inf})
+    reached = last[["val_loss", "train_loss"]].max(axis=1, skipna=False)
+    return last.assign(diverged=~(reached < 2 * first.reindex(last.index))).reset_index()
 
 
 def accuracy_by_lr(tables: Tables, published: Published) -> pd.DataFrame:
@@ -64,28 +65,38 @@ def divergence(tables: Tables) -> pd.DataFrame:
 
 
 def crossovers(metrics: pd.DataFrame, overtaking: str, overtaken: str) -> pd.DataFrame:
-    """Where one optimiser overtakes another (A-F2): by batch size, on the training loss, mean over seeds.
+    """Where one optimiser overtakes another (A-F2): by batch size, on the training loss, median over seeds.
 
-    ``starts_faster``: ``overtaken`` has the lower loss in one of the first tenth of the evaluations.
-    ``crossover_step``: the first evaluated step from which on ``overtaking`` stays below to the end, after
-    ``overtaken`` was below at some step; empty where there is none. A diverged run counts as infinite from there on,
-    and so does not overtake.
+    ``starts_faster``: ``overtaken`` has the lower loss in one of the first tenth of the evaluations; empty where one of
+    the two was not run. ``crossover_step``: the first evaluated step from which on ``overtaking`` stays below to the
+    end, after ``overtaken`` was below at some step; empty where there is none. A diverged run counts as infinite from
+    there on, and so does not overtake.
     """
     evaluated = metrics[metrics["eval_train_loss"].notna()]
     rows = []
     for batch_size, part in evaluated.groupby("batch_size"):
         epochs = part[part["step"] > 0]
         row = {"batch_size": batch_size, "steps_per_epoch": float((epochs["step"] / epochs["epoch"]).median())}
-        curves = part.pivot_table(index="step", columns="optimizer", values="eval_train_loss", aggfunc="mean")
-        if {overtaking, overtaken} <= set(curves):
-            both = curves.loc[curves[overtaking].notna(), [overtaking, overtaken]].fillna(float("inf"))
+        if {overtaking, overtaken} <= set(part["optimizer"]):
+            both = _medians(part, overtaking, overtaken)
             lead = (both[overtaken] < both[overtaking]).iloc[1:]
             row["starts_faster"] = bool(lead.iloc[: max(1, len(lead) // 10)].any())
-            finished = both.index[-1] == curves.index[-1]
-            if lead.any() and not lead.iloc[-1] and finished:
+            if lead.any() and not lead.iloc[-1] and math.isfinite(both[overtaking].iloc[-1]):
                 row["crossover_step"] = lead.index[lead.index > lead[lead].index[-1]][0]
                 row["crossover_epoch"] = row["crossover_step"] / row["steps_per_epoch"]
         rows.append(row)
     return pd.DataFrame(rows).reindex(
         columns=["batch_size", "steps_per_epoch", "starts_faster", "crossover_step", "crossover_epoch"]
     )
+
+
+def _medians(runs: pd.DataFrame, regular: str, other: str) -> pd.DataFrame:
+    """The loss of two optimisers by step, median over seeds, at the steps at which all runs of ``regular`` have one.
+
+    A run is infinite after its last evaluation.
+    """
+    both = runs[runs["optimizer"].isin([regular, other])]
+    curves = both.pivot_table(index="step", columns=["optimizer", "seed"], values="eval_train_loss")
+    curves = curves.mask(curves.bfill().isna(), math.inf)
+    shown = curves[curves[regular].notna().all(axis=1)]
+    return pd.DataFrame({name: shown[name].median(axis=1) for name in (regular, other)})

@@ -9,9 +9,11 @@ import pandas as pd
 
 from papers.a.readings import STATEMENTS, score
 from papers.a.tables import crossovers
-from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Case, Outcome, Untested, exact, judge, number
+from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, UNTESTED, Case, Outcome, Untested, exact, judge, number
 from papers.common.runs import Tables
 from papers.common.verdicts import Where, cases_of, pick, proportion
+
+ORDER = (HOLDS, INCONCLUSIVE, UNTESTED, FAILS)
 
 
 def crossover(
@@ -20,17 +22,18 @@ def crossover(
     fast: str,
     slow: str,
     within_epochs: float | None = None,
+    full_batch: bool = False,
     table: str | None = None,
     where: Where | None = None,
 ) -> Outcome:
     """A4, A5: ``fast`` leads early in training and ``slow`` leads from some step to the end, at each batch size.
 
-    Measured is the share of seeds with such a crossover; with ``within_epochs``, of those that have one no later.
+    Measured is the share of seeds with such a crossover, of those that ran both; with ``within_epochs``, with one no
+    later. With ``full_batch`` the claim does not hold before the whole training set was a batch.
     """
     metrics = pick(tables, table, where)
     by_seed = pd.concat([crossovers(part, slow, fast).assign(seed=s) for s, part in metrics.groupby("seed")])
-    if "crossover_epoch" not in by_seed:
-        by_seed = by_seed.assign(crossover_epoch=math.nan)
+    by_seed = by_seed.dropna(subset="starts_faster")
     found = []
     for size, part in by_seed.groupby("batch_size"):
         limit = math.inf if within_epochs is None else within_epochs
@@ -39,6 +42,8 @@ def crossover(
         epochs = part["crossover_epoch"].dropna()
         note = f"at epoch {number(epochs.mean())}" if len(epochs) else "no crossover"
         found.append(Case(f"batch {size}", measured, judge(measured, at_least=0.5), note))
+    if found and full_batch and not (by_seed["steps_per_epoch"] == 1).any():
+        found.append(Case("full batch", proportion(0, 0, metrics["seed"].nunique()), INCONCLUSIVE, "not run"))
     return Outcome(tuple(found))
 
 
@@ -68,9 +73,9 @@ def rank_falls(
 ) -> Outcome:
     """A8: the rank of [v_1..v_C, e_0..e_C] is near 2C at the start and near C for the rest of training.
 
-    "Near" is within ``slack``; the end is the last part ``final`` of the checkpoints (their median). A tolerance
-    supports the claim if the fall shows at it while random vectors in the place of the v keep full rank (2C + 1
-    vectors). The claim holds if some tolerance of the sweep supports it; which ones is in the note.
+    "Near" is within ``slack``, on either side; the end is the last part ``final`` of the checkpoints (their median). A
+    tolerance supports the claim if the fall shows at it while random vectors in the place of the v keep full rank
+    (2C + 1 vectors). The claim holds if some tolerance of the sweep supports it; which ones is in the note.
     """
     rows = pick(tables, table, {**(where or {}), "quantity": "rank"})
     found = []
@@ -83,7 +88,7 @@ def rank_falls(
             start, null = float(at["value"].iloc[0]), float(at["null"].min())
             end = float(at["value"].tail(max(1, round(final * len(at)))).median())
             ends.append(end)
-            falls = start >= 2 * classes - slack and end <= classes + slack
+            falls = start >= 2 * classes - slack and abs(end - classes) <= slack
             if falls and null >= 2 * classes + 1 - slack:
                 support.append(tolerance)
             lines.append(f"{tolerance:g}: {start:.0f} to {end:.0f}, random {null:.0f}")
@@ -97,9 +102,9 @@ def best_reading(tables: Tables, *, table: str | None = None, where: Where | Non
     """A12: the reading that meets most, and how many of the paper's statements hold for it; all must."""
     judged = pick(tables, table, where)
     best = score(judged).iloc[0]
-    own = judged[(judged["reading"] == best["reading"]) & judged["statement"].isin(STATEMENTS)]
-    holding = set(own.loc[own["verdict"] == HOLDS, "statement"])
-    open_ = {row["statement"]: row["verdict"] for _, row in own.iterrows() if row["statement"] not in holding}
+    own = judged[judged["reading"] == best["reading"]].groupby("statement")["verdict"].agg(set)
+    found = {key: min(own.get(key, {UNTESTED}), key=ORDER.index) for key in STATEMENTS}  # the best of several networks
+    open_ = {key: verdict for key, verdict in found.items() if verdict != HOLDS}
     note = "; ".join(f"{STATEMENTS[key]}: {verdict}" for key, verdict in open_.items()) or "all hold"
     verdict = HOLDS if not open_ else FAILS if FAILS in open_.values() else INCONCLUSIVE
     return Outcome((Case(f"{best['reading']}", exact(best["hold"]), verdict, note),))

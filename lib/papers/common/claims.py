@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -178,9 +179,20 @@ def _repeats(sources: Iterable[Source]) -> float:
 
 
 def _size(run: Run, config: Mapping[str, Any]) -> float:
-    train = config["datasets"][run.dataset].get("train")
     epochs = config["tasks"][f"{run.dataset}/{run.model}"]["epochs"]
-    return float(train if isinstance(train, int) else WHOLE) * float(epochs)
+    return float(_train(run, config)) * float(epochs)
+
+
+def _train(run: Run, config: Mapping[str, Any]) -> int:
+    train = config["datasets"][run.dataset].get("train")
+    return train if isinstance(train, int) else WHOLE
+
+
+def _epochs(run: Run, config: Mapping[str, Any]) -> float:
+    """The task's epochs, or the fewer that its ``max_steps`` leave of them."""
+    task, examples = config["tasks"][f"{run.dataset}/{run.model}"], _train(run, config)
+    per_epoch = 1 if run.batch == "full" else -(-examples // int(run.batch))
+    return min(task["epochs"], (task.get("max_steps") or math.inf) / per_epoch)
 
 
 def _length(dataset: str, model: str, config: Mapping[str, Any]) -> str:
@@ -194,7 +206,8 @@ def _length(dataset: str, model: str, config: Mapping[str, Any]) -> str:
 def _short(requires: Mapping[str, Any], runs: list[Run], datasets: list[str], config: Mapping[str, Any]) -> str:
     """What the claim requires and this config does not have; empty if it has all.
 
-    ``data``: original data sets, all of which must be there. ``train``, ``epochs``, ``seeds``: the least of each.
+    ``data``: original data sets, all of which must be there. ``train``, ``epochs``, ``seeds``: the least of each; steps
+    that cut a run short shorten its epochs.
     ``parameters`` of a model block: ``models: {kind: {option: value}}``.
     """
     names = {run.dataset for run in runs} | set(datasets)
@@ -206,8 +219,7 @@ def _short(requires: Mapping[str, Any], runs: list[Run], datasets: list[str], co
     sizes = [block["train"] for block in blocks if isinstance(block.get("train"), int)]
     if sizes and min(sizes) < requires.get("train", 0):
         missing.append(f"{min(sizes):,} training examples")
-    tasks = [config["tasks"][f"{run.dataset}/{run.model}"] for run in runs]
-    epochs = [task["epochs"] for task in tasks]
+    epochs = [_epochs(run, config) for run in runs]
     if epochs and min(epochs) < requires.get("epochs", 0):
         missing.append(f"{min(epochs):g} epochs")
     if len({run.seed for run in runs}) < requires.get("seeds", 0):

@@ -219,8 +219,14 @@ def worded(text: str, words: Mapping[str, str]) -> str:
 
 
 def _about(tables: Iterable[pd.DataFrame], where: Mapping[str, Any]) -> list[pd.DataFrame]:
-    """The rows of each table that a claim is about."""
-    return [verdicts.pick({"": table}, where=where) if set(where) <= set(table) else table for table in tables]
+    """The rows of each table that a claim is about; none of one that has none of them."""
+    found = []
+    for table in tables:
+        try:
+            found.append(verdicts.pick({"": table}, where=where) if set(where) <= set(table) else table)
+        except Untested:
+            continue
+    return found
 
 
 def _parameters(tables: Iterable[pd.DataFrame]) -> str:

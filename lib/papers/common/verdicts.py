@@ -35,7 +35,7 @@ from papers.common.outcomes import (
     judge,
     number,
 )
-from papers.common.runs import RUN, SETTING, Tables, best_rates, last_rows
+from papers.common.runs import NETWORK, RUN, SETTING, Tables, best_rates, last_rows
 
 Where = Mapping[str, Any]
 
@@ -66,6 +66,14 @@ def _matches(column: pd.Series, condition: Any) -> pd.Series:
             keep &= tests[name](bound)
         return keep
     return column.isin(condition if isinstance(condition, list) else [condition])
+
+
+def pick_every(tables: Tables, table: str | None, where: Where | None, every: str | None) -> pd.DataFrame:
+    """:func:`pick`, with a row for each of the values that ``where`` lists of the column ``every``, or ``Untested``."""
+    rows = pick(tables, table, where)
+    if every and (absent := [one for one in (where or {})[every] if one not in set(rows[every])]):
+        raise Untested(f"no row with {every} {absent[0]}")
+    return rows
 
 
 STATISTICS: dict[str, Callable[[pd.Series], float]] = {
@@ -117,7 +125,8 @@ def results(
     """:func:`per_run`, in which a run that diverged has the ``worst`` result, whatever it had before.
 
     Diverged is a run whose ``status`` says so, or whose last row has no finite number in the column or no finite
-    minibatch loss. Tables without steps do not say where a run ended.
+    minibatch loss, or one that ended before others on its network at its batch size: all of these are equally long.
+    Tables without steps do not say where a run ended.
     """
     runs = per_run(rows, column, statistic, extra, ignore)
     keys = [name for name in runs if name != "result"]
@@ -135,6 +144,8 @@ def _diverged(ends: pd.DataFrame, column: str) -> pd.Series:
     found = ~np.isfinite(ends[column].astype(float))
     if "train_loss" in ends:
         found |= (ends["step"] > 0) & ~np.isfinite(ends["train_loss"].astype(float))
+    network = [ends[name] for name in NETWORK if name in ends] or [pd.Series(0, index=ends.index)]
+    found |= ends["step"] < ends["step"].groupby(network, dropna=False).transform("max")
     return found | (ends["status"] == "diverged") if "status" in ends else found
 
 
@@ -169,6 +180,7 @@ def threshold(
     statistic: str = "mean",
     by: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    every: str | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
     around: float | None = None,
@@ -178,10 +190,11 @@ def threshold(
     """One number a run, its mean over seeds against the allowed range, which may be ``around`` ± ``tolerance``.
 
     ``statistic`` reduces a run's rows (``STATISTICS``). A count that must be exact is a range of ± 0.5 around it.
+    ``every`` names a column of ``where``: each value listed there must have a row.
     """
     if around is not None:
         at_least, at_most = around - tolerance, around + tolerance
-    runs = per_run(pick(tables, table, where), column, statistic, by, ignore)
+    runs = per_run(pick_every(tables, table, where, every), column, statistic, by, ignore)
     found = []
     for name, part in cases_of(runs, by):
         measured = estimate(part["result"].tolist(), margin)
@@ -219,7 +232,7 @@ def ordering(
         raise ValueError(f"relation must be 'difference' or 'ratio', got {relation!r}")
     if lower_is_better is None:
         lower_is_better = not column.endswith("accuracy")
-    worst = math.inf if lower_is_better else 0.0 if relation == "ratio" else -math.inf
+    worst = math.inf if lower_is_better else -math.inf
     runs = results(pick(tables, table, where), column, statistic, worst, (*by, key), ignore)
     found = []
     for name, part in cases_of(runs, by, apart=[key, *([tuned] if tuned else [])]):
@@ -251,6 +264,8 @@ def compare(first: pd.Series, second: pd.Series, relation: str, margin: float) -
     common = first.index.intersection(second.index)
     a, b = first[common].to_numpy(float), second[common].to_numpy(float)
     ratio = relation == "ratio"
+    if ratio:  # of what is better if larger, the worst is 0
+        a, b = (np.where(np.isneginf(x), 0.0, x) for x in (a, b))
     with np.errstate(divide="ignore", invalid="ignore"):
         measured = a / b if ratio else a - b
     both = (a == b) & (np.isinf(a) | (ratio & (a == 0)))
@@ -276,8 +291,9 @@ def share(
         if isinstance(above, str) and above not in part:
             raise Untested(f"the table has no column {above}")
         limit = part[above] if isinstance(above, str) else above
-        measured = proportion(int((part[column] > limit).sum()), int(part[column].notna().sum()), _seeds(part))
-        found.append(Case(name, measured, judge(measured, at_least, at_most), f"{len(part)} rows"))
+        known = part[column].notna() & pd.Series(limit, index=part.index).notna()
+        measured = proportion(int((part[column] > limit).sum()), int(known.sum()), _seeds(part))
+        found.append(Case(name, measured, judge(measured, at_least, at_most), f"{known.sum()} rows"))
     return Outcome(tuple(found))
 
 
@@ -312,7 +328,8 @@ def rank_correlation(
     found = []
     for name, part in cases_of(rows, by):
         measured = spearman(part, x, y, least_rows)
-        found.append(Case(name, measured, judge(measured, at_least, at_most), f"{len(part)} rows"))
+        known = np.isfinite(part[[x, y]].astype(float)).all(axis=1).sum()
+        found.append(Case(name, measured, judge(measured, at_least, at_most), f"{known} rows"))
     return Outcome(tuple(found))
 
 
@@ -363,13 +380,13 @@ def against_reference(
 ) -> Outcome:
     """B2 to B10, B13, B15, C22: each row's value within ``tolerance`` of the paper's, the column ``reference``.
 
-    Several columns have as many references.
+    Several columns have as many references. A value that is missing decides nothing, so the claim does not hold then.
     """
     rows = pick(tables, table, where)
     pairs = [(column, reference)] if isinstance(column, str) else list(zip(column, reference, strict=True))
     found = []
     for own, other in pairs:
-        known = rows[rows[other].notna() & rows[own].notna()]
+        known = rows[rows[other].notna()]
         for name, part in cases_of(known, by, apart=SETTING):
             expected = float(part[other].iloc[0])
             measured = estimate(part[own].tolist(), margin)
@@ -405,9 +422,7 @@ def given_interval(
     rows that differ in that column alone are variants of one method, and the one with the best verdict speaks for all.
     ``every`` names a column of ``where``: each value listed there must have a row.
     """
-    rows = pick(tables, table, where)
-    if every and (absent := [one for one in (where or {})[every] if one not in set(rows[every])]):
-        raise Untested(f"no row with {every} {absent[0]}")
+    rows = pick_every(tables, table, where, every)
     found: dict[str, list[Case]] = {}
     for name, part in cases_of(rows, [*by, *([best_of] if best_of else [])]):
         row = part.iloc[0]

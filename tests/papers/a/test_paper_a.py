@@ -113,10 +113,21 @@ def test_diagnosis_against_dense_matrices(context):
     np.testing.assert_allclose(part.loc["ratio", "value"], ratio)
 
 
+def test_a_class_that_is_absent_leaves_the_others_their_numbers(context, monkeypatch):
+    def without_class_3(data, examples):
+        keep = data.train.targets != 3
+        return data.normalise(data.train.inputs[keep][:examples]), data.train.targets[keep][:examples]
+
+    monkeypatch.setattr(paper_a, "training_batch", without_class_3)
+    table = paper_a.diagnosis(context, examples=60, trace_products=12, steps=[0])
+    assert table.loc[table["quantity"] == "ratio", "index"].tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
 def runs(curves: dict[str, list[float]], batch_size: int = 64) -> pd.DataFrame:
     rows = [
         {"dataset": "d", "model": "m", "optimizer": name, "batch_size": batch_size, "lr": 0.1, "seed": 0}
         | {"step": 10 * i, "epoch": i / 2, "eval_train_loss": loss, "val_loss": loss, "val_accuracy": 1 / (1 + loss)}
+        | {"train_loss": loss if i else np.nan}
         for name, losses in curves.items()
         for i, loss in enumerate(losses)
     ]
@@ -143,6 +154,43 @@ def test_crossover(newton, starts_faster, crossover):
 def test_a_run_that_diverges_does_not_overtake():
     table = runs({"sgd": [2.0, 1.9, 0.7], "newton": [2.0, 1.0, 0.9, 0.8]})
     assert np.isnan(tables_a.crossovers(table, "sgd", "newton").iloc[0]["crossover_step"])
+
+
+@pytest.mark.parametrize(
+    ("newton", "crossover"),
+    [
+        # the mean over seeds: 1.2, 3.5 at steps 10 and 20, SGD's 1.5, 0.7; one of three seeds is far off
+        ([[2.0, 1.0, 0.6, 0.5], [2.0, 1.0, 0.6, 0.5], [2.0, 1.6, 9.3, 9.9]], 30),
+        # two of three diverge, at the third evaluation
+        ([[2.0, 1.0, 0.6, 0.5], [2.0, 1.0], [2.0, 1.0]], 20),
+        ([[2.0, 1.0, 0.6, 0.1], [2.0, 1.0, 0.6, 0.1], [2.0, 1.0]], np.nan),
+    ],
+)
+def test_a_crossover_of_several_seeds_is_that_of_the_medians(newton, crossover):
+    curves = [runs({"sgd": [2.0, 1.5, 0.7, 0.3], "newton": one}).assign(seed=seed) for seed, one in enumerate(newton)]
+    found = tables_a.crossovers(pd.concat(curves), "sgd", "newton").iloc[0]
+    np.testing.assert_equal(found["crossover_step"], crossover)
+
+
+def test_an_optimiser_that_was_not_run_starts_neither_faster_nor_slower():
+    found = tables_a.crossovers(runs({"sgd": [2.0, 1.5]}), "sgd", "newton")
+    assert found["starts_faster"].isna().all()
+
+
+@pytest.mark.parametrize("minibatch", [230.1, np.inf, np.nan])
+def test_a_run_whose_minibatch_loss_blew_up_diverged_whatever_the_network_is_then(minibatch):
+    """After the step that ended it every unit may be off: the loss is that of a guess."""
+    table = runs({"sgd": [2.3, 1.0], "newton": [2.3, 2.3]})
+    table.loc[(table["optimizer"] == "newton") & (table["step"] > 0), "train_loss"] = minibatch
+    ends = tables_a.divergence({"runs": table}).set_index("optimizer")["diverged"]
+    assert ends.to_dict() == {"sgd": False, "newton": True}
+
+
+def test_a_mean_loss_counts_the_run_that_has_none():
+    lost = runs({"sgd": [2.0, np.nan]}).assign(seed=1)
+    table = tables_a.loss_by_lr({"runs": pd.concat([runs({"sgd": [2.0, 1.0]}), lost])}, PUBLISHED)
+    assert table["loss_mean"].tolist() == [np.inf]
+    assert table["diverged"].tolist() == [1]
 
 
 def test_tables_say_who_diverged():

@@ -101,6 +101,17 @@ def test_the_table_says_how_sgd_and_the_reading_fall_with_the_rate(judged: pd.Da
     assert (row["value"], row["met"], row["cases"]) == (pytest.approx(0.5), 1, 2)
 
 
+def test_a_fall_from_the_highest_rate_to_the_lowest_needs_both() -> None:
+    """The reading does not learn at 0.01; 0.05 is not the lowest rate."""
+    middle = [row for seed in (0, 1) for name in ("sgd", "good") for row in run(name, 0.05, seed, falling(0.02), 0.75)]
+    table = rates()
+    lost = (table["optimizer"] == "good") & (table["lr"] == 0.01) & (table["step"] > 0)
+    table.loc[lost, "val_loss"] = 9.0
+    table = pd.concat([table, pd.DataFrame(middle).assign(dataset="d", model="m", batch_size=10)])
+    found = judgements({"rates": table}, {"sgd": ["good"]}, above=0.1).set_index("statement")
+    assert found.loc["tables", "verdict"] == "not tested at this scale"
+
+
 def test_each_network_is_judged_and_one_is_enough(judged: pd.DataFrame) -> None:
     rows = judged.loc[("good", "overtaken")].set_index("network")
     assert rows.loc["small", "verdict"] == "holds"
@@ -143,6 +154,36 @@ def test_the_claim_names_the_best_reading_and_what_it_does_not_meet() -> None:
     assert outcome.verdict == ("inconclusive" if open_ else "holds")
     worse = table[table["reading"] == "diverging"]
     assert best_reading({"readings": worse}).verdict == "fails"
+
+
+def test_networks_for_mnist_count_once_and_in_any_order() -> None:
+    """The statement holds if it does for one network, fails if it does for all, and is open if one was not run."""
+    table = judgements({"rates": rates(), "batches": batches()}, PAIRS, above=0.1)
+    good = table[table["reading"] == "good"].assign(verdict="holds", met=1, cases=1)
+    other = good["network"] == "other"
+    assert score(good)[["hold", "met"]].to_numpy().tolist() == [[7, 7]]
+    for small, verdict in (("holds", "holds"), ("fails", "fails"), ("not tested at this scale", "inconclusive")):
+        for flip in (False, True):
+            good.loc[good["statement"] == "overtaken", "verdict"] = small
+            good.loc[other, "verdict"] = "fails"
+            assert best_reading({"readings": good[::-1] if flip else good}).verdict == verdict
+    without = best_reading({"readings": good[good["statement"] != "overtaken"].assign(verdict="holds")})
+    assert without.verdict == "inconclusive"
+
+
+def test_a_run_that_ended_before_the_others_does_not_learn() -> None:
+    table = rates()
+    table = table[(table["optimizer"] != "good") | (table["step"] <= 60)]
+    assert not summary(table).loc["good", "learns"].any()
+    assert summary(table).loc["sgd", "learns"].sum() == 4
+
+
+def test_a_batch_size_at_which_sgd_was_not_run_is_no_case() -> None:
+    part = batches()
+    part = pd.concat([part, part[part["optimizer"] == "good"].assign(batch_size=20)])
+    rows = judgements({"rates": rates(), "batches": part}, PAIRS, above=0.1).set_index(["reading", "statement"])
+    rows = rows.loc[("good", "overtaken")].set_index("network")
+    assert rows.loc["small", ["met", "cases", "verdict"]].tolist() == [1, 1, "holds"]
 
 
 def test_the_figure_shows_every_run_and_colours_the_best() -> None:

@@ -166,6 +166,44 @@ def trained(ends: dict[str, list[float]], column: str = "val_loss", **last: floa
     return pd.DataFrame(rows)
 
 
+@pytest.mark.parametrize(("statistic", "column"), [("min", "val_loss"), ("last", "val_loss"), ("last", "val_accuracy")])
+@pytest.mark.parametrize("relation", ["difference", "ratio"])
+def test_a_run_that_ended_before_the_others_diverged_whatever_its_last_number(statistic, column, relation) -> None:
+    """Training ends at the bound of the minibatch loss, which is finite; the step after it may end anywhere."""
+    better, worse = (0.9, 0.5) if column == "val_accuracy" else (0.1, 0.5)
+    table = trained({"a": [better] * 3, "b": [worse] * 3}, column=column)
+    table = table[(table["optimizer"] == "b") | (table["step"] <= 10)]
+    table.loc[table["optimizer"] == "a", column] = better
+    bound = {("val_accuracy", "difference"): {"at_least": 0.0}, ("val_accuracy", "ratio"): {"at_least": 1.0}}.get(
+        (column, relation), {"at_most": 0.0 if relation == "difference" else 1.0}
+    )
+    options = {"column": column, "statistic": statistic, "relation": relation, **bound}
+    outcome = claims.ordering({"t": table}, first="a", second="b", **options)
+    assert outcome.verdict == FAILS
+    other = pd.concat([table, table.assign(batch_size=1, step=table["step"] * 7)])  # a longer task of its own
+    other["batch_size"] = other["batch_size"].fillna(2)
+    assert claims.ordering({"t": other}, first="a", second="b", **options).verdict == FAILS
+
+
+def test_the_length_of_a_run_is_that_of_its_network_and_batch_size() -> None:
+    small, large = (trained({"a": [0.4] * 3, "b": WHOLE}).assign(batch_size=size) for size in (8, 64))
+    table = pd.concat([small.assign(step=8 * small["step"]), large], ignore_index=True)
+    outcome = claims.ordering({"t": table}, first="a", second="b", column="val_loss", at_most=0.0)
+    assert outcome.verdict == HOLDS
+    assert "diverged" not in outcome.measured
+
+
+@pytest.mark.parametrize("relation", ["difference", "ratio"])
+def test_a_rate_that_diverged_on_a_seed_is_not_the_best_by_accuracy(relation) -> None:
+    """At 1.0 two of three seeds reach 0.95, one diverges; at 0.1 all have 0.6."""
+    safe = trained({"a": [0.6] * 3, "b": [0.7] * 3}, column="val_accuracy").assign(lr=0.1)
+    wild = trained({"a": [0.95] * 3}, column="val_accuracy").assign(lr=1.0)
+    wild.loc[(wild["seed"] == 0) & (wild["step"] == 20), "train_loss"] = math.nan
+    options = {"column": "val_accuracy", "relation": relation, "tuned": "lr", "at_least": 0.0}
+    outcome = claims.ordering({"t": pd.concat([safe, wild])}, first="a", second="b", **options)
+    assert outcome.cases[0].estimate.value == pytest.approx(0.6 / 0.7 if relation == "ratio" else -0.1)
+
+
 LOST = [math.nan] * 3
 WHOLE = [0.5, 0.51, 0.52]
 
@@ -222,6 +260,37 @@ def test_share(above: int, verdict: str) -> None:
     table = pd.DataFrame({"fit": [1.0] * above + [0.0] * (40 - above), "eigenvalue": 0.5})
     assert claims.share({"t": table}, column="fit", above="eigenvalue", at_least=0.5).verdict == verdict
     assert claims.share({"t": table}, column="fit", above=0.5, at_least=0.5).verdict == verdict
+
+
+@pytest.mark.parametrize("above", ["eigenvalue", 0.5])
+def test_a_share_is_of_the_rows_that_can_be_compared(above: str | float) -> None:
+    table = pd.DataFrame({"fit": [1.0] * 9 + [math.nan], "eigenvalue": 0.5})
+    lost = table.assign(eigenvalue=[math.nan] * 4 + [0.5] * 6)
+    outcome = claims.share({"t": lost}, column="fit", above=above, at_least=0.5)
+    compared = 5 if above == "eigenvalue" else 9
+    assert (outcome.cases[0].estimate.value, outcome.cases[0].note) == (1.0, f"{compared} rows")
+
+
+def test_a_correlation_says_of_how_many_rows_it_is() -> None:
+    table = pd.DataFrame({"x": range(12), "y": [math.nan, math.inf, *range(10)]})
+    assert claims.rank_correlation({"t": table}, x="x", y="y", at_least=0.5).cases[0].note == "10 rows"
+
+
+def test_a_threshold_for_each_of_several_waits_for_all_of_them() -> None:
+    table = runs({"a": [1.0, 1.0], "b": [1.0, 1.0]}, "value")
+    asked = {"at_least": 0.5, "by": ["optimizer"], "where": {"optimizer": ["a", "b"]}, "every": "optimizer"}
+    assert claims.threshold({"t": table}, **asked).verdict == HOLDS
+    with pytest.raises(Untested, match="no row with optimizer b"):
+        claims.threshold({"t": table[table["optimizer"] == "a"]}, **asked)
+
+
+def test_a_value_that_is_missing_keeps_a_claim_on_several_open() -> None:
+    table = pd.DataFrame({"network": ["a", "b"], "value": [1.0, math.nan], "paper": [1.0, 2.0]})
+    options = {"column": "value", "reference": "paper", "tolerance": 0.5, "by": ["network"], "margin": 0.1}
+    outcome = claims.against_reference({"t": table}, **options)
+    assert outcome.verdict == INCONCLUSIVE
+    assert "network b: no number" in outcome.measured or "b: no number" in outcome.measured
+    assert claims.against_reference({"t": table[:1]}, **options).verdict == HOLDS
 
 
 def test_wilson_interval_against_its_closed_form() -> None:
@@ -284,6 +353,32 @@ def test_crossover() -> None:
     assert claims_a.crossover({"t": one_seed(overtaken, slow)}, fast="qn", slow="sgd").verdict == INCONCLUSIVE
 
 
+def test_a_batch_size_at_which_one_of_the_two_was_not_run_says_nothing() -> None:
+    overtaken = [2.0, 1.7, 1.6, *[1.55] * 18]
+    parts = [one_seed(overtaken, np.linspace(2, 0.5, 21).tolist()).assign(seed=seed) for seed in range(4)]
+    both = pd.concat(parts)
+    alone = both[both["optimizer"] == "qn"]
+    with pytest.raises(Untested):
+        claims_a.crossover({"t": alone}, fast="qn", slow="sgd")
+    table = pd.concat([both, alone.assign(batch_size=512), alone.assign(seed=alone["seed"] + 4)])
+    outcome = claims_a.crossover({"t": table}, fast="qn", slow="sgd")
+    assert outcome.verdict == HOLDS
+    assert [case.name for case in outcome.cases] == ["batch 64"]
+
+
+def test_a_crossover_at_every_size_waits_for_the_full_batch() -> None:
+    overtaken, slow = [2.0, 1.7, 1.6, *[1.55] * 18], np.linspace(2, 0.5, 21).tolist()
+    table = pd.concat([one_seed(overtaken, slow).assign(seed=seed) for seed in range(4)])
+    asked = {"fast": "qn", "slow": "sgd", "full_batch": True}
+    outcome = claims_a.crossover({"t": table}, **asked)
+    assert outcome.verdict == INCONCLUSIVE
+    assert "full batch: no number (not run)" in outcome.measured
+    full = table.assign(batch_size=640, epoch=table["step"])
+    assert claims_a.crossover({"t": pd.concat([table, full])}, **asked).verdict == HOLDS
+    never = pd.concat([one_seed(slow, overtaken).assign(seed=seed) for seed in range(4)])
+    assert claims_a.crossover({"t": never}, **asked).verdict == FAILS
+
+
 def test_gap_elsewhere() -> None:
     smooth = pd.DataFrame({"eigenvalue": [100.0, *(10.0 * 0.9**i for i in range(29))]})
     cut = pd.DataFrame({"eigenvalue": [*(10.0 - 0.1 * i for i in range(10)), *(0.5 - 0.01 * i for i in range(20))]})
@@ -305,6 +400,12 @@ def test_rank_falls() -> None:
     assert claims_a.rank_falls({"t": ranks([21, 21, 21, 20, 21, 20], 21)}).verdict == FAILS
     # a tolerance at which random vectors lose rank too says nothing
     assert claims_a.rank_falls({"t": ranks([20, 14, 10, 10, 11, 10], 12)}).verdict == FAILS
+
+
+def test_a_rank_far_below_the_number_of_classes_is_not_near_it() -> None:
+    """At a high tolerance class gradients that are nearly parallel count as one."""
+    assert claims_a.rank_falls({"t": ranks([20, 12, 3, 3, 3, 3], 21)}).verdict == FAILS
+    assert claims_a.rank_falls({"t": ranks([20, 12, 9, 9, 9, 9], 21)}).verdict == HOLDS
 
 
 def test_per_step() -> None:

@@ -78,6 +78,16 @@ def test_the_number_of_parameters_is_that_of_the_rows_a_claim_is_about() -> None
     assert "; 700 parameters" in one({"measure": table}, options={"at_least": 0, "where": {"lr": 1.0}})["scale"]
 
 
+def test_a_second_table_may_have_no_row_that_a_claim_is_about() -> None:
+    tables = {
+        name: pd.DataFrame({"lr": [lr], "value": [1.0], "parameters": [500]}) for name, lr in (("a", 1), ("b", 2))
+    }
+    options = {"at_least": 0.9, "margin": 0.1, "table": "a", "where": {"lr": 1}}
+    found = one(tables, reads={"a": "Z-F1", "b": "Z-F2"}, options=options)
+    assert found["verdict"] == "holds"
+    assert "; 500 parameters" in found["scale"]
+
+
 def test_rows_that_are_missing_are_not_tested() -> None:
     found = one({"measure": pd.DataFrame({"value": [1.0], "lr": [0.1]})}, options={"at_least": 0, "where": {"lr": 1.0}})
     assert found["verdict"] == UNTESTED
@@ -155,6 +165,13 @@ def test_binding_says_what_a_scale_lacks() -> None:
     needy = ENTRY | {"requires": {"train": 5000, "seeds": 2, "models": {"fc": {"widths": [9]}, "resnet9": {}}}}
     found = binding.bind([needy], study(), CONFIG)["short"]["Z1"]
     assert found == "1,000 training examples, 1 seeds, no resnet9 of full size"
+
+
+def test_a_run_that_is_cut_short_has_fewer_epochs() -> None:
+    """1,000 examples in batches of 64: 16 steps an epoch."""
+    for steps, short in ((24, "1.5 epochs"), (32, ""), (None, "")):
+        cut = CONFIG | {"tasks": {"small/fc": {"epochs": 2, "max_steps": steps}}}
+        assert binding.bind([ENTRY], study(), cut)["short"].get("Z1", "") == short
 
 
 def test_command_writes_csv_markdown_and_html(tmp_path: Path) -> None:
