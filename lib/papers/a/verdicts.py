@@ -11,7 +11,7 @@ from papers.a.readings import STATEMENTS, score
 from papers.a.tables import crossovers
 from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, UNTESTED, Case, Outcome, Untested, exact, judge, number
 from papers.common.runs import Tables
-from papers.common.verdicts import Where, cases_of, pick, proportion
+from papers.common.verdicts import Where, cases_of, converged, pick, proportion
 
 ORDER = (HOLDS, INCONCLUSIVE, UNTESTED, FAILS)
 
@@ -54,7 +54,7 @@ def gap_elsewhere(
 
     Only positive eigenvalues count. Measured is the number of the eigenvalue before the gap, for both readings.
     """
-    rows = pick(tables, table, where)
+    rows = converged(pick(tables, table, where))
     found = []
     for name, part in cases_of(rows, ["seed"] if "seed" in rows and rows["seed"].nunique() > 1 else []):
         values = np.sort(part[eigenvalue].to_numpy(float))[::-1]

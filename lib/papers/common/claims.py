@@ -206,8 +206,8 @@ def _length(dataset: str, model: str, config: Mapping[str, Any]) -> str:
 def _short(requires: Mapping[str, Any], runs: list[Run], datasets: list[str], config: Mapping[str, Any]) -> str:
     """What the claim requires and this config does not have; empty if it has all.
 
-    ``data``: original data sets, all of which must be there. ``train``, ``epochs``, ``seeds``: the least of each; steps
-    that cut a run short shorten its epochs.
+    ``data``: original data sets, all of which must be there. ``train``, ``epochs``, ``seeds`` (of a setting): the least
+    of each; steps that cut a run short shorten its epochs.
     ``parameters`` of a model block: ``models: {kind: {option: value}}``.
     """
     names = {run.dataset for run in runs} | set(datasets)
@@ -222,8 +222,9 @@ def _short(requires: Mapping[str, Any], runs: list[Run], datasets: list[str], co
     epochs = [_epochs(run, config) for run in runs]
     if epochs and min(epochs) < requires.get("epochs", 0):
         missing.append(f"{min(epochs):g} epochs")
-    if len({run.seed for run in runs}) < requires.get("seeds", 0):
-        missing.append(f"{len({run.seed for run in runs})} seeds")
+    seeds = Counter((run.dataset, run.model, run.optimizer, run.batch, run.lr) for run in runs)
+    if (fewest := min(seeds.values(), default=0)) < requires.get("seeds", 0):
+        missing.append(f"{fewest} seeds")
     models = [config["models"][run.model] for run in runs]
     for kind, options in requires.get("models", {}).items():
         if not any(m["kind"] == kind and all(m.get(k, v) == v for k, v in options.items()) for m in models):

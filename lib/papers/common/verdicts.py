@@ -68,6 +68,13 @@ def _matches(column: pd.Series, condition: Any) -> pd.Series:
     return column.isin(condition if isinstance(condition, list) else [condition])
 
 
+def converged(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of eigenvalues, all of which the solver found to its tolerance, or ``Untested``."""
+    if "converged" in rows and not rows["converged"].all():
+        raise Untested("not all eigenvalues have converged")
+    return rows
+
+
 def pick_every(tables: Tables, table: str | None, where: Where | None, every: str | None) -> pd.DataFrame:
     """:func:`pick`, with a row for each of the values that ``where`` lists of the column ``every``, or ``Untested``."""
     rows = pick(tables, table, where)

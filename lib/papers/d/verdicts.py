@@ -7,7 +7,7 @@ import pandas as pd
 
 from papers.common.outcomes import Case, Outcome, Ratio, Untested, estimate, estimate_ratio, judge
 from papers.common.runs import Tables
-from papers.common.verdicts import cases_of, pick, proportion, spearman, threshold
+from papers.common.verdicts import cases_of, converged, pick, proportion, spearman, threshold
 
 EIGEN = ("LA", "SA")
 NO_GAIN = {
@@ -33,7 +33,7 @@ def settles(
     smallest (median over i; no multiple where that is not positive). The trend of |λ_d| is its mean over the later half
     over that of the earlier one; the trends of two data sets must differ by the factor ``trends_differ``.
     """
-    rows = pick(tables, table)
+    rows = converged(pick(tables, table))
     if rows["dataset"].nunique() < 2:
         raise Untested("two data sets are needed")
     found: list[Case] = []
@@ -59,7 +59,7 @@ def directions_last(
     tables: Tables, *, directions: str, spectrum: str, top_at_least: float, positive_at_least: float
 ) -> Outcome:
     """D2: curvature along v_1(t0) stays near λ_1(t) (median ratio over t > 0), that along v_d(t0) is often positive."""
-    rows, ends = pick(tables, directions), pick(tables, spectrum, {"index": 1, "end": "LA"})
+    rows, ends = pick(tables, directions), converged(pick(tables, spectrum, {"index": 1, "end": "LA"}))
     largest = ends.groupby(["dataset", "model", "step"])["eigenvalue"].mean().rename("largest")
     rows = rows[(rows["step"] > 0) & (rows["step"] != rows["origin_step"])].join(
         largest, on=["dataset", "model", "step"]

@@ -101,6 +101,25 @@ def test_the_table_says_how_sgd_and_the_reading_fall_with_the_rate(judged: pd.Da
     assert (row["value"], row["met"], row["cases"]) == (pytest.approx(0.5), 1, 2)
 
 
+def test_a_comparison_with_sgd_needs_its_run() -> None:
+    """SGD ran at 0.01 alone, and the reading at 0.1 and above."""
+    table = rates()
+    part = table[(table["optimizer"] == "sgd") == (table["lr"] == 0.01)]
+    found = judgements({"rates": part}, {"sgd": ["good"]}, above=0.1).set_index("statement")
+    compared = ["near", "below", "volatile", "slower", "diverges"]
+    assert set(found.loc[compared, "verdict"]) == {"not tested at this scale"}
+    assert set(found.loc[compared, "cases"]) == {0}
+
+
+def test_where_sgd_has_not_moved_half_way_nothing_is_slower() -> None:
+    """It leaves its start in the last quarter; both learn."""
+    late = [row for seed in (0, 1) for row in run("sgd", 0.1, seed, lambda step: 2.3 if step < 70 else 0.9, 0.8)]
+    table = rates()
+    table = pd.concat([table[table["optimizer"] != "sgd"], pd.DataFrame(late)])
+    found = judgements({"rates": table[table["lr"] == 0.1]}, {"sgd": ["good"]}, above=0.1).set_index("statement")
+    assert (found.loc["slower", "verdict"], found.loc["near", "cases"]) == ("not tested at this scale", 2)
+
+
 def test_a_fall_from_the_highest_rate_to_the_lowest_needs_both() -> None:
     """The reading does not learn at 0.01; 0.05 is not the lowest rate."""
     middle = [row for seed in (0, 1) for name in ("sgd", "good") for row in run(name, 0.05, seed, falling(0.02), 0.75)]

@@ -386,6 +386,8 @@ def test_gap_elsewhere() -> None:
     assert claims_a.gap_elsewhere({"t": cut}, at=10).verdict == FAILS
     with pytest.raises(Untested, match="positive"):
         claims_a.gap_elsewhere({"t": cut.head(8)}, at=10)
+    with pytest.raises(Untested, match="converged"):
+        claims_a.gap_elsewhere({"t": smooth.assign(converged=False)}, at=10)
 
 
 def ranks(values: list[int], null: int) -> pd.DataFrame:

@@ -167,6 +167,17 @@ def test_binding_says_what_a_scale_lacks() -> None:
     assert found == "1,000 training examples, 1 seeds, no resnet9 of full size"
 
 
+def test_seeds_are_those_of_the_setting_with_the_fewest() -> None:
+    runs = tuple(
+        Run("small", "fc", "sgd", size, 0.1, seed) for size, seeds in ((64, 3), (512, 1)) for seed in range(seeds)
+    )
+    several = Study(artefacts=[Artefact("Z-F1", "figure", "m:f", {"runs": runs})])
+    entry = ENTRY | {"reads": {"x": "Z-F1"}}
+    for least, short in ((1, ""), (2, "1 seeds")):
+        found = binding.bind([entry | {"requires": {"seeds": least}}], several, CONFIG)["short"]
+        assert found.get("Z1", "") == short
+
+
 def test_a_run_that_is_cut_short_has_fewer_epochs() -> None:
     """1,000 examples in batches of 64: 16 steps an epoch."""
     for steps, short in ((24, "1.5 epochs"), (32, ""), (None, "")):

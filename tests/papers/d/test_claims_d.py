@@ -55,6 +55,15 @@ def test_settles_compares_data_sets_and_no_two_networks_on_one() -> None:
     assert outcome.cases[-1].estimate.value == pytest.approx(1.05)
 
 
+def test_eigenvalues_that_have_not_converged_decide_nothing() -> None:
+    table = spectra(12, {"mnist": 0.1, "cifar10": 2.0}).assign(converged=True)
+    options = {"spread_at_most": 3.0, "trends_differ": 2.0, "margin": 0.1}
+    assert claims_d.settles({"t": table}, **options).verdict == HOLDS
+    table.loc[3, "converged"] = False
+    with pytest.raises(Untested, match="not all eigenvalues have converged"):
+        claims_d.settles({"t": table}, **options)
+
+
 def test_a_top_eigenvalue_that_changes_its_sign_has_not_settled() -> None:
     table = spectra(-0.5, {"mnist": 0.1, "cifar10": 2.0})
     outcome = claims_d.settles({"t": table}, spread_at_most=3.0, trends_differ=2.0, margin=0.1)
