@@ -132,27 +132,29 @@ def results(
     """:func:`per_run`, in which a run that diverged has the ``worst`` result, whatever it had before.
 
     Diverged is a run whose ``status`` says so, or whose last row has no finite number in the column or no finite
-    minibatch loss, or one that ended before others on its network at its batch size: all of these are equally long.
-    Tables without steps do not say where a run ended.
+    minibatch loss, or one that ended before others on its network at its batch size (and of its ``extra`` columns, but
+    for optimisers): all of these are equally long. Tables without steps do not say where a run ended.
     """
     runs = per_run(rows, column, statistic, extra, ignore)
     keys = [name for name in runs if name != "result"]
     if "step" not in rows or not keys:
         return runs
     ends = rows.sort_values("step", kind="stable").groupby(keys, sort=False, dropna=False).tail(1)
-    every = rows[keys].drop_duplicates().merge(ends.loc[_diverged(ends, column), keys].assign(diverged=True), "left")
+    gone = ends.loc[_diverged(ends, column, extra), keys]
+    every = rows[keys].drop_duplicates().merge(gone.assign(diverged=True), "left")
     every = every.merge(runs, "left")
     every.loc[every["diverged"].notna(), "result"] = worst
     return every.dropna(subset="result")[[*keys, "result"]].reset_index(drop=True)
 
 
-def _diverged(ends: pd.DataFrame, column: str) -> pd.Series:
+def _diverged(ends: pd.DataFrame, column: str, extra: Sequence[str]) -> pd.Series:
     """Of the last row of each run: whether the run diverged."""
     found = ~np.isfinite(ends[column].astype(float))
     if "train_loss" in ends:
         found |= (ends["step"] > 0) & ~np.isfinite(ends["train_loss"].astype(float))
-    network = [ends[name] for name in NETWORK if name in ends] or [pd.Series(0, index=ends.index)]
-    found |= ends["step"] < ends["step"].groupby(network, dropna=False).transform("max")
+    alike = [c for c in (*NETWORK, *extra) if c in ends and c not in ("optimizer", "lr")]
+    length = ends.groupby(alike, dropna=False)["step"].transform("max") if alike else ends["step"].max()
+    found |= ends["step"] < length
     return found | (ends["status"] == "diverged") if "status" in ends else found
 
 

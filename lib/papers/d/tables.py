@@ -124,7 +124,7 @@ def equal_cost(tables: Tables, base: str) -> pd.DataFrame:
 
     ``ratio_to_base`` is the geometric mean over seeds of the loss over the base's with the same seed, ``ratio_low``
     and ``ratio_high`` its 95 % interval: below 1 throughout, the optimiser pays for itself. ``best`` marks each
-    optimiser's best learning rate.
+    optimiser's best learning rate. A setting that diverged for a seed has no means: one over the others would flatter.
     """
     at = at_budget(tables["runs"])
     best = best_settings(at)
@@ -134,14 +134,15 @@ def equal_cost(tables: Tables, base: str) -> pd.DataFrame:
     rows = []
     for key, part in at.groupby(SETTING):
         setting = dict(zip(SETTING, key, strict=True))
-        ratio, low, high = np.exp(interval(part["log_ratio"]))
+        whole = part.iloc[: 0 if part["diverged"].any() else None]
+        ratio, low, high = np.exp(interval(whole["log_ratio"]))
         rows.append(
             setting
             | {"best": (setting["optimizer"], setting["lr"]) in chosen, "seeds": part["seed"].nunique()}
             | {"diverged": int(part["diverged"].sum()), "budget_gradients": part["budget"].iloc[0]}
             | {"steps": part["steps"].mean(), "wall_s": part["wall_s"].mean()}
-            | {"train_loss_mean": part["eval_train_loss"].mean(), "train_loss_sd": part["eval_train_loss"].std()}
-            | {"val_accuracy_mean": part["val_accuracy"].mean(), "ratio_to_base": ratio}
+            | {"train_loss_mean": whole["eval_train_loss"].mean(), "train_loss_sd": whole["eval_train_loss"].std()}
+            | {"val_accuracy_mean": whole["val_accuracy"].mean(), "ratio_to_base": ratio}
             | {"ratio_low": low, "ratio_high": high, "base": base}
         )
     return pd.DataFrame(rows).sort_values(["best", "train_loss_mean"], ascending=[False, True], ignore_index=True)

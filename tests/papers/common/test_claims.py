@@ -185,10 +185,11 @@ def test_a_run_that_ended_before_the_others_diverged_whatever_its_last_number(st
     assert claims.ordering({"t": other}, first="a", second="b", **options).verdict == FAILS
 
 
-def test_the_length_of_a_run_is_that_of_its_network_and_batch_size() -> None:
-    small, large = (trained({"a": [0.4] * 3, "b": WHOLE}).assign(batch_size=size) for size in (8, 64))
+@pytest.mark.parametrize(("column", "by"), [("batch_size", []), ("horizon", ["horizon"])])
+def test_the_length_of_a_run_is_that_of_its_network_and_batch_size(column: str, by: list[str]) -> None:
+    small, large = (trained({"a": [0.4] * 3, "b": WHOLE}).assign(**{column: size}) for size in (8, 64))
     table = pd.concat([small.assign(step=8 * small["step"]), large], ignore_index=True)
-    outcome = claims.ordering({"t": table}, first="a", second="b", column="val_loss", at_most=0.0)
+    outcome = claims.ordering({"t": table}, first="a", second="b", column="val_loss", at_most=0.0, by=by)
     assert outcome.verdict == HOLDS
     assert "diverged" not in outcome.measured
 
