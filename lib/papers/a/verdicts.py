@@ -48,16 +48,24 @@ def crossover(
 
 
 def gap_elsewhere(
-    tables: Tables, *, at: int, eigenvalue: str = "eigenvalue", table: str | None = None, where: Where | None = None
+    tables: Tables,
+    *,
+    at: int,
+    top: int,
+    eigenvalue: str = "eigenvalue",
+    table: str | None = None,
+    where: Where | None = None,
 ) -> Outcome:
-    """A6: neither the largest difference nor the largest ratio of neighbouring eigenvalues follows number ``at``.
+    """A6: neither the largest difference nor the largest ratio of neighbours among the ``top`` follows number ``at``.
 
     Only positive eigenvalues count. Measured is the number of the eigenvalue before the gap, for both readings.
     """
     rows = converged(pick(tables, table, where))
     found = []
     for name, part in cases_of(rows, ["seed"] if "seed" in rows and rows["seed"].nunique() > 1 else []):
-        values = np.sort(part[eigenvalue].to_numpy(float))[::-1]
+        values = np.sort(part[eigenvalue].to_numpy(float))[::-1][:top]
+        if len(values) < top:
+            raise Untested(f"only {len(values)} eigenvalues")
         values = values[values > 0]
         if len(values) <= at + 1:
             raise Untested(f"only {len(values)} positive eigenvalues")

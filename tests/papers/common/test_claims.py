@@ -383,12 +383,16 @@ def test_a_crossover_at_every_size_waits_for_the_full_batch() -> None:
 def test_gap_elsewhere() -> None:
     smooth = pd.DataFrame({"eigenvalue": [100.0, *(10.0 * 0.9**i for i in range(29))]})
     cut = pd.DataFrame({"eigenvalue": [*(10.0 - 0.1 * i for i in range(10)), *(0.5 - 0.01 * i for i in range(20))]})
-    assert claims_a.gap_elsewhere({"t": smooth}, at=10).verdict == HOLDS
-    assert claims_a.gap_elsewhere({"t": cut}, at=10).verdict == FAILS
+    assert claims_a.gap_elsewhere({"t": smooth}, at=10, top=30).verdict == HOLDS
+    assert claims_a.gap_elsewhere({"t": cut}, at=10, top=30).verdict == FAILS
     with pytest.raises(Untested, match="positive"):
-        claims_a.gap_elsewhere({"t": cut.head(8)}, at=10)
+        claims_a.gap_elsewhere({"t": cut.assign(eigenvalue=cut["eigenvalue"] - 9.15)}, at=10, top=30)
+    with pytest.raises(Untested, match="only 29 eigenvalues"):
+        claims_a.gap_elsewhere({"t": cut.head(29)}, at=10, top=30)
     with pytest.raises(Untested, match="converged"):
-        claims_a.gap_elsewhere({"t": smooth.assign(converged=False)}, at=10)
+        claims_a.gap_elsewhere({"t": smooth.assign(converged=False)}, at=10, top=30)
+    deep = pd.DataFrame({"eigenvalue": [*cut["eigenvalue"], 1e-9, 1e-12]})  # what lies below the top 30 has no say
+    assert claims_a.gap_elsewhere({"t": deep}, at=10, top=30).verdict == FAILS
 
 
 def ranks(values: list[int], null: int) -> pd.DataFrame:
