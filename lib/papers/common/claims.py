@@ -206,16 +206,19 @@ def _length(dataset: str, model: str, config: Mapping[str, Any]) -> str:
 def _short(requires: Mapping[str, Any], runs: list[Run], datasets: list[str], config: Mapping[str, Any]) -> str:
     """What the claim requires and this config does not have; empty if it has all.
 
-    ``data``: original data sets, all of which must be there. ``train``, ``epochs``, ``seeds`` (of a setting): the least
-    of each; steps that cut a run short shorten its epochs.
-    ``parameters`` of a model block: ``models: {kind: {option: value}}``.
+    ``data``: original data sets, all of which must be there, and no embedded digits besides. ``train``, ``epochs``
+    (steps that cut a run short shorten them), ``seeds`` (of a setting): the least of each. ``models: {kind: {option:
+    value}}``: parameters of a model block.
     """
     names = {run.dataset for run in runs} | set(datasets)
     blocks = [config["datasets"][name] for name in sorted(names)]
     sources = {block["source"] for block in blocks}
     missing = []
-    if absent := [d for d in _listed([requires.get("data", [])]) if d not in sources]:
+    wanted = list(_listed([requires.get("data", [])]))
+    if absent := [d for d in wanted if d not in sources]:
         missing.append(f"{', '.join(sorted(sources)) or 'no data'} instead of {', '.join(absent)}")
+    elif wanted and "digits" in sources.difference(wanted):
+        missing.append("digits besides")
     sizes = [block["train"] for block in blocks if isinstance(block.get("train"), int)]
     if sizes and min(sizes) < requires.get("train", 0):
         missing.append(f"{min(sizes):,} training examples")

@@ -240,7 +240,7 @@ def ordering(
     if relation not in ("difference", "ratio"):
         raise ValueError(f"relation must be 'difference' or 'ratio', got {relation!r}")
     if lower_is_better is None:
-        lower_is_better = not column.endswith("accuracy")
+        lower_is_better = "accuracy" not in column
     worst = math.inf if lower_is_better else -math.inf
     runs = results(pick(tables, table, where), column, statistic, worst, (*by, key), ignore)
     found = []

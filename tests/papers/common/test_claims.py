@@ -194,6 +194,14 @@ def test_the_length_of_a_run_is_that_of_its_network_and_batch_size(column: str, 
     assert "diverged" not in outcome.measured
 
 
+@pytest.mark.parametrize("column", ["val_accuracy", "accuracy_percent_mean", "val_accuracy_mean"])
+def test_of_every_accuracy_the_best_rate_is_that_of_the_largest(column: str) -> None:
+    rates = ((0.1, {"a": [0.6] * 2, "b": [0.7] * 2}), (1.0, {"a": [0.8] * 2, "b": [0.3] * 2}))
+    table = pd.concat([runs(values, column, lr=lr) for lr, values in rates])
+    outcome = claims.ordering({"t": table}, first="a", second="b", column=column, tuned="lr", at_least=0.0)
+    assert outcome.cases[0].estimate.value == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("relation", ["difference", "ratio"])
 def test_a_rate_that_diverged_on_a_seed_is_not_the_best_by_accuracy(relation) -> None:
     """At 1.0 two of three seeds reach 0.95, one diverges; at 0.1 all have 0.6."""

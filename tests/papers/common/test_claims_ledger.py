@@ -167,6 +167,15 @@ def test_binding_says_what_a_scale_lacks() -> None:
     assert found == "1,000 training examples, 1 seeds, no resnet9 of full size"
 
 
+def test_digits_decide_nothing_beside_the_data_that_a_claim_is_about() -> None:
+    runs = tuple(Run(name, "fc", "sgd", 64, 0.1, 0) for name in ("small", "digits"))
+    config = CONFIG | {"tasks": {"small/fc": {"epochs": 2}, "digits/fc": {"epochs": 2}}}
+    for part, short in ((runs, "digits besides"), (runs[:1], "")):
+        both = Study(artefacts=[Artefact("Z-F1", "figure", "m:f", {"runs": part})])
+        found = binding.bind([ENTRY | {"reads": {"x": "Z-F1"}}], both, config)["short"]
+        assert found.get("Z1", "") == short
+
+
 def test_seeds_are_those_of_the_setting_with_the_fewest() -> None:
     runs = tuple(
         Run("small", "fc", "sgd", size, 0.1, seed) for size, seeds in ((64, 3), (512, 1)) for seed in range(seeds)
