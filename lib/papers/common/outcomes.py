@@ -119,15 +119,19 @@ def estimate(values: Sequence[float], margin: float = 0.0, level: float = 0.95) 
 
     One value has no spread: then the interval is value ± ``margin``, the difference that the claim's author would
     not trust a single run to show; without a margin there is no interval, and so no verdict. Infinite values (diverged
-    runs) have no mean: the median stands in for it and the interval is the range. Missing values are left out.
+    runs) have no mean: the median stands in for it, and the interval is that of the finite ones, open to their side.
+    Missing values are left out.
     """
     x = np.asarray([v for v in values if not math.isnan(v)], dtype=float)
     if not len(x):
         return Estimate(math.nan, math.nan, math.nan, 0)
     if len(x) == 1 and not margin > 0:
         return Estimate(float(x[0]), math.nan, math.nan, 1)
-    if not np.isfinite(x).all():
-        return Estimate(float(np.median(np.sort(x))), float(x.min()), float(x.max()), len(x))
+    if not (finite := np.isfinite(x)).all():
+        within = estimate(x[finite].tolist(), margin, level)
+        low = float(x.min()) if np.isneginf(x).any() or not finite.any() else within.low
+        high = float(x.max()) if np.isposinf(x).any() or not finite.any() else within.high
+        return Estimate(float(np.median(np.sort(x))), low, high, len(x))
     mean = float(x.mean())
     half = half_width(float(x.std(ddof=1)), len(x), level) if len(x) > 1 else margin
     return Estimate(mean, mean - half, mean + half, len(x))

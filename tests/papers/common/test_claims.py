@@ -39,9 +39,31 @@ def test_one_seed_takes_the_declared_margin() -> None:
     assert claims.estimate([2.0], margin=0.5) == Estimate(2.0, 1.5, 2.5, 1)
 
 
-def test_diverged_runs_widen_the_interval_without_a_warning() -> None:
+def test_diverged_runs_open_the_interval_of_the_others_without_a_warning() -> None:
     found = claims.estimate([1.0, math.inf, 2.0])
-    assert (found.value, found.low, found.high, found.seeds) == (2.0, 1.0, math.inf, 3)
+    assert (found.value, found.low, found.high, found.seeds) == (2.0, claims.estimate([1.0, 2.0]).low, math.inf, 3)
+    lost = claims.estimate([math.inf, math.inf])
+    assert (lost.value, lost.low, lost.high, lost.seeds) == (math.inf, math.inf, math.inf, 2)
+    below = claims.estimate([-math.inf, 1.0, 2.0])
+    assert (below.low, below.high) == (-math.inf, claims.estimate([1.0, 2.0]).high)
+    both = claims.estimate([-math.inf, 1.0, math.inf])
+    assert (both.low, both.high) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("values", "margin", "verdict"),
+    [
+        ([1.05, 1.5], 0.0, INCONCLUSIVE),
+        ([1.05, math.inf], 0.0, INCONCLUSIVE),  # one number and a run that diverged say no more than two numbers
+        ([1.05, math.inf], 0.02, HOLDS),
+        ([1.05, math.inf], 0.1, INCONCLUSIVE),
+        ([1.4, 1.5, 1.45, math.inf], 0.0, HOLDS),
+        ([0.4, 0.5, 0.45, math.inf], 0.0, INCONCLUSIVE),
+        ([0.4, 0.5, 0.45, -math.inf], 0.0, FAILS),
+    ],
+)
+def test_a_run_that_diverged_makes_no_claim_surer(values: list[float], margin: float, verdict: str) -> None:
+    assert claims.judge(claims.estimate(values, margin), at_least=1.0) == verdict
 
 
 def test_interval_covers_the_mean_as_often_as_it_says() -> None:
