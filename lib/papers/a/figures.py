@@ -39,9 +39,20 @@ def loss_over_training(tables: Tables, style: Style) -> tuple[Figure, pd.DataFra
 
 
 def known_or_diverged(runs: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The rows in which a loss was evaluated; a run's last row counts as infinite if its loss is no number there."""
+    """The rows in which a loss was evaluated; a run's last row counts as infinite if its loss is no number there.
+
+    A run that ended before another seed's stands, infinite, at the next step at which that one was evaluated: a median
+    over seeds at a step of its own would be of this run alone.
+    """
     last = runs["step"] == runs.groupby([*RUN, "seed"], dropna=False)["step"].transform("max")
-    return runs[runs[column].notna() | last].fillna({column: math.inf})
+    seen = runs[runs[column].notna() | last].fillna({column: math.inf})
+    early = last[seen.index] & (seen["step"] < seen.groupby(RUN, dropna=False)["step"].transform("max"))
+    if not early.any():
+        return seen
+    grid = seen.loc[~early, [*RUN, "step", "epoch"]].drop_duplicates().sort_values("step")
+    ended = seen[early].drop(columns="epoch").sort_values("step").rename(columns={"step": "own"})
+    moved = pd.merge_asof(ended, grid, left_on="own", right_on="step", by=RUN, direction="forward")
+    return pd.concat([seen[~early], moved.assign(**{column: math.inf})], ignore_index=True)
 
 
 def describe(runs: pd.DataFrame) -> str:

@@ -203,6 +203,21 @@ def test_tables_say_who_diverged():
     assert ends.loc["class-gradient-newton", "best_val_loss"] == 2.0
 
 
+@pytest.mark.parametrize("end", [300.0, np.nan, 1.1])
+def test_a_seed_that_diverges_between_two_evaluations_does_not_break_the_line_of_the_others(end):
+    whole = [runs({"sgd": [2.0, 1.5, 0.7, 0.3]}).assign(seed=seed) for seed in (0, 1)]
+    lost = runs({"sgd": [2.0, 1.4]}).assign(seed=2)
+    row = lost.tail(1).assign(step=13, epoch=0.65, val_loss=end, eval_train_loss=end)
+    table = pd.concat([*whole, lost, row], ignore_index=True)
+    figure, drawn = figures.loss_over_training({"runs": table}, Style())
+    assert drawn["epoch"].tolist() == [0.0, 0.5, 1.0, 1.5]
+    assert drawn["median"].tolist() == [2.0, 1.5, 0.7, 0.3]
+    assert drawn["n"].tolist() == [3, 3, 3, 2]
+    assert np.isfinite(figure.axes[0].lines[0].get_ydata()).all()
+    alone = figures.known_or_diverged(pd.concat([lost, row], ignore_index=True), "val_loss")
+    assert alone["step"].tolist() == [0, 10, 13], "a run without others stays where it ended"
+
+
 def test_figures_draw_what_they_are_given(context):
     style = Style()
     table = runs({"sgd": [2.0, 1.5, 0.7], "newton": [2.0, 1.0, 0.9]})
