@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
-from papers.common.outcomes import Case, Outcome, Ratio, Untested, estimate, estimate_ratio, judge
+from papers.common.outcomes import FAILS, Case, Outcome, Ratio, Untested, estimate, estimate_ratio, judge
 from papers.common.runs import Tables
 from papers.common.verdicts import cases_of, converged, pick, proportion, spearman, threshold
 
@@ -44,8 +46,10 @@ def settles(
         top = part[late & (part["end"] == "LA")].groupby("index")["eigenvalue"]
         multiples = (top.max() / top.min()).where(top.min() > 0, np.inf)
         spread = estimate([float(multiples.median())], margin)
-        note = "" if np.isfinite(spread.value) else "not positive throughout"
-        found.append(Case(f"{name} top".strip(), spread, judge(spread, at_most=spread_at_most), note))
+        case = Case(f"{name} top".strip(), spread, judge(spread, at_most=spread_at_most))
+        if np.isinf(spread.value):
+            case = replace(case, estimate=proportion(0, 0, 1), verdict=FAILS, note="not positive throughout")
+        found.append(case)
         last = part[(part["end"] == "SA") & (part["index"] == 1)]
         size = last["eigenvalue"].abs()
         trends.append((str(part["dataset"].iloc[0]), float(size[late].mean() / size[~late].mean())))

@@ -68,7 +68,7 @@ def test_a_top_eigenvalue_that_changes_its_sign_has_not_settled() -> None:
     table = spectra(-0.5, {"mnist": 0.1, "cifar10": 2.0})
     outcome = claims_d.settles({"t": table}, spread_at_most=3.0, trends_differ=2.0, margin=0.1)
     assert outcome.verdict == FAILS
-    assert outcome.deciding.note == "not positive throughout"
+    assert "top: no number (not positive throughout)" in outcome.measured
 
 
 def directions(top: float, bottom_positive: int) -> dict[str, pd.DataFrame]:
