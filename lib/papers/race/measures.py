@@ -143,7 +143,8 @@ def _train(
     opt = registry.build(optimizer["kind"], options, network, data.num_classes, lr, loss, draws)
     state = fit(network, opt, data, Task(**task), batch_size, seed, progress=False)
     last = state.rows[-1]
-    accuracies = class_accuracies(network, data) if state.status == "finished" else [math.nan]
+    with opt.evaluated():
+        accuracies = class_accuracies(network, data) if state.status == "finished" else [math.nan]
     return {
         **values,
         "status": state.status,
