@@ -19,12 +19,14 @@ from curvspace.curvature import EigenPairs, SubspaceTracker, hutchpp
 from curvspace.curvature.class_gradients import class_curvatures
 from curvspace.curvature.frozen import BatchNorm
 from curvspace.datasets import DataSet
+from curvspace.errors import UserError
 from curvspace.functional import call
 from curvspace.inner import inner, norm
 from curvspace.subspace import cosine_assignment, gradient_fraction, orthonormal_basis, principal_angles, union_rank
 from papers.common.runs import tidy
 
 if TYPE_CHECKING:
+    from curvspace.training.record import RunRecord
     from papers.common.context import Context
 
 Row = dict[str, Any]
@@ -48,12 +50,21 @@ def eq12_eigenvalues(model: nn.Module, x: Tensor, y: Tensor, gradients: Tensor) 
     return class_curvatures(gradients, own, y)
 
 
+def _run_of(context: Context) -> RunRecord:
+    """The one run of a measure; eq. 12 and the class gradients are those of the cross-entropy."""
+    (run,) = context.runs
+    if (loss := run.spec["task"]["loss"]) != "cross_entropy":
+        name = f"{run.identity['dataset']}/{run.identity['model']}"
+        raise UserError(f"paper A's measures need the loss cross_entropy; tasks.{name}.loss is {loss!r}")
+    return run
+
+
 def spectrum(context: Context, k: int, examples: int, tol: float = 1e-3) -> pd.DataFrame:
     """A-F3: the k largest eigenvalues of the Hessian at the end of training.
 
     Columns: identity, step, examples, batch_norm, index (1 is the largest), eigenvalue, residual, converged.
     """
-    (run,) = context.runs
+    run = _run_of(context)
     data = context.dataset(run)
     model = context.model(run, run.steps[-1])
     pairs = top_pairs(model, training_batch(data, examples), k, tol)
@@ -88,7 +99,7 @@ def span_along_training(
     checkpoint. ``rank`` counts singular values above ``tolerance`` times the largest. The whole profile is there
     with ``quantity`` "singular value". ``null`` is the rank of the same e with C random unit vectors.
     """
-    (run,) = context.runs
+    run = _run_of(context)
     data = context.dataset(run)
     final = context.model(run, run.steps[-1])
     eigenvectors = top_pairs(final, training_batch(data, examples), data.num_classes + 1, tol).vectors
@@ -118,7 +129,7 @@ def cosines(context: Context, examples: int, tol: float = 1e-3) -> pd.DataFrame:
     One row a pair (class, eigenvector index from 1); ``assigned`` marks the pairs of the assignment that maximises
     the sum; ``mean_cosine`` and ``null`` (random vectors of the same shape) are its means.
     """
-    (run,) = context.runs
+    run = _run_of(context)
     data = context.dataset(run)
     batch = training_batch(data, examples)
     model = context.model(run, run.steps[-1])
@@ -158,7 +169,7 @@ def diagnosis(
       v_k, with the null k/P of a random span; the traces by Hutch++;
     - "angle to H", "angle to G": principal angles in degrees between the span and the top-C eigenspace.
     """
-    (run,) = context.runs
+    run = _run_of(context)
     data = context.dataset(run)
     trackers = {name: SubspaceTracker(data.num_classes, which="LA", tol=tol) for name in ("H", "G")}
     rows: list[Row] = []

@@ -62,7 +62,8 @@ def _one_spectrum(
     batches = batches_of(data, data.train, examples, batch)
     size = sum(p.numel() for p in model.parameters())
     dense = size <= dense_up_to
-    objective = Objective(model, batches, batch_norm=batch_norm, dtype=torch.float64 if dense else None)
+    dtype = torch.float64 if dense else None
+    objective = Objective(model, batches, run.spec["task"]["loss"], batch_norm=batch_norm, dtype=dtype)
     hessian = objective.hessian()
     if dense:
         values = torch.linalg.eigvalsh(dense_matrix(hessian, limit=dense_up_to)).flip(0)
@@ -114,7 +115,8 @@ def edge(
     (run,) = context.runs
     data, step = context.dataset(run), run.steps[-1]
     batches = batches_of(data, data.train, examples, batch)
-    hessian = Objective(context.model(run, step), batches, batch_norm=batch_norm).hessian()
+    loss = run.spec["task"]["loss"]
+    hessian = Objective(context.model(run, step), batches, loss, batch_norm=batch_norm).hessian()
     pairs = eigsh(hessian, k=k, tol=tol)
     table = pd.DataFrame(
         {

@@ -62,7 +62,7 @@ def windows(context: Context, starts: Sequence[int], steps: int, examples: int) 
 def _window(context: Context, run: Any, step: int, steps: int, examples: int) -> list[Row]:
     at = resumed(context, run, step)
     batch = _first(at, examples)
-    objective = Objective(at.model, [batch], batch_norm="running")
+    objective = Objective(at.model, [batch], at.spec.task.loss, batch_norm="running")
     spans = _spans(at.model, batch, at.data.num_classes, step)
     second = minibatches(at.data, at.spec.task, int(at.spec.batch_size), derived_seed(at.spec.seed, "second"), step)
     top = float(eigsh(objective.hessian(), k=1, tol=0.01).values[0])
@@ -70,9 +70,9 @@ def _window(context: Context, run: Any, step: int, steps: int, examples: int) ->
     before = objective.loss()
     for i in range(steps):
         gradient, hessian = objective.gradient(), objective.hessian()
-        again = _gradient(at.model, next(second))
+        again = _gradient(at, next(second))
         drawn = next(at.batches)
-        minibatch_gradients.append((_gradient(at.model, drawn), again))
+        minibatch_gradients.append((_gradient(at, drawn), again))
         seed_generators(step + i, at.data.train.targets.device)
         at.optimizer.step(*drawn)
         path.append(_position(at.model))
@@ -156,7 +156,7 @@ def _switch(
             raise UserError(f"studies.race.switching: {block['name']} cannot take over another rule's momentum")
         other.inner.state.update(at.optimizer.inner.state)  # of the same parameters; the new rule keeps its own rates
         at.optimizer = other
-    objective = Objective(at.model, [_first(at, examples)], batch_norm="running")
+    objective = Objective(at.model, [_first(at, examples)], at.spec.task.loss, batch_norm="running")
     found = []
     for i in range(steps + 1):
         if i % every == 0:
@@ -181,8 +181,8 @@ def _spans(model: nn.Module, batch: Batch, classes: int, seed: int) -> dict[str,
     }
 
 
-def _gradient(model: nn.Module, batch: Batch) -> Tensor:
-    return Objective(model, [batch], batch_norm="running").gradient()
+def _gradient(at: Resumed, batch: Batch) -> Tensor:
+    return Objective(at.model, [batch], at.spec.task.loss, batch_norm="running").gradient()
 
 
 def _position(model: nn.Module) -> Tensor:

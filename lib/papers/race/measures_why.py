@@ -44,15 +44,17 @@ def mean_shares(context: Context, examples: int, k: int, tol: float = 0.01) -> p
         batch = data.normalise(data.train.inputs[:examples]), data.train.targets[:examples]
         for step in context.progress(run.steps, f"mean directions of {run.identity['model']}"):
             model = context.model(run, step)
-            for row in _shares(model, batch, data.num_classes, k, tol):
+            for row in _shares(model, batch, data.num_classes, k, tol, run.spec["task"]["loss"]):
                 rows.append({**run.identity, "step": step, "examples": examples, "k": k, **row})
     return pd.DataFrame(rows)
 
 
-def _shares(model: nn.Module, batch: tuple[Tensor, Tensor], classes: int, k: int, tol: float) -> Iterator[Row]:
+def _shares(
+    model: nn.Module, batch: tuple[Tensor, Tensor], classes: int, k: int, tol: float, loss: str
+) -> Iterator[Row]:
     shapes = [list(p.shape) for p in trainable_parameters(model).values()]
     means = mean_span(shapes)
-    objective = Objective(model, [batch], batch_norm="running")
+    objective = Objective(model, [batch], loss, batch_norm="running")
     g = objective.gradient()
     c, counts = class_gradients(model, *batch, num_classes=classes, batch_norm="running")
     span = orthonormal_basis(c[counts > 0].T)

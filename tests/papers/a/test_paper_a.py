@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from curvspace import class_gradients
+from curvspace.errors import UserError
 from curvspace.training.run import train
 from curvspace.training.spec import RunSpec
 from papers.a import figures
@@ -32,6 +36,16 @@ def context(digits_dir, tmp_path_factory):
     )
     run = train(spec, digits_dir, tmp_path_factory.mktemp("a") / "run", progress=False)
     return Context(runs=[run], data_dir=digits_dir.parent, show_progress=False)
+
+
+def test_other_losses_than_the_cross_entropy_are_refused(context):
+    (run,) = context.runs
+    trained = copy.copy(run)
+    trained.spec = {**run.spec, "task": {**run.spec["task"], "loss": "mse"}}
+    other = Context(runs=[trained], data_dir=context.data_dir, show_progress=False)
+    for measure in (partial(paper_a.spectrum, k=2), paper_a.diagnosis):
+        with pytest.raises(UserError, match=r"cross_entropy; tasks\.digits/fc\.loss is 'mse'"):
+            measure(other, examples=10)
 
 
 def test_eq_12_against_a_loop_over_examples():

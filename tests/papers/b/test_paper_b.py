@@ -190,6 +190,21 @@ def test_batch_statistics_and_regression(digits_dir, tmp_path):
     assert table["examples"].tolist() == [100]
     assert table["hg_overlap"].abs().max() <= 1
 
+    (run,) = regression.runs
+    data, model = regression.dataset(run), regression.model(run, run.steps[-1])
+    p = {name: value.detach() for name, value in model.named_parameters()}
+    sizes = [value.numel() for value in p.values()]
+
+    def loss(theta):
+        parts = {n: t.view_as(p[n]) for n, t in zip(p, theta.split(sizes), strict=True)}
+        outputs = torch.func.functional_call(model, parts, (data.normalise(data.train.inputs),))
+        return torch.nn.functional.mse_loss(outputs, data.train.targets.view_as(outputs)) / 2  # one output
+
+    theta = torch.cat([value.flatten() for value in p.values()])
+    exact = torch.linalg.eigvalsh(torch.func.hessian(loss)(theta)).flip(0)[:2].tolist()
+    edge = spectra_b.edge(regression, examples=None, k=2, tol=1e-6)
+    assert edge["eigenvalue"].tolist() == pytest.approx(exact, rel=1e-3)
+
 
 def test_outlier_count_is_the_widest_ratio():
     assert tables_b.outlier_count([9, 8, 7, 0.5, 0.4, 0.3]) == 3

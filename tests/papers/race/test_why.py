@@ -45,7 +45,7 @@ def test_shares_of_a_network_with_constant_inputs_are_one():
     torch.manual_seed(0)
     model = nn.Linear(6, 3, bias=False).double()
     batch = torch.full((30, 6), 0.7, dtype=torch.float64), torch.arange(30) % 3
-    found = {row["quantity"]: row["value"] for row in _shares(model, batch, 3, 2, 1e-6)}
+    found = {row["quantity"]: row["value"] for row in _shares(model, batch, 3, 2, 1e-6, "cross_entropy")}
     for name in ("gradient", "class gradients", "top of H", "top of G"):
         assert found[name] == pytest.approx(1.0, abs=1e-6)
 
