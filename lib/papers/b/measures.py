@@ -81,7 +81,7 @@ def trajectory(
         if step in starts:
             kept[step] = pairs.vectors
         found = [
-            *_progress(objective, model, batches, pairs),
+            *_progress(objective, batches, pairs),
             *_eigenpairs(pairs, g),
             *_gradient_shares(g, hessian, pairs, classes, generator),
             *_class_span(model, batches, g, pairs, classes, generator, batch_norm),
@@ -96,10 +96,12 @@ def _reached(run: RunRecord, steps: Sequence[int] | None) -> list[int]:
     return run.steps if steps is None else [step for step in steps if step <= run.steps[-1]]
 
 
-def _progress(objective: Objective, model: nn.Module, batches: Batches, pairs: EigenPairs) -> Iterator[Row]:
+def _progress(objective: Objective, batches: Batches, pairs: EigenPairs) -> Iterator[Row]:
     yield {"quantity": "loss", "index": 0, "value": objective.loss()}
+    model = objective.function  # as the loss is measured: by the same statistics of batch normalisation
     with torch.no_grad():
-        correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
+        outputs = ((model(model.parameters(), model.constants(), x), y) for x, y in batches)
+        correct = sum(int((z.argmax(1) == y).sum()) for z, y in outputs)
     yield {"quantity": "accuracy", "index": 0, "value": correct / sum(len(y) for _, y in batches)}
     yield {"quantity": "products", "index": 0, "value": pairs.products}
 

@@ -179,6 +179,15 @@ def test_batch_statistics_and_regression(digits_dir, tmp_path):
     }
     f_top = {state: table[table["quantity"] == "f_top"]["value"].to_numpy() for state, table in tables.items()}
     assert not np.allclose(f_top["batch"], f_top["running"]), "the policy matters and is taken up"
+    (run,) = context.runs
+    data = context.dataset(run)
+    for state, table in tables.items():
+        model = context.model(run, 3)
+        for layer in model.modules():
+            layer.train(state == "batch" and "BatchNorm" in type(layer).__name__)
+        (of_loss,) = table.query("quantity == 'accuracy'")["value"]
+        x, y = data.normalise(data.train.inputs[:30]), data.train.targets[:30]
+        assert of_loss == pytest.approx((model(x).argmax(1) == y).float().mean().item()), state
 
     prepare("sine", digits_dir.parent / "sine", options={"examples": 100})
     sine = {"dataset": {"name": "sine", "source": "sine", "examples": 100}, "task": {"epochs": 2, "loss": "mse"}}
