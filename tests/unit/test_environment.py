@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -50,7 +51,12 @@ def test_without_torch_all_else_stays_with_its_hashes(tmp_path):
 
 def make(*arguments: str) -> str:
     command = ["make", "-n", "-f", str(ENVS.parent / "Makefile"), *arguments]
-    return subprocess.run(command, cwd=ENVS.parent, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, cwd=ENVS.parent, capture_output=True, text=True, check=True, env=_own()).stdout
+
+
+def _own() -> dict[str, str]:
+    """The environment without what a ``make test PYTHON=...`` that runs these tests hands on."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PYTHON"))}
 
 
 def test_make_says_the_size_before_it_downloads_and_can_take_another_torch():
@@ -65,6 +71,6 @@ def test_make_says_the_size_before_it_downloads_and_can_take_another_torch():
 def test_make_alone_lists_every_target():
     text = (ENVS.parent / "Makefile").read_text()
     (targets,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
-    listed = subprocess.run(["make"], cwd=ENVS.parent, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["make"], cwd=ENVS.parent, capture_output=True, text=True, check=True, env=_own()).stdout
     for target in targets.split():
         assert re.search(rf"^  {target} ", listed, re.MULTILINE), target
