@@ -84,3 +84,10 @@ def test_a_csv_that_a_figure_is_not_drawn_from_is_written_with_it(tmp_path):
     kept = pd.read_csv(source / "figures" / "X-R2.csv").query("dataset == 'mnist'").reset_index(drop=True)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "figures" / "X-R2.csv"), kept)
     assert (tmp_path / "measures" / "race" / "mnist-cnn-400" / "adamw.csv").read_bytes() == before
+
+
+def test_pictures_of_the_texts_are_those_of_the_reference():
+    reference = {picture.read_bytes() for picture in (ROOT / "results" / "reference").glob("*/figures/*.png")}
+    copies = [p for p in (ROOT / "docs").glob("*/*.png") if p.parent.name != "figures"]
+    assert len(copies) > 10
+    assert [str(copy) for copy in copies if copy.read_bytes() not in reference] == []
