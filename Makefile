@@ -37,7 +37,7 @@ help:  ## this list
 
 setup: $(READY)  ## the environment alone
 
-run: $(READY)  ## the default study on real MNIST and CIFAR-10, no GPU needed (16 to 27 minutes)
+run: $(READY)  ## the default study on real MNIST and CIFAR-10, no GPU needed (17 to 27 minutes)
 	$(SNAKEMAKE)
 
 smoke: $(READY)  ## the whole graph on embedded digits, no network (3 to 5 minutes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 
 
@@ -32,11 +33,11 @@ def _kind(parameter: inspect.Parameter) -> str | None:
     found = parameter.annotation
     if found is parameter.empty:
         found = type(parameter.default)
-    text = found if isinstance(found, str) else getattr(found, "__name__", str(found))
-    words = [word.strip() for word in text.split("|")]
-    if not set(words) <= {"bool", "int", "float", "None"}:
+    text = found if isinstance(found, str) else found.__name__ if isinstance(found, type) else str(found)
+    words = re.split(r"\s*[|,]\s*", re.sub(r"^(?:typing\.)?(?:Optional|Union)\[(.*)\]$", r"\1", text))
+    if not set(words) <= {"bool", "int", "float", "None", "NoneType"}:
         return None
-    return next((word for word in words if word != "None"), None)
+    return next((word for word in words if word[0] != "N"), None)
 
 
 def _is_number(text: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Optional, Union
 
 import pytest
 
@@ -33,6 +34,18 @@ def build(
 def test_text_for_a_flag_or_a_number_is_refused(name: str, text: str, wanted: str) -> None:
     with pytest.raises(ValueError, match=f"kind 'mine': {name} must be {wanted}, got '{text}'"):
         refuse_text("kind 'mine'", build, {name: text})
+
+
+WRITTEN = [float | None, Optional[float], Union[int, float, None], "Optional[float]", float]  # noqa: UP007, UP045
+
+
+@pytest.mark.parametrize("annotation", WRITTEN)
+def test_a_type_is_known_however_it_is_written(annotation: object) -> None:
+    def build(rate: object = None) -> None: ...
+
+    build.__annotations__["rate"] = annotation
+    with pytest.raises(ValueError, match="rate must be a number"):
+        refuse_text("kind 'mine'", build, {"rate": "0.9"})
 
 
 @pytest.mark.parametrize("options", [{"either": "0.1"}, {"rule": "0.1"}, {"width": 7, "bias": None}, {"bare": "later"}])
