@@ -37,15 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m workflow.redraw", description=__doc__)
     parser.add_argument("ids", nargs="*", help="figures to draw (default: those whose code has changed)")
     parser.add_argument("--all", action="store_true", help="draw all of them")
-    parser.add_argument("--keep", type=Path, help="results of a default run, whose tables docs/figures is to keep")
+    parser.add_argument(
+        "--keep", type=Path, help="results of a default run, whose tables docs/figures is to keep and be drawn from"
+    )
     options = parser.parse_args(arguments)
     with common.one_line_errors("redraw"):
         if options.keep:
             keep(options.keep)
         code = Code(ROOT / "lib", ROOT)
         for folder in folders():
+            renewed = options.keep is not None and folder == ROOT / "docs"
             for name in drawable(folder):
-                stale = stamp(folder).get(name, {}).get("code") != current(code, folder, name)
+                stale = renewed or stamp(folder).get(name, {}).get("code") != current(code, folder, name)
                 if name in options.ids or options.all or (stale and not options.ids):
                     draw(folder, name, code)
                     print(f"{folder.relative_to(ROOT)}: {name}")
