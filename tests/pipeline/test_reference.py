@@ -99,10 +99,11 @@ def test_a_narrower_network_of_the_same_kind_decides_a_phenomenon_and_its_width_
     (tmp_path / "small" / "figures").mkdir()
     runs = [("mnist-10k", "fc-100x100"), ("cifar10-5k-16px", "resnet18-narrow")]
     pd.concat(
-        pd.DataFrame({"dataset": data, "model": model, "seed": 0, "dimension": range(2, 21)}).assign(
+        pd.DataFrame({"dataset": data, "model": model, "seed": seed, "dimension": range(2, 21)}).assign(
             value=[1 - 0.05 * max(0, d - 9) for d in range(2, 21)]
         )
         for data, model in runs
+        for seed in (0, 1)
     ).to_csv(tmp_path / "small/figures/B-F3.csv")
     found = verdict(tmp_path, "B12")
     assert found["verdict"] == "holds"
