@@ -599,3 +599,9 @@ def test_a_loss_that_joins_examples_later_is_noticed(kind, monkeypatch):
     monkeypatch.setitem(globals(), "SHARE", 1.0)
     with pytest.raises(ValueError, match="would change the function"):
         objective.loss()
+
+
+def test_a_parameter_without_entries_lets_no_examples_interact() -> None:
+    model = _mlp()
+    model.register_parameter("empty", nn.Parameter(torch.zeros(0, 3).double()))
+    assert splits_exactly(model, torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3)

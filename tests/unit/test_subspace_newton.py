@@ -9,6 +9,7 @@ from torch import nn
 
 from curvspace import Objective, class_gradients
 from curvspace.functional import flatten, parameter_vector, trainable_parameters
+from curvspace.losses import get_loss
 from curvspace.optim import (
     Adam,
     BottomEigenvectors,
@@ -17,6 +18,7 @@ from curvspace.optim import (
     Drop,
     GradientDescent,
     Joint,
+    MomentumNewton,
     PastUpdates,
     RandomDirections,
     RayleighRitzNewton,
@@ -29,6 +31,8 @@ from curvspace.optim import (
     low_rank_newton,
     rayleigh_ritz_newton,
 )
+from curvspace.optim.base import Costs
+from curvspace.optim.minibatch import Minibatch
 
 BASES = {
     "class gradients": lambda: ClassGradients(0.9, orthonormal=True),
@@ -209,3 +213,47 @@ def test_adaptive_damping_leaves_the_step_itself_alone() -> None:
             optimizer.step(x, y)
         ends.append(parameter_vector(model))
     torch.testing.assert_close(*ends, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_mean_curvature_of_an_unchanged_network_is_its_curvature(late: bool) -> None:
+    """The class gradients' averages grow from zero, and a class may come late: neither is a change of curvature."""
+    model, (x, y) = small_network(), batches(1)[0]
+    basis, averaged, alone = ClassGradients(0.9, True, C), RayleighRitzNewton(gamma=0.9), RayleighRitzNewton()
+    whole = Minibatch(model, get_loss("cross_entropy"), x, y, Costs())
+    for seen in [y < C - late, y < C, y < C]:
+        basis.observe(Minibatch(model, whole.loss, x[seen], y[seen], Costs()), refresh=True)
+        averaged.refresh(basis.span, whole, None)
+    alone.refresh(basis.span, whole, None)
+    torch.testing.assert_close(averaged.state["values"], alone.state["values"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["qr", "symmetric"])
+@pytest.mark.parametrize("refresh_every", [1, 3])
+def test_momentum_in_a_span_that_moves_in_place_is_that_of_the_whole_space(form: str, refresh_every: int) -> None:
+    model = small_network()
+    optimizer = SubspaceNewton(
+        model, ClassGradients(0.9, form, C), MomentumNewton(0.02, 0.8), Drop(), refresh_every=refresh_every
+    )
+    momentum, before = torch.zeros(()), parameter_vector(model)
+    for x, y in batches(7):
+        g = flatten(torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters())))
+        optimizer.step(x, y)
+        Q = optimizer.basis.span.matrix()
+        momentum = 0.8 * momentum + Q @ Q.T @ g
+        before -= 0.02 * Q @ (Q.T @ momentum / optimizer.inside.curvatures())
+        torch.testing.assert_close(parameter_vector(model), before, rtol=0, atol=1e-12)
+
+
+def test_momentum_in_a_span_needs_an_orthonormal_basis() -> None:
+    optimizer = SubspaceNewton(small_network(), ClassGradients(num_classes=C), MomentumNewton(), Drop())
+    with pytest.raises(ValueError, match="MomentumNewton needs an orthonormal basis"):
+        optimizer.step(*batches(1)[0])
+
+
+def test_a_mean_curvature_of_directions_that_come_and_go_is_refused() -> None:
+    optimizer = rayleigh_ritz_newton(small_network(), C, past_updates=2, curvature_gamma=0.5, refresh_every=1)
+    data = batches(2)
+    optimizer.step(*data[0])
+    with pytest.raises(ValueError, match="the basis has 6 directions, before it had 4"):
+        optimizer.step(*data[1])

@@ -18,6 +18,7 @@ from curvspace.optim import (
     CurveBall,
     DiagonalNewton,
     Drop,
+    FirstOrder,
     GradientDescent,
     NegativeCurvature,
     PastUpdates,
@@ -215,6 +216,32 @@ def test_state_dict_is_a_snapshot() -> None:
     optimizer.step(*second)
     assert torch.equal(saved["extra"]["basis"]["average"], kept["basis"]["average"])
     assert torch.equal(saved["extra"]["buffer"], kept["buffer"])
+
+
+SNAPSHOTS = {
+    "CurveBall": lambda m: CurveBall(m),
+    "SGD": lambda m: FirstOrder(m, torch.optim.SGD, lr=0.1, momentum=0.9),
+    "LBFGS": lambda m: FirstOrder(m, torch.optim.LBFGS, lr=0.1, max_iter=3),
+    "filtered": lambda m: SpanFilter(torch.optim.Adam(m.parameters(), 0.01), m, C, refresh_every=2),
+    "negative curvature": lambda m: NegativeCurvature(m, torch.optim.Adam, lr=0.01, every=2),
+}
+
+
+@pytest.mark.parametrize("name", SNAPSHOTS)
+def test_a_state_in_memory_can_be_returned_to_and_shared(name: str) -> None:
+    """The momenta that torch keeps are changed in place: neither the saved state nor another optimiser has them."""
+    data, model, other = batches(6), small_network(), small_network()
+    optimizer, again = SNAPSHOTS[name](model), SNAPSHOTS[name](other)
+    for x, y in data[:3]:
+        optimizer.step(x, y)
+    weights, saved = copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    first = [float(optimizer.step(x, y)) for x, y in data[3:]]
+    model.load_state_dict(weights)
+    other.load_state_dict(weights)
+    optimizer.load_state_dict(saved)
+    again.load_state_dict(saved)
+    losses = [(float(optimizer.step(x, y)), float(again.step(x, y))) for x, y in data[3:]]
+    assert losses == [(loss, loss) for loss in first]
 
 
 def test_learning_rate_scheduler_acts_on_the_cospace() -> None:

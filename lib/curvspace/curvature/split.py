@@ -128,7 +128,7 @@ def _same_here_and_elsewhere(function: FrozenModel, inputs: Inputs, n: int, flag
     found = _same_in_parts(function, theta, inputs, n, flags, 1e3 * eps)
     if not found:
         return found
-    fan_in = [p[0].numel() if p.ndim > 1 else 1 for p in theta]
+    fan_in = [p[:1].numel() if p.ndim > 1 else 1 for p in theta]
     try:
         return _same_in_parts(function, _elsewhere(theta, fan_in), inputs, n, flags, eps**0.5) is not False
     except Exception:  # the model's own: it need not be a function of any parameters

@@ -178,8 +178,9 @@ class ModelOptimizer(torch.optim.Optimizer):
         pass
 
     def state_dict(self) -> dict[str, Any]:
+        """All that a fresh optimiser needs to go on bit for bit, as a copy: later steps change nothing of it."""
         own = {"steps": self.steps, "costs": asdict(self.costs), "extra": self._extra_state()}
-        return {**super().state_dict(), **own, "made_of": self._made_of()}
+        return {**copied(super().state_dict()), **own, "made_of": self._made_of()}
 
     def _made_of(self) -> dict[str, Any]:
         """What a state must fit, by name."""
@@ -204,7 +205,7 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._require_own(state_dict)
-        super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
+        super().load_state_dict({k: copied(state_dict[k]) for k in ("state", "param_groups")})
         self.steps, self.costs = state_dict["steps"], Costs(**state_dict["costs"])
         self._load_extra_state(state_dict["extra"])
         self._stepped_on = None
@@ -263,9 +264,9 @@ def _fresh_autocast() -> Iterator[None]:
 
 
 def copied(value: Any, device: torch.device | None = None) -> Any:
-    """Nested dictionaries with their tensors copied: a state dict does not change under later steps."""
+    """Nested dictionaries and lists with their tensors copied: a state dict does not change under later steps."""
     if isinstance(value, Tensor):
         return value.to(device or value.device, copy=True)
     if isinstance(value, Mapping):
         return {k: copied(v, device) for k, v in value.items()}
-    return value
+    return type(value)(copied(v, device) for v in value) if type(value) in (list, tuple) else value

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvspace.errors import refuse_old
+from curvspace.inner import norm
 from curvspace.optim.base import require, require_numbers
 from curvspace.optim.bases import Observation
 from curvspace.optim.damping import AdaptiveDamping
@@ -29,8 +30,11 @@ class Inside:
     def refresh(self, span: Span, batch: Minibatch, observed: Observation) -> None:
         """The basis has moved: measure its curvature anew."""
 
-    def turned(self, old: Span, new: Span) -> None:
-        """The basis has gone from one span to another: what was gathered in coordinates means something else."""
+    def leave(self, span: Span) -> None:
+        """The basis is about to move, maybe in place: what was gathered in coordinates will mean something else."""
+
+    def enter(self, span: Span) -> None:
+        """The basis has moved."""
 
     def coefficients(self, coordinates: Tensor, group: dict[str, Any]) -> Tensor:
         r"""Coefficients s (k,) of the step that is subtracted, from :math:`Q^\top g` (k,)."""
@@ -170,8 +174,9 @@ class RayleighRitzNewton(Inside):
     fraction
         Share of the minibatch that the curvature is measured on.
     gamma
-        Decay of a running average over refreshes of the curvature between the basis's directions; 0: the last alone.
-        For bases whose directions keep their meaning (class gradients).
+        Decay of a running average over refreshes of the curvature between the basis's directions at unit length,
+        corrected for its start at zero; 0: the last alone. For bases whose directions keep their meaning (class
+        gradients).
     trust_radius
         Longest step in the span.
     """
@@ -199,18 +204,30 @@ class RayleighRitzNewton(Inside):
         self.gamma, self.trust_radius = gamma, trust_radius
 
     def refresh(self, span: Span, batch: Minibatch, observed: Observation) -> None:
-        reduced = batch.part(self.fraction).reduced_curvature(span.directions(), self.curvature)
+        directions, mix = span.directions(), span.mix.double()
+        reduced = batch.part(self.fraction).reduced_curvature(directions, self.curvature)
         if self.gamma > 0:
-            average = self.state.get("average", torch.zeros_like(reduced))
-            self.state["average"] = average = average.lerp(reduced, 1 - self.gamma)
-            self.state["times"] = self.state.get("times", 0) + 1
-            reduced = average / (1 - self.gamma ** self.state["times"])
-        small = span.mix.double().T @ reduced @ span.mix.double()
+            lengths = norm(directions).double()
+            reduced, mix = self._averaged(reduced, lengths), lengths[:, None] * mix
+        small = mix.T @ reduced @ mix
         values, vectors = torch.linalg.eigh(small.nan_to_num())  # NaN: diverged; the gradient carries it on
         if self.curvature == "gauss-newton":
             values = values.clamp_min(0)
         self.state["values"] = values.to(span.mix.dtype)
         self.state["vectors"] = vectors.to(span.mix.dtype)
+
+    def _averaged(self, reduced: Tensor, lengths: Tensor) -> Tensor:
+        """The running mean between unit directions: a pair counts from where both are known (a class not yet seen)."""
+        known = torch.outer(lengths, lengths) > 0
+        unit = torch.where(known, reduced / torch.outer(lengths, lengths), 0.0)
+        if "mean" in self.state and len(self.state["mean"]) != len(lengths):
+            raise ValueError(
+                f"the basis has {len(lengths)} directions, before it had {len(self.state['mean'])}: a mean over "
+                "refreshes (gamma, curvature_gamma) is for a basis whose directions keep their meaning; use 0"
+            )
+        for name, value in (("mean", unit), ("weight", known.double())):
+            self.state[name] = self.state.get(name, torch.zeros_like(value)).lerp(value, 1 - self.gamma)
+        return torch.where(self.state["weight"] > 0, self.state["mean"] / self.state["weight"], 0.0)
 
     def coefficients(self, coordinates: Tensor, group: dict[str, Any]) -> Tensor:
         values, vectors = self.state["values"], self.state["vectors"]
@@ -264,7 +281,7 @@ class MomentumNewton(DiagonalNewton):
 
     with w = 1 (heavy ball) or, ``averaged``, :math:`1-\mu`. m is a vector of the whole space: what it holds outside a
     new span waits, decaying, for a later one. ``momentum=None``: :math:`\mu` is the param group's, its ``momentum`` or
-    the first of its ``betas``, which schedulers move.
+    the first of its ``betas``, which schedulers move. The basis must be orthonormal.
     """
 
     def __init__(self, scale: float = 0.1, momentum: float | None = 0.9, averaged: bool = False):
@@ -284,11 +301,16 @@ class MomentumNewton(DiagonalNewton):
         self.state["along"] = new
         return super().coefficients(new, group)
 
-    def turned(self, old: Span, new: Span) -> None:
+    def leave(self, span: Span) -> None:
         if "along" in self.state:
-            whole = old.combine(self.state["along"]) + self.state.get("waiting", 0)
-            self.state["along"] = new.coordinates(whole)
-            self.state["waiting"] = whole - new.combine(self.state["along"])
+            self.state["waiting"] = span.combine(self.state.pop("along")) + self.state.get("waiting", 0)
+
+    def enter(self, span: Span) -> None:
+        if not span.orthonormal:
+            raise ValueError('MomentumNewton needs an orthonormal basis, as ClassGradients(orthonormal="qr") is')
+        if "waiting" in self.state:
+            self.state["along"] = span.coordinates(self.state["waiting"])
+            self.state["waiting"] = self.state["waiting"] - span.combine(self.state["along"])
 
 
 class Scale(Inside):

@@ -95,13 +95,14 @@ class SubspaceNewton(ModelOptimizer):
         )
         since = self.steps - self.first_refresh
         refresh = since >= 0 and since % self.refresh_every == 0
-        old = self.basis.span
+        if refresh and self.basis.span is not None:
+            with torch.no_grad():
+                self.inside.leave(self.basis.span)
         observed = self.basis.observe(batch, refresh)
         with torch.no_grad():
             if refresh and self.basis.span is not None:
                 self.inside.refresh(self.basis.span, batch, observed)
-                if old is not None:
-                    self.inside.turned(old, self.basis.span)
+                self.inside.enter(self.basis.span)
                 self.outside.moved(self.basis.span)
             update = self._update(batch, observed.loss, observed.gradient, group)
             self.basis.record(update if self.outside.proposed is None else self.outside.proposed)
