@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -202,6 +203,23 @@ def test_damping_rule_moves_both_ways_and_only_at_its_interval():
     for x, y in stream[:3]:
         falling.step(x, y)
     assert falling.damping == pytest.approx(0.999**3)
+
+
+def test_a_ratio_that_is_not_finite_leaves_the_damping():
+    """The squared error after the step overflows, the quadratic model's prediction does not."""
+
+    class Exponential(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return torch.exp(self.w * x)
+
+    for x, y, beta, ratio in ((3.0, 1000.0, 1.0, math.inf), (0.5, 4000.0, 0.2, -math.inf)):
+        opt = CurveBall(Exponential(), "mse", rho=0.0, beta=beta, damping_interval=1, damping_factor=0.5)
+        opt.step(torch.tensor([[x]]), torch.tensor([[y]]))
+        assert (opt.log()["ratio"], opt.log()["anomalies"], opt.damping) == (ratio, 1, 1)
 
 
 def test_auto_damping_looks_for_batch_norm():

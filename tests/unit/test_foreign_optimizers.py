@@ -13,7 +13,7 @@ from small_networks import C, batches, small_network
 from torch import nn
 
 from curvspace.functional import parameter_vector
-from curvspace.optim import FirstOrder, SpanFilter, build
+from curvspace.optim import FirstOrder, NegativeCurvature, SpanFilter, build
 
 TORCH = [
     "Adadelta",
@@ -282,3 +282,126 @@ def test_the_norm_is_zero_where_the_loss_does_not_depend_on_what_is_held() -> No
     optimizer.step(*batches(1)[0])
     assert float(optimizer.grad_norm) == 0
     assert torch.equal(model.loose, torch.ones(3, dtype=torch.float64))
+
+
+class Slowing(torch.optim.SGD):
+    """Keeps a number beside state and param groups, as schedules inside of optimisers do."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.9):
+        super().__init__(params, lr=lr, momentum=momentum)
+        self.taken = 0
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] = 0.1 / (1 + self.taken)
+        self.taken += 1
+        return super().step(closure)
+
+    def state_dict(self):
+        return {**super().state_dict(), "taken": self.taken}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.taken = state_dict["taken"]
+
+
+class Around(torch.optim.Optimizer):
+    """Around another optimiser: every third step goes back half of the way."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer, self.taken = optimizer, 0
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+        self.taken += 1
+        if self.taken % 3 == 0:
+            with torch.no_grad():
+                for p, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+                    p.copy_(slow.lerp_(p, 0.5))
+
+    def state_dict(self):
+        return {"inside": self.optimizer.state_dict(), "slow": self.slow, "taken": self.taken}
+
+    def load_state_dict(self, state_dict):
+        self.optimizer.load_state_dict(state_dict["inside"])
+        self.slow, self.taken = state_dict["slow"], state_dict["taken"]
+
+
+OWN_STATES: dict[str, Callable[[nn.Module], FirstOrder]] = {
+    "a number": lambda m: FirstOrder(m, Slowing, lr=0.1),
+    "another optimiser": lambda m: FirstOrder(m, Around(torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9))),
+    "filtered": lambda m: SpanFilter(Slowing(m.parameters(), lr=0.1), m, C, refresh_every=2),
+    "negative curvature": lambda m: NegativeCurvature(m, Slowing, lr=0.1),
+    "Lookahead": lambda m: FirstOrder(
+        m,
+        pytest.importorskip("pytorch_optimizer").Lookahead(torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9), k=3),
+    ),
+    "LBFGS": lambda m: FirstOrder(m, torch.optim.LBFGS, lr=0.1, max_iter=3),
+    "SOAP": lambda m: built("pytorch_optimizer:SOAP", m),
+}
+
+
+@pytest.mark.parametrize("way", ["file", "memory", "deepcopy", "pickle"])
+@pytest.mark.parametrize("name", OWN_STATES)
+def test_what_an_optimiser_keeps_beside_torchs_state_goes_with_it(name: str, way: str) -> None:
+    if name == "Lookahead" and way in ("deepcopy", "pickle"):
+        pytest.skip("the class itself cannot be copied")
+    steps, model = minibatches(9), deep_network()
+    optimizer = OWN_STATES[name](model)
+    for x, y in steps[:4]:
+        optimizer.step(x, y)
+    if way in ("deepcopy", "pickle"):
+        resumed = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+        other = resumed.model
+    else:
+        saved = (copy.deepcopy(model.state_dict()), optimizer.state_dict())
+        if way == "file":
+            file = io.BytesIO()
+            torch.save(saved, file)
+            file.seek(0)
+            saved = torch.load(file, weights_only=True)
+        other = deep_network()
+        resumed = OWN_STATES[name](other)
+        other.load_state_dict(saved[0])
+        resumed.load_state_dict(saved[1])
+    for x, y in steps[4:]:
+        assert torch.equal(optimizer.step(x, y), resumed.step(x, y))
+    assert torch.equal(parameter_vector(model), parameter_vector(other))
+
+
+def test_a_state_of_another_wrapped_optimiser_is_refused() -> None:
+    """Adam's state fits AdamW, whose decay would no longer be decoupled."""
+    adam, adamw = (FirstOrder(deep_network(), kind, lr=0.1) for kind in (torch.optim.Adam, torch.optim.AdamW))
+    with pytest.raises(ValueError, match="its wrapped = 'Adam', here 'AdamW'"):
+        adamw.load_state_dict(adam.state_dict())
+
+
+def test_the_first_and_last_matrix_of_muon_are_the_models_also_where_they_are_frozen() -> None:
+    pytest.importorskip("pytorch_optimizer")
+    model = deep_network()
+    model[0].requires_grad_(False)
+    optimizer = build("muon", {}, model, C, lr=0.01)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(model[2].weight)]
+
+
+def test_parameters_let_loose_are_moved_where_the_optimiser_holds_them() -> None:
+    ours, plain = deep_network(), deep_network()
+    for model in (ours, plain):
+        model[0].requires_grad_(False)
+        model[2].requires_grad_(False)
+    optimizer = FirstOrder(ours, torch.optim.SGD([*ours[2:].parameters()], lr=0.1, momentum=0.9))
+    reference = torch.optim.SGD([*plain[2:].parameters()], lr=0.1, momentum=0.9)
+    for step, (x, y) in enumerate(minibatches(6)):
+        for model, opt in ((ours, optimizer), (plain, reference)):
+            if step == 2:
+                model[2].requires_grad_(True)
+            if step == 4:
+                model[0].requires_grad_(True)
+                opt.add_param_group({"params": [*model[0].parameters()], "lr": 0.05})
+        optimizer.step(x, y)
+        reference.zero_grad()
+        nn.functional.cross_entropy(plain(x), y).backward()
+        reference.step()
+    assert torch.equal(parameter_vector(ours), parameter_vector(plain))

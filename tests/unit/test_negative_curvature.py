@@ -265,3 +265,12 @@ def test_a_base_by_name():
 def test_a_base_that_needs_a_closure_is_refused():
     with pytest.raises(ValueError, match="closure"):
         NegativeCurvature(network(), torch.optim.LBFGS)
+
+
+def test_one_param_group_only():
+    model = network()
+    with pytest.raises(ValueError, match="groups must be left out"):
+        NegativeCurvature(model, torch.optim.SGD, groups=[{"params": list(model.parameters())}], lr=0.1)
+    optimizer = NegativeCurvature(model, torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="one param group"):
+        optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})

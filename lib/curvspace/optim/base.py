@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -122,6 +123,8 @@ class ModelOptimizer(torch.optim.Optimizer):
     def _require_same_parameters(self) -> None:
         """A step is for the parameters that were trainable when the optimiser was made."""
         held = {id(p) for p in self._trainable}
+        if not self.couples_parameters:
+            held |= {id(p) for group in self.param_groups for p in group["params"]}
         present = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         new = [name for name, p in present.items() if id(p) not in held]
         lost = len(held) - (len(present) - len(new)) if self.couples_parameters else 0
@@ -180,7 +183,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """All that a fresh optimiser needs to go on bit for bit, as a copy: later steps change nothing of it."""
         own = {"steps": self.steps, "costs": asdict(self.costs), "extra": self._extra_state()}
-        return {**copied(super().state_dict()), **own, "made_of": self._made_of()}
+        return {**copy.deepcopy(super().state_dict()), **own, "made_of": self._made_of()}
 
     def _made_of(self) -> dict[str, Any]:
         """What a state must fit, by name."""
@@ -205,7 +208,7 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._require_own(state_dict)
-        super().load_state_dict({k: copied(state_dict[k]) for k in ("state", "param_groups")})
+        super().load_state_dict(copy.deepcopy({k: state_dict[k] for k in ("state", "param_groups")}))
         self.steps, self.costs = state_dict["steps"], Costs(**state_dict["costs"])
         self._load_extra_state(state_dict["extra"])
         self._stepped_on = None
@@ -264,9 +267,9 @@ def _fresh_autocast() -> Iterator[None]:
 
 
 def copied(value: Any, device: torch.device | None = None) -> Any:
-    """Nested dictionaries and lists with their tensors copied: a state dict does not change under later steps."""
+    """Nested dictionaries with their tensors copied: a state dict does not change under later steps."""
     if isinstance(value, Tensor):
         return value.to(device or value.device, copy=True)
     if isinstance(value, Mapping):
         return {k: copied(v, device) for k, v in value.items()}
-    return type(value)(copied(v, device) for v in value) if type(value) in (list, tuple) else value
+    return value

@@ -241,11 +241,13 @@ class CurveBall(ModelOptimizer):
         """The trust-region rule of section 3, without a branch on the host."""
         group, scalars = self.param_groups[0], self._scalars
         ratio = change / predicted
-        scalars["anomalies"] += ~ratio.isfinite()
+        finite = ratio.isfinite()
+        scalars["anomalies"] += ~finite
         scalars["ratio"] = ratio
         damping = scalars["damping"]
-        damping = torch.where(ratio > group["ratio_high"], damping * group["damping_factor"], damping)
-        scalars["damping"] = torch.where(ratio < group["ratio_low"], damping / group["damping_factor"], damping)
+        damping = torch.where(finite & (ratio > group["ratio_high"]), damping * group["damping_factor"], damping)
+        low = finite & (ratio < group["ratio_low"])
+        scalars["damping"] = torch.where(low, damping / group["damping_factor"], damping)
 
     def _extra_state(self) -> dict[str, Any]:
         return dict(self.log())

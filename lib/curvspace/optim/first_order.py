@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,11 +85,20 @@ class FirstOrder(ModelOptimizer):
     def state(self, value: Any) -> None:
         self.inner.state = value
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Torch's optimisers leave out of a copy what they keep beside state and param groups (as ``LBFGS`` does)."""
+        kept: dict[str, Any] = {}
+        if type(self.inner).__getstate__ is torch.optim.Optimizer.__getstate__:
+            left = ("step", "state", "param_groups", "defaults")
+            kept = {k: v for k, v in vars(self.inner).items() if k not in left and not k.startswith("_optimizer_")}
+        return {**super().__getstate__(), "_beside": kept}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, or (``load_state_dict``) param groups and state alone, which are the wrapped optimiser's."""
-        super().__setstate__({k: v for k, v in state.items() if k not in ("state", "param_groups")})
+        super().__setstate__({k: v for k, v in state.items() if k not in ("state", "param_groups", "_beside")})
         if "inner" not in state:
             self.inner.__setstate__(state)
+        vars(self.inner).update(state.get("_beside", {}))
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:
         if self._closure:
@@ -177,13 +187,28 @@ class FirstOrder(ModelOptimizer):
         return self.ranks.mean([loss.detach()], share)[0]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if isinstance(self.inner, torch.optim.Optimizer):
+        if isinstance(self.inner, torch.optim.Optimizer) and not self.couples_parameters:
             self.inner.add_param_group(param_group)
-        else:  # while the base class is set up
+        else:  # also while the base class is set up
             super().add_param_group(param_group)
+
+    def _made_of(self) -> dict[str, Any]:
+        return {**super()._made_of(), "wrapped": type(self.inner).__name__}
+
+    @property
+    def _has_own_states(self) -> bool:
+        """Whether the wrapped optimiser saves more than torch does, or loads it in a way of its own."""
+        kind, torchs = type(self.inner), torch.optim.Optimizer
+        return kind.state_dict is not torchs.state_dict or kind.load_state_dict is not torchs.load_state_dict
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"wrapped": copy.deepcopy(self.inner.state_dict())} if self._has_own_states else {}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        if "wrapped" in state_dict:
+            self.inner.load_state_dict(copy.deepcopy(state_dict["wrapped"]))
         if self._moded:
             self._moded.train()
 
@@ -242,16 +267,16 @@ def muon(
 ) -> FirstOrder:
     """Muon on the hidden weight matrices, AdamW on the rest: ``pytorch_optimizer.Muon`` with its two kinds of groups.
 
-    Hidden are the weights of two and more dimensions but the first and the last of the model: the first reads the
-    inputs, the last gives the outputs. AdamW's rate and decay are Muon's unless given (a schedule moves both);
-    ``options`` are the class's own (``momentum``, ``nesterov``, ``ns_steps``, ``adamw_betas``, ...).
+    Hidden are the weights of two and more dimensions but the first and the last of the model, frozen or not: the first
+    reads the inputs, the last gives the outputs. AdamW's rate and decay are Muon's unless given (a schedule moves
+    both); ``options`` are the class's own (``momentum``, ``nesterov``, ``ns_steps``, ``adamw_betas``, ...).
 
     Raises ``ValueError`` for a model without a hidden weight matrix, ``ImportError`` without pytorch-optimizer.
     """
     from pytorch_optimizer import Muon
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    hidden = [p for p in parameters if p.ndim >= 2][1:-1]
+    hidden = [p for p in [p for p in model.parameters() if p.ndim >= 2][1:-1] if p.requires_grad]
     if not hidden:
         raise ValueError(f"{type(model).__name__} has no hidden weight matrix for Muon; use torch.optim:AdamW")
     chosen = set(map(id, hidden))

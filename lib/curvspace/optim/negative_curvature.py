@@ -105,6 +105,7 @@ class NegativeCurvature(FirstOrder):
         positive = isinstance(lr_v, int | float) and math.isfinite(lr_v) and lr_v > 0
         require(positive or lr_v == "auto", "lr_v", lr_v, '"auto" or a positive number')
         require(math.isfinite(lr_negative) and lr_negative >= 0, "lr_negative", lr_negative, "finite and at least 0")
+        require("groups" not in base_options, "groups", base_options.get("groups"), "left out: there is one group")
         require_count("every", every)
         require(0.0 <= average < 1.0, "average", average, "in [0, 1)")
         super().__init__(model, kind, loss, **base_options)
