@@ -52,7 +52,8 @@ def as_pairs(batches: Any) -> list[tuple[Inputs, Any]]:
 @contextmanager
 def _preserved_generators(batches: Any) -> Iterator[None]:
     """Whatever is drawn inside (a loader's order, augmentations) leaves no trace in the user's generators."""
-    holders = (batches, getattr(batches, "sampler", None))
+    grouped = getattr(batches, "batch_sampler", None)
+    holders = (batches, getattr(batches, "sampler", None), grouped, getattr(grouped, "sampler", None))
     own = {id(g): g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)}
     states = [(g, g.get_state()) for g in own.values()]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the user's, whatever its kind)

@@ -341,6 +341,18 @@ def test_reading_a_loader_draws_nothing(read, shuffle, seeded):
     assert states() == before
 
 
+@pytest.mark.parametrize("read", [Objective, CurvatureMonitor])
+def test_reading_a_loader_with_a_batch_sampler_draws_nothing_from_its_generator(read):
+    own, data = torch.Generator().manual_seed(5), Augmented()
+    order = torch.utils.data.RandomSampler(data, generator=own)
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=torch.utils.data.BatchSampler(order, batch_size=5, drop_last=False)
+    )
+    before = own.get_state()
+    read(_mlp(), loader)
+    assert torch.equal(own.get_state(), before)
+
+
 def _same_width() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 4)).double()
 

@@ -4,8 +4,8 @@ With g and H the gradient and the Hessian of one minibatch's loss, and a unit ve
 
 .. math::
     \tilde\lambda = \tilde v^\top H \tilde v, \qquad
-    \tilde v \leftarrow \frac{\tilde v - \eta_v\, 2 H \tilde v}{|\tilde v - \eta_v\, 2 H \tilde v|}, \qquad
-    \theta \leftarrow \mathrm{base}(\theta, g) - \eta_-\,(g^\top \tilde v)\,\tilde v,
+    \theta \leftarrow \mathrm{base}(\theta, g) - \eta_-\,(g^\top \tilde v)\,\tilde v, \qquad
+    \tilde v \leftarrow \frac{\tilde v - \eta_v\, 2 H \tilde v}{|\tilde v - \eta_v\, 2 H \tilde v|},
 
 since :math:`\nabla_v\, v^\top H v = 2Hv`.
 """

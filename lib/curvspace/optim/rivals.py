@@ -109,7 +109,8 @@ def bsfa(
     v is the base rule's own step (heavy ball, or Adam with ``cospace="adam"``) from the whole gradient, Q the k
     principal directions of its last ``window`` steps v, :math:`\alpha` is ``dominant`` and :math:`\gamma` ``bulk``. The
     abstract names the estimator (PCA of past updates); whether it centres them is left open: ``centred``. Q is one
-    span of the whole vector of parameters here; the paper also does it block by block.
+    span of the whole vector of parameters here; the paper also does it block by block. Until more than k steps are
+    known at a refresh there is no Q, and v is taken as it is.
     """
     rule = Rescaled(_outside(cospace, lr, momentum), within=dominant, outside=bulk, whole=True)
     return SubspaceNewton(model, PrincipalUpdates(k, window, centred), Drop(), rule, loss, refresh_every=refresh_every)
