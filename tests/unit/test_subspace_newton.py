@@ -257,3 +257,21 @@ def test_a_mean_curvature_of_directions_that_come_and_go_is_refused() -> None:
     optimizer.step(*data[0])
     with pytest.raises(ValueError, match="the basis has 6 directions, before it had 4"):
         optimizer.step(*data[1])
+
+
+@pytest.mark.parametrize("without", ["ignored labels", "weight 0"])
+@pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
+def test_curvature_is_not_measured_where_no_example_of_the_share_counts(curvature: str, without: str) -> None:
+    """A mean over nothing has no curvature: it would be the longest step that the damping allows."""
+    x, y = batches(1, n=16)[0]
+    y = torch.where(torch.arange(16) < 4, C - 1, y % (C - 1))
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0, 1.0, 0.0]).double())
+    if without == "ignored labels":
+        y, loss = torch.where(y == C - 1, -100, y), nn.CrossEntropyLoss()
+    steps = []
+    for fraction in (0.25, 1.0):
+        model = small_network()
+        rule = RayleighRitzNewton(0.1, curvature=curvature, fraction=fraction)
+        SubspaceNewton(model, RandomDirections(3), rule, GradientDescent(0.1), loss).step(x, y)
+        steps.append(parameter_vector(model))
+    assert torch.equal(*steps)

@@ -72,9 +72,11 @@ class Minibatch:
         return next(iter(trainable_parameters(self.model).values())).device
 
     def part(self, fraction: float) -> Minibatch:
-        """The first examples of the batch (drawn at random by the data loader), at least one."""
+        """The first examples of the batch (drawn at random by the data loader), at least one; all where none counts."""
         n = batch_size(self.targets)
         m = max(1, round(fraction * n))
+        if m < n and self.loss.weight(select(self.targets, slice(0, m), size=n)) == 0:
+            m = n
         if m >= n and self.ranks.alone:
             return self
         if m < n:
