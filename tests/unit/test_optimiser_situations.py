@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from curvspace import optim
 from curvspace.functional import parameter_vector
 from curvspace.optim.base import ModelOptimizer
+from curvspace.optim.kfac import KFAC
 
 C = 3
 MAKE: dict[str, Callable[[nn.Module], ModelOptimizer]] = {
@@ -384,3 +385,15 @@ def test_labels_of_any_integer_type(name: str, dtype: torch.dtype) -> None:
     for _ in range(2):
         assert torch.equal(usual.step(x, y), other.step(x, y.to(dtype)))
     assert torch.equal(parameter_vector(usual.model), parameter_vector(other.model))
+
+
+@pytest.mark.parametrize("name", [*MAKE, "K-FAC"])
+def test_the_norm_of_the_gradient_is_there_where_the_gradient_is_formed(name: str) -> None:
+    (x, y), model = data(), network()
+    expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    optimizer = {**MAKE, "K-FAC": KFAC}[name](model)
+    optimizer.step(x, y)
+    if name == "CurveBall":
+        assert optimizer.grad_norm is None
+    else:
+        torch.testing.assert_close(optimizer.grad_norm, torch.cat([g.flatten() for g in expected]).norm())

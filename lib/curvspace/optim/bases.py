@@ -93,7 +93,8 @@ class ClassGradients(Basis):
 
     where :math:`t_k` counts the minibatches that held class k: a class that is absent moves neither its average nor
     its counter. Along :math:`v_k` it estimates the curvature by eq. 12
-    (:func:`~curvspace.curvature.class_gradients.class_curvatures`).
+    (:func:`~curvspace.curvature.class_gradients.class_curvatures`), which is of the mean cross-entropy without weights,
+    whatever the loss is.
 
     Parameters
     ----------

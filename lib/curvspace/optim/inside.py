@@ -75,7 +75,8 @@ class DiagonalNewton(Inside):
     Parameters
     ----------
     gamma
-        Decay of the average, in [0, 1).
+        Decay of the average, in [0, 1), over refreshes of the k-th vector: 0 for bases whose vectors do not keep their
+        meaning (any orthonormal basis of a span, past updates).
     initial
         What :math:`\lambda(0)=1` does. ``"until-seen"``: it stands until the class is first seen, and with the bias
         correction of eq. 17 has no weight afterwards. ``"averaged"``: it enters the average, which is then not

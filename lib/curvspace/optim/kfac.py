@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvspace.functional import Inputs, call, flatten, unflatten
+from curvspace.inner import norm
 from curvspace.losses import CrossEntropy, Loss
 from curvspace.optim.base import ModelOptimizer, require, require_count, require_numbers
 from curvspace.outputs import logits
@@ -60,11 +61,12 @@ class KFAC(ModelOptimizer):
         parameters = group["params"]
         outputs = call(self.model, inputs)
         loss = self.loss(outputs, targets)
-        gradient = torch.autograd.grad(loss, parameters)
+        gradient = flatten(torch.autograd.grad(loss, parameters))
+        self.grad_norm = norm(gradient)
         refresh = self.steps % self.refresh_every == 0
         if refresh or self._inverse is None:
             self._inverse = self._inverted(inputs, targets, logits(outputs).detach(), refresh)
-        direction = unflatten(self._inverse @ flatten(gradient), parameters)
+        direction = unflatten(self._inverse @ gradient, parameters)
         with torch.no_grad():
             for p, d in zip(parameters, direction, strict=True):
                 velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))

@@ -24,6 +24,7 @@ from curvspace.functional import (
     parameter_vector,
     trainable_parameters,
 )
+from curvspace.inner import norm
 from curvspace.losses import Loss
 from curvspace.objective import Objective
 from curvspace.optim.base import ModelOptimizer, require, require_numbers
@@ -99,6 +100,7 @@ class LevenbergMarquardt(ModelOptimizer):
     def _direction(self, objective: Objective, scaling: str) -> Tensor:
         """The proposal (P,), solved in float64."""
         gradient = objective.gradient()
+        self.grad_norm = norm(gradient)
         matrix = dense_matrix(objective.gauss_newton())
         size = matrix.shape[0]
         self.costs.backward += 1 + size
