@@ -226,8 +226,9 @@ def _cosine_panel(axis: Axes, part: pd.DataFrame) -> None:
 def _share_panel(axis: Axes, part: pd.DataFrame, style: Style) -> None:
     for quantity, name in QUANTITIES.items():
         one = part[part["quantity"] == quantity]
-        axis.plot(one["step"], one["value"], "o-", label=name)
-        axis.plot(one["step"], one["null"], ":", color="0.4", label="random span" if name == "|g|²" else None)
+        style.band(axis, one, "step", "value", label=name, marker="o")
+        null = one.groupby("step")["null"].first()
+        axis.plot(null, ":", color="0.4", label="random span" if name == "|g|²" else None)
     lowest = part.loc[
         part["quantity"].isin(QUANTITIES), "value"
     ].min()  # shares of an indefinite matrix's trace go below 0

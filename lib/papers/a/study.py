@@ -138,7 +138,7 @@ def _diagnosis(a: Mapping[str, Any]) -> Artefact:
     for block in a["diagnosis"]:
         run = Run(block["dataset"], block["model"], block["optimizer"], block["batch_size"], block["lr"], block["seed"])
         spec = {key: block[key] for key in ("examples", "trace_products", "batch_norm", "tol", "steps") if key in block}
-        name = f"a/diagnosis/{run.dataset}-{run.model}-{run.optimizer}"
+        name = f"a/diagnosis/{run.dataset}-{run.model}-{run.optimizer}" + (f"-seed{run.seed}" if run.seed else "")
         measures.append(Measure(name, f"{MEASURES}:diagnosis", (run,), spec=spec))
     return Artefact(
         "A-X1",
