@@ -341,3 +341,37 @@ def test_a_monitor_is_pickled_with_its_rows():
 def test_options_that_are_no_numbers_are_refused(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         CurvatureMonitor(network(), batches(), **options)
+
+
+def test_a_csv_file_that_ends_in_half_a_line_is_continued_without_it(tmp_path):
+    path = tmp_path / "c.csv"
+    monitor = CurvatureMonitor(network(), batches(), to=path)
+    rows = [monitor.measure(step) for step in (0, 1)]
+    whole = path.read_bytes()
+    for left, steps in ((len(whole) - 20, [0, 2]), (30, [2])):  # half of the last row; half of the header
+        path.write_bytes(whole[:left])
+        CurvatureMonitor(network(), batches(), to=CSVSink(path, append=True)).measure(2)
+        table = pd.read_csv(path)
+        assert table["step"].tolist() == steps
+        assert list(table) == list(rows[0])
+
+
+def test_a_row_that_did_not_fit_on_the_disk_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "c.csv"
+    sink, row = CSVSink(path), {"step": 0, "loss": 1.0}
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def writerows(self, rows):
+            self.file.write("0,1")
+            raise OSError(28, "No space left on device")
+
+    for steps in ([0], [0, 1]):
+        with monkeypatch.context() as patch:
+            patch.setattr("csv.writer", Full)
+            with pytest.raises(OSError, match="No space left"):
+                sink.write(row)
+        sink.write({**row, "step": steps[-1]})
+        assert pd.read_csv(path)["step"].tolist() == steps

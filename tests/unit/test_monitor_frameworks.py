@@ -201,3 +201,32 @@ def test_sinks_shared_by_path_are_made_at_once(tmp_path):
     with pytest.raises(ValueError, match="is there already"):
         TrainerMonitor(to=tmp_path / "c.csv")
     assert TrainerMonitor(to=CSVSink(tmp_path / "c.csv", append=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightnings_callback_refuses_another_network(pl, tmp_path):
+    from curvspace.monitor import LightningMonitor
+
+    callback = LightningMonitor(num_batches=1, share=None, k=1, to=[])
+    trainer, module = fit_lightning(pl, tmp_path, [callback])
+    rows = len(callback.monitor.rows)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*examples()), batch_size=12))
+    assert len(callback.monitor.rows) == rows + 4
+    with pytest.raises(ValueError, match="follows another network already; make a new one for each training"):
+        fit_lightning(pl, tmp_path, [callback])
+
+
+def test_the_trainers_callback_refuses_another_network_and_catches_each_batch_once(tmp_path):
+    model = transformer()
+    from curvspace.monitor import TrainerMonitor
+
+    callback = TrainerMonitor(num_batches=2, share=None, k=1)
+    with pytest.raises(KeyError):  # the first training ends in an error of its own
+        fit_trainer(tmp_path, [callback], model, [{**sentences(1)[0], "labels": None}, {}])
+    fit_trainer(tmp_path, [callback], model)
+    (first, _), (second, _) = callback._first.pairs
+    assert not torch.equal(first["input_ids"], second["input_ids"])
+    assert not model._forward_pre_hooks
+    with pytest.raises(ValueError, match="follows another network already; make a new one for each training"):
+        fit_trainer(tmp_path, [callback], transformer())

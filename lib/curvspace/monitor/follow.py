@@ -173,6 +173,11 @@ class CurvatureMonitor:
                 sink.write(row)
         return row
 
+    def require(self, model: nn.Module) -> None:
+        """Raise ``ValueError`` for another network than the one that is followed, of which the numbers would be."""
+        if model is not self.model:
+            raise ValueError("this monitor follows another network already; make a new one for each training")
+
     @property
     def overhead(self) -> float:
         """Seconds of measuring per second of training so far."""

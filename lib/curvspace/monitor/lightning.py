@@ -26,7 +26,7 @@ else:
 class LightningMonitor(Callback):
     """``Trainer(callbacks=[LightningMonitor(...)])``: a :class:`CurvatureMonitor` that is called at each training step.
 
-    Only the first process of several measures.
+    Only the first process of several measures. A callback follows one network; another one takes another callback.
 
     Parameters
     ----------
@@ -66,6 +66,10 @@ class LightningMonitor(Callback):
         self._sinks: list[Sink] = as_sinks(to)
         self._step = -1
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.require(self._followed(pl_module))
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.is_global_zero:
             return
@@ -87,10 +91,12 @@ class LightningMonitor(Callback):
         self.on_fit_end(trainer, pl_module)
 
     def _begin(self, trainer: Any, pl_module: Any) -> CurvatureMonitor:
-        model: nn.Module = getattr(pl_module, self._module) if self._module else pl_module
         batches = self._first.pairs if self._batches is None else self._batches
         sinks = self._sinks or [_Loggers(trainer)]
-        return CurvatureMonitor(model, batches, self._loss, to=sinks, **self._options)
+        return CurvatureMonitor(self._followed(pl_module), batches, self._loss, to=sinks, **self._options)
+
+    def _followed(self, pl_module: Any) -> nn.Module:
+        return getattr(pl_module, self._module) if self._module else pl_module
 
 
 class _Loggers:

@@ -6,6 +6,7 @@ import csv
 import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -30,7 +31,8 @@ class CSVSink:
     path
         The file; its folder is made.
     append
-        Continue a file that is there (a resumed run); its columns must be the same.
+        Continue a file that is there (a resumed run); its columns must be the same. Half a line at its end, of a
+        process that was killed, is dropped. Rows beyond the step from which the run is resumed stay, and come again.
 
     Raises
     ------
@@ -44,30 +46,37 @@ class CSVSink:
         if self._begun():
             if not append:
                 self._refuse()
+            self._drop_half_a_line()
             with self.path.open(newline="", encoding="utf-8") as file:
-                self.columns = next(csv.reader(file))
+                self.columns = next(csv.reader(file), None)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, row: Row) -> None:
         new = self.columns is None
-        if self.columns is None:
-            if self._begun():
-                self._refuse()
-            self.columns = list(row)
-        if list(row) != self.columns:
+        if new and self._begun():
+            self._refuse()
+        if self.columns is not None and list(row) != self.columns:
             other = sorted(set(row) ^ set(self.columns)) or "their order"
             raise ValueError(f"{self.path} has other columns than this monitor: {other}; write to another file")
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(self.columns)
-            writer.writerow(row.values())
+        before = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([list(row), row.values()] if new else [row.values()])
+        except OSError:  # a full disk: the next row must not go on where this one broke off
+            with suppress(OSError):
+                os.truncate(self.path, before)
+            raise
+        self.columns = list(row)
 
     def close(self) -> None:
         pass
 
     def _begun(self) -> bool:
         return self.path.is_file() and self.path.stat().st_size > 0
+
+    def _drop_half_a_line(self) -> None:
+        with self.path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
     def _refuse(self) -> NoReturn:
         raise ValueError(f"{self.path} is there already; name another file, or continue it with append=True")

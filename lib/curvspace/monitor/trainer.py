@@ -19,7 +19,7 @@ from curvspace.monitor.sinks import Sink, as_sinks
 class TrainerMonitor(TrainerCallback):
     """``Trainer(callbacks=[TrainerMonitor(to=...)])``: a :class:`CurvatureMonitor` called at each training step.
 
-    Only the first process of several measures.
+    Only the first process of several measures. A callback follows one network; another one takes another callback.
 
     Parameters
     ----------
@@ -60,6 +60,9 @@ class TrainerMonitor(TrainerCallback):
         self._hook: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._unhook()  # of a training that ended in an exception
+        if self.monitor is not None:
+            self.monitor.require(kwargs["model"])
         if state.is_world_process_zero and self._batches is None and not self._first.complete:
             self._hook = kwargs["model"].register_forward_pre_hook(self._catch, with_kwargs=True)
 
