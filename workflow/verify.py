@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = list(compare(load(settings.whole(written), ROOT).jobs()))
     for state, name, why in found:
         if options.all or state != "current":
-            print(f"{state:8} {name}" + (f": {why}" if why else ""))
+            common.tell(f"{state:8} {name}" + (f": {why}" if why else ""))
     counts = Counter(state for state, _, _ in found)
-    print(", ".join(f"{counts[state]} {state}" for state in ("current", "stale", "missing")))
+    common.tell(", ".join(f"{counts[state]} {state}" for state in ("current", "stale", "missing")))
     raise SystemExit(0 if counts["current"] == len(found) else 1)
 
 

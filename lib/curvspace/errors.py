@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 
 class UserError(Exception):
     """Shown by the commands as one line, without a traceback: say what is wrong, where, and what to do."""
+
+
+class WrongValue(UserError, ValueError):
+    """A value of the user's that something refuses; its cause is the refusal."""
+
+
+@contextmanager
+def values_refused() -> Iterator[None]:
+    """What is refused inside is the user's to mend."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise WrongValue(str(error)) from error
 
 
 WORDS = {"true", "false", "yes", "no", "on", "off", "none", "null"}

@@ -463,3 +463,173 @@ def test_values_of_options_in_the_spelling_of_python_yaml_and_json(text, value):
 def test_json_has_null_for_what_is_no_number():
     found = options.finite({"a": [math.nan, 1.0], "b": {"c": math.inf}, "d": "NaN", "e": (1, -math.inf)})
     assert found == {"a": [None, 1.0], "b": {"c": None}, "d": "NaN", "e": [1, None]}
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("eigs", ("--data", "cifar10"), "a run knows its network, weights and data; leave out --data"),
+        ("eigs", ("--model-option", "width=3"), "leave out --model-option"),
+        ("eigs", ("--step", "all"), "--step all is for sharpness"),
+        ("density", ("--step", "all"), "--step all is for sharpness"),
+        ("train", ("--lr", "0.5"), "--lr stands in the spec already"),
+        ("train", ("--device", "cpu", "--epochs", "3"), "--device stands in the spec already"),
+        ("train", ("--optimizer", "sgd"), "--optimizer stands in the spec already"),
+        ("redo", (), "--out is the result itself"),
+    ],
+)
+def test_no_option_beside_a_run_goes_unheard(finished, tmp_path, command, words, message):
+    one = finished / "results/runs/one"
+    out = {"train": ("--out", tmp_path / "x"), "redo": ("--out", one)}.get(command, ())
+    assert message in run(command, one, *words, *out, "--data-folder", finished / "data", ok=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--vectors", "."), "--vectors . is a folder; name a file"),
+        (("--vectors", "v.pt"), "--vectors v.pt must end in .npz"),
+        (("--vectors", "file/v.npz"), "file/v.npz cannot be written"),
+        (("--plot", "."), "--plot . is a folder; name a file"),
+        (("--plot", "p"), "--plot p must end in .avif or"),
+        (("--plot", "p.nope"), "--plot p.nope must end in"),
+        (("--plot", "file/p.png"), "file/p.png cannot be written"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    monkeypatch.setattr("curvspace.cli.loading.opened", lambda subject: pytest.fail("it computes"))
+    assert message in run(*WORDS, *words, ok=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+MINE = """
+from torch import nn
+import mine_layers
+
+def build(input_shape, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4), mine_layers.Act(), nn.Linear(4, num_classes))
+"""
+LAYERS = "from torch import nn\nAct = nn.{}  # {}\n"
+
+
+def test_a_run_is_trained_again_when_the_users_code_has_changed(finished, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--data", "digits", "--data-folder", finished / "data", "--quiet", "--out", tmp_path / "run"]
+
+    def train(act: str, comment: str, ok: bool = True, *more: str) -> str:
+        (tmp_path / "mine_net.py").write_text(MINE)
+        (tmp_path / "mine_layers.py").write_text(LAYERS.format(act, comment))
+        for name in ("mine_net", "mine_layers"):
+            sys.modules.pop(name, None)
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        return run("train", "--model", "mine_net:build", *words, *more, ok=ok)
+
+    def weights() -> list[torch.Tensor]:
+        return list(torch.load(tmp_path / "run/checkpoints/step-15.pt")["model"].values())
+
+    train("Tanh", "one")
+    first = weights()
+    train("Tanh", "another comment")
+    assert all(torch.equal(a, b) for a, b in zip(first, weights(), strict=True))
+    assert "finished run of other settings, code, data" in train("ReLU", "", False)
+    train("ReLU", "", True, "--overwrite")
+    assert not torch.equal(first[0], weights()[0])
+
+
+def test_arrays_of_a_function_are_made_anew_though_older_ones_are_prepared(finished, tmp_path, monkeypatch):
+    from curvspace.datasets.store import Arrays
+
+    def given(seed: int) -> Arrays:
+        x, y = np.random.default_rng(seed).normal(size=(30, 4)).astype(np.float32), np.arange(30) % 3
+        return Arrays(x, y, x, y, 3)
+
+    module = sys.modules[__name__]
+    monkeypatch.setattr(module, "made", lambda: given(0), raising=False)
+    monkeypatch.chdir(tmp_path)
+    words = ("eigs", "--model", f"{HERE}:by_shape", "--data", f"{HERE}:made", "-k", "1")
+    run("data", f"{HERE}:made")
+    before = found(*words)["values"]
+    monkeypatch.setattr(module, "made", lambda: given(1))
+    after = found(*words)["values"]
+    assert after != before
+    fresh = found("eigs", "--model", f"{HERE}:by_shape", "--data", f"{HERE}:made", "-k", "1", "--data-folder", "none")
+    assert after == fresh["values"]
+
+
+def test_images_in_folders_by_the_example_of_the_help(tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        for name in ("cats", "dogs"):
+            file = tmp_path / "photos" / part / name / "1.png"
+            file.parent.mkdir(parents=True)
+            Image.new("RGB", (260, 260)).save(file)
+    (line,) = [
+        line for line in run("data", "--help").splitlines() if "imagefolder" in line and "curvspace data" in line
+    ]
+    run(*line.split()[1:])
+    assert json.loads((tmp_path / "data/photos/card.json").read_text())["options"] == {"folder": "photos"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model", "nope"), "unknown model kind 'nope'"),
+        (("--model", f"{HERE}:nope"), "has no function 'nope'"),
+        (("--model-option", "bogus=1"), "does not take the options {'bogus': 1}"),
+        (("--model-option", "kind=softmax"), "--model-option kind is not allowed: --model says it"),
+        (("--data-option", "source=sine"), "--data-option source is not allowed: --data says it"),
+        (("--data-option", "train=0"), "train must be a whole number of at least 1"),
+        (("--data-option", "train=99999"), "asks for more than 1442 examples"),
+        (("--data-option", "labels=foo"), "labels must be one of true, permuted"),
+        (("--optimizer", "nope"), "unknown optimizer kind 'nope'"),
+        (("--optimizer-option", "momentum=-2"), "Invalid momentum value: -2"),
+        (("--loss", "nope"), "unknown loss 'nope'"),
+        (("--out", __file__), "is no folder, and a run's outputs need one"),
+    ],
+)
+def test_mistakes_of_a_training_are_one_line(finished, tmp_path, words, message):
+    given = {"--model": "fc", "--data": "digits", "--data-folder": finished / "data", "--out": tmp_path / "x"}
+    given |= dict([words])
+    line = run("train", "--quiet", *(word for pair in given.items() for word in pair), ok=False)
+    assert message in line
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ('{"dataset": 3}', "the spec's dataset needs a name and a source"),
+        ('{"dataset": {"name": "d", "source": [1]}}', "the spec's dataset needs a name and a source"),
+        ('{"job": 3}', "--spec must hold a JSON object, got int"),
+        ("@binary", "binary is not readable as JSON"),
+        ("[" * 100_000, "--spec is not readable as JSON"),
+    ],
+    ids=["number", "list", "job", "binary", "deep"],
+)
+def test_specs_of_another_form_are_one_line(tmp_path, monkeypatch, spec, message):
+    monkeypatch.chdir(tmp_path)
+    Path("binary").write_bytes(bytes(range(256)))
+    assert message in run("train", "--out", "x", "--spec", spec, ok=False)
+
+
+def test_redo_replaces_no_file_of_another_origin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "results/figures"
+    folder.mkdir(parents=True)
+    (folder / "A-F1.run.json").write_text('{"job": {}}')
+    (tmp_path / "thesis.png").write_text("mine")
+    line = run("redo", folder / "A-F1", "--out", "thesis.csv", ok=False)
+    assert line.endswith("thesis.png is there and would be replaced; move it away, or name another file")
+
+
+def test_nobody_reads_on(tmp_path):
+    code = "import sys; from curvspace.cli import common; common.tell('x' * 10)\nsys.stderr.write('went on')"
+    environment = {**os.environ, "PYTHONPATH": str(Path(curvspace.__file__).parents[1])}
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)

@@ -59,7 +59,13 @@ def eigs(
     """Extreme eigenpairs of the Hessian or the Gauss-Newton matrix, with true residuals."""
     from curvspace.cli import spectra
 
-    _show(subject, "eigs", lambda one: spectra.eigs(one, k, which, tol, vectors), spectra.draw_eigs)
+    _show(
+        subject,
+        "eigs",
+        lambda one: spectra.eigs(one, k, which, tol, vectors),
+        spectra.draw_eigs,
+        ("--vectors", vectors, ("npz",)),
+    )
 
 
 @app.command(epilog=DENSITY)
@@ -87,7 +93,13 @@ def sharpness(
     """Sharpness, stable learning rate, gradient share, most negative eigenvalue; of one checkpoint or all."""
     from curvspace.cli import spectra
 
-    _show(subject, "sharpness", lambda one: spectra.sharpness(one, k, tol, csv), spectra.draw_sharpness)
+    _show(
+        subject,
+        "sharpness",
+        lambda one: spectra.sharpness(one, k, tol, csv),
+        spectra.draw_sharpness,
+        ("--csv", csv, ()),
+    )
 
 
 def _show(
@@ -95,16 +107,22 @@ def _show(
     name: str,
     compute: Callable[[Any], Mapping[str, Any]],
     draw: Callable[[Mapping[str, Any], Path], None],
+    *outputs: tuple[str, Path | None, tuple[str, ...]],
 ) -> None:
-    """Load, compute, print for people or as JSON, draw."""
+    """Load, compute, print for people or as JSON, draw. ``outputs``: further files, as (option, file, endings)."""
     with common.one_line_errors(name):
+        from curvspace.cli import spectra
         from curvspace.cli.loading import opened
 
+        for option, file, endings in outputs:
+            common.require_file(option, file, endings)
+        if subject.plot:
+            common.require_file("--plot", subject.plot, spectra.picture_formats())
         loaded: AbstractContextManager[Any] = opened(subject)
         with loaded as one:
             result = {"command": name, **one.description, **compute(one)}
         text = result.pop("text")
-        print(json.dumps(finite(result), indent=2, allow_nan=False) if subject.json else text)
+        common.tell(json.dumps(finite(result), indent=2, allow_nan=False) if subject.json else text)
         if subject.plot:
             draw(result, subject.plot)
             print(f"drawn: {subject.plot}", file=sys.stderr)

@@ -6,17 +6,25 @@ Nothing here imports torch: figures and tables are made without it.
 from __future__ import annotations
 
 import argparse
+import ast
+import errno
+import hashlib
 import importlib
 import inspect
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from importlib import metadata
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
+from curvspace import files
+from curvspace.cli.failures import is_users
 from curvspace.cli.failures import one_line_errors as one_line_errors
 from curvspace.errors import UserError
 
@@ -56,12 +64,35 @@ class _Spec(argparse.Action):
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object from the command line or, after an ``@``, from a file."""
     try:
-        value = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
-    except (OSError, json.JSONDecodeError) as error:
+        value = json.loads(Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text)
+    except (OSError, ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"a JSON object is wanted, got {type(value).__name__}")
     return value
+
+
+def require_file(option: str, file: Path | None, endings: Collection[str] = ()) -> None:
+    """Refuse, before anything is computed, an option's file that could not be written in the end."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise UserError(f"{option} {file} is a folder; name a file")
+    if endings and file.suffix[1:].lower() not in endings:
+        raise UserError(f"{option} {file} must end in .{' or .'.join(endings)}")
+    with files.writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK):
+            raise OSError(errno.EACCES, f"its folder {file.parent} is read-only")
+
+
+def tell(text: str) -> None:
+    """Print a result. Where nobody reads it any more (``| head``) the command ends without a word."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
+        raise SystemExit(128 + 13) from None  # as of SIGPIPE
 
 
 def load_function(name: str) -> Callable[..., Any]:
@@ -78,6 +109,41 @@ def load_function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"module {module_name} has no function {function}")
     return found
+
+
+def users_code(spec: Mapping[str, Any]) -> str:
+    """A digest of the user's modules that the ``module:function``s of a run's spec bring in; empty if it has none.
+
+    Comments and layout do not count. Where the pipeline runs a job, its own hash stands for all code.
+    """
+    blocks = [spec.get(key) for key in ("model", "optimizer")]
+    kinds = [str(block.get("kind")) for block in blocks if isinstance(block, Mapping)]
+    found: dict[str, str] = {}
+    for module in sorted(kind.partition(":")[0] for kind in kinds if ":" in kind):
+        with suppress(Exception):  # whoever builds it says what is wrong
+            importlib.import_module(module)
+        _read_users(module, found)
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16] if found else ""
+
+
+def _read_users(module: str, found: dict[str, str]) -> None:
+    """Add the source of a loaded module, if it is the user's, and of those that it imports."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if module in found or not file or not is_users(file):
+        return
+    with suppress(OSError, ValueError, SyntaxError):
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+        found[module] = ast.unparse(tree)
+        names = [module.rpartition(".")[0]]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                package = sys.modules[module].__package__ or ""
+                base = resolve_name("." * node.level + (node.module or ""), package)
+                names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        for name in names:
+            _read_users(name, found)
 
 
 def set_threads(count: int | None) -> None:

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from curvspace.cli.common import UserError, one_line_errors, provenance, take_spec
+from curvspace.cli.common import one_line_errors, provenance, take_spec
 from curvspace.datasets.catalogue import source_names
 from curvspace.datasets.obtain import DEFAULT_ORDER, DataUnavailable, prepare
 from curvspace.datasets.store import ARRAYS, CARD, WrongData
+from curvspace.errors import UserError, WrongValue
 from curvspace.files import write_record
 
 
@@ -24,10 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     spec = dict(options.spec or {})
-    if options.name:
-        spec["source"] = options.name
     with one_line_errors("data"):
-        if "source" not in spec:
+        if options.name and spec.get("source", options.name) != options.name:
+            raise UserError(f"{options.name} is asked for, but --spec has the source {spec['source']!r}")
+        spec |= {"source": options.name} if options.name else {}
+        if not isinstance(spec.get("source"), str):
             raise UserError("name a data set, or give --spec with a source")
         shaping = {key: value for key, value in spec.items() if key != "source"}
         try:
@@ -39,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 offline=options.offline,
                 folder=options.folder,
             )
-        except (DataUnavailable, WrongData, ValueError) as error:
+        except (DataUnavailable, WrongData) as error:
             raise UserError(str(error)) from error
+        except ValueError as error:
+            raise WrongValue(str(error)) from error
         record = {**provenance(spec, options.code), "served_by": card["source"]}
         write_record(options.out / "run.json", record, [options.out / ARRAYS, options.out / CARD])
 

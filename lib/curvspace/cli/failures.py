@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from curvspace.errors import UserError
+from curvspace.errors import UserError, WrongValue
 
 OURS = [Path(__file__).parents[1], Path(__file__).parents[2] / "papers"]
 LIBRARIES = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
@@ -45,6 +45,11 @@ def one_line_errors(stage: str) -> Iterator[None]:
         with _signals_told():
             yield
     except (UserError, FileNotFoundError) as error:
+        cause = error.__cause__
+        if isinstance(error, WrongValue) and cause and _users(cause):  # refused by code of the user's
+            with suppress(OSError):
+                traceback.print_exception(cause)
+            _end(stage, line(cause), 1)
         theirs = not isinstance(error, UserError) and _users(error)
         _end(stage, _with_place(str(error), error) if theirs else str(error), 1)
     except SystemExit as stop:  # ours have been told already
@@ -87,7 +92,12 @@ def place(error: BaseException) -> str | None:
 def _users(error: BaseException) -> list[traceback.FrameSummary]:
     """The error's frames in files that are neither ours nor a library's."""
     frames = traceback.extract_tb(error.__traceback__)
-    return [frame for frame in frames if not (frame.filename[0] == "<" or _below(frame.filename, OURS + LIBRARIES))]
+    return [frame for frame in frames if is_users(frame.filename)]
+
+
+def is_users(file: str) -> bool:
+    """Whether a source file is neither ours nor a library's."""
+    return not (file[0] == "<" or _below(file, OURS + LIBRARIES))
 
 
 def _below(file: str, folders: list[Path]) -> bool:

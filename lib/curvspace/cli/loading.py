@@ -68,6 +68,8 @@ class Loaded:
         }
 
     def objective(self) -> Objective:
+        if len(self.steps) > 1:
+            raise UserError("--step all is for sharpness; name one step, or leave it out for the last")
         with user_errors():
             return Objective(self.at(self.steps[-1]), self.batches, self.loss, **self.options)
 
@@ -130,8 +132,10 @@ def _check(subject: Subject) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be {' or '.join(values)}, got {getattr(subject, name)!r}")
     if subject.run is None and not (subject.model and subject.data):
         raise UserError("give the folder of a run, or --model and --data; examples: curvspace eigs --help")
-    if subject.run is not None and (subject.model or subject.checkpoint):
-        raise UserError("a run knows its network and weights; leave out --model and --checkpoint")
+    for option in ("model", "model_option", "checkpoint", "data"):
+        if subject.run is not None and getattr(subject, option):
+            name = option.replace("_", "-")
+            raise UserError(f"a run knows its network, weights and data; leave out --{name}, or leave out the run")
     if subject.run is None and subject.step != "last":
         raise UserError("--step is of a run; give the run's folder, or leave it out")
     for name in ("examples", "batches", "batch_size"):
@@ -195,9 +199,9 @@ def _data(name: str, subject: Subject) -> tuple[list[tuple[Any, Tensor]], tuple[
 
 
 def _prepared(name: str, subject: Subject) -> datasets.DataSet:
-    """A prepared data set; what needs no network is made on the spot where it is missing."""
+    """A prepared data set; what needs no network is made on the spot where it is missing, a function's always."""
     here = subject.data_folder / name
-    if (name in (*EMBEDDED, *MADE_HERE) or ":" in name) and not here.is_dir():
+    if ":" in name or (name in (*EMBEDDED, *MADE_HERE) and not here.is_dir()):
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from curvspace import files
 from curvspace.cli import stages
 from curvspace.errors import UserError
 
@@ -30,8 +31,9 @@ def make(name: str, folder: Path) -> str:
     words = {"NAME": name, "COMMAND": shlex.join(command)}
     for source in sorted(file for file in TEMPLATE.rglob("*") if file.is_file() and "__pycache__" not in file.parts):
         target = folder / str(source.relative_to(TEMPLATE)).replace("NAME", name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(_filled(source.read_text(encoding="utf-8"), words), encoding="utf-8")
+        with files.writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(_filled(source.read_text(encoding="utf-8"), words), encoding="utf-8")
     return f"cd {shlex.quote(str(folder))}\n{words['COMMAND']}"
 
 

@@ -29,7 +29,6 @@ def eigs(one: Loaded, k: int, which: Any, tol: float, vectors: Path | None) -> R
         warnings.simplefilter("ignore", RuntimeWarning)  # "converged" says it
         pairs = eigsh(operator, k, which, tol, seed=one.subject.seed, progress=not one.subject.quiet)
     if vectors is not None:
-        vectors.parent.mkdir(parents=True, exist_ok=True)
         np.savez(vectors, values=pairs.values.cpu(), vectors=pairs.vectors.cpu(), residuals=pairs.residuals.cpu())
     result = {
         "which": which,
@@ -159,6 +158,13 @@ def draw_sharpness(result: Mapping[str, Any], file: Path) -> None:
     _picture(result, file, draw)
 
 
+def picture_formats() -> list[str]:
+    """The endings of files that a picture can be drawn to."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    return sorted(FigureCanvasAgg.get_supported_filetypes())
+
+
 def _picture(result: Mapping[str, Any], file: Path, draw: Any) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -168,8 +174,4 @@ def _picture(result: Mapping[str, Any], file: Path, draw: Any) -> None:
     axes = figure.subplots()
     draw(axes)
     axes.set_title(f"{result['of']} ({result['examples']:,} examples)", fontsize=9)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(file, dpi=150)
-    except ValueError as error:
-        raise UserError(f"--plot {file}: {error}") from None
+    figure.savefig(file, dpi=150)

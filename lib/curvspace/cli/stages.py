@@ -18,6 +18,13 @@ from curvspace.errors import UserError
 STAGES = {"runs": "train", "measures": "measure", "figures": "figure", "tables": "table"}
 """Folder below results -> the stage that fills it."""
 
+BESIDE = {"figure": (".png", ".pdf"), "table": (".md", ".tex", ".html")}
+"""What a stage writes beside its CSV."""
+
+OF_A_SPEC = ["model_option", "data", "data_option", "optimizer", "optimizer_option", "lr", "batch_size", "epochs"]
+OF_A_SPEC += ["loss", "seed", "device", "checkpoint_every"]
+"""Options of a training that a whole spec says already."""
+
 TRAIN_EXAMPLES = """Examples:
 
   curvspace train --model fc --data digits --lr 0.1 --optimizer-option momentum=0.9 --epochs 5 --out runs/one
@@ -53,6 +60,7 @@ DataFolder = Annotated[Path, typer.Option(help="Where prepared data sets lie.")]
 
 
 def train(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="The run's folder.")],
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="Train as this run was.")] = None,
     spec: Spec = None,
@@ -80,13 +88,17 @@ def train(
     with common.one_line_errors("train"):
         if sum(given is not None for given in (run, spec, model)) != 1:
             raise UserError("say what to train by one of: a run's folder, --spec, --model (with --data)")
+        typed = {name for name in OF_A_SPEC if "COMMANDLINE" in str(context.get_parameter_source(name))}
+        if model is None and typed:
+            option = min(typed).replace("_", "-")
+            raise UserError(f"--{option} stands in the spec already; leave it out, or change it there (--spec @FILE)")
         if model is not None:
             if data is None:
                 raise UserError("--model needs --data too")
             job: dict[str, Any] = {
-                "dataset": {"name": data, "source": data, **parsed(data_option)},
-                "model": {"name": model, "kind": model, **parsed(model_option)},
-                "optimizer": {"name": optimizer, "kind": optimizer, **parsed(optimizer_option)},
+                "dataset": _block("data", "source", data, data_option),
+                "model": _block("model", "kind", model, model_option),
+                "optimizer": _block("optimizer", "kind", optimizer, optimizer_option),
                 "task": {"epochs": epochs, "loss": loss, "checkpoint_every": checkpoint_every},
                 "batch_size": batch_size,
                 "lr": lr,
@@ -97,11 +109,10 @@ def train(
             job = spec_of(run) if run is not None else given_spec(spec or "")
         if run is not None and out.resolve() == run.resolve():
             raise UserError(f"--out is the run itself; name another folder than {out}")
-        dataset = job.get("dataset", {})
-        folder = data_folder / _prepared_name(dataset, data_folder)
+        folder = data_folder / _prepared_name(job.get("dataset"))
         if not (folder.is_dir() or (data_folder / "arrays.npz").is_file()):
-            name = dataset.get("source", dataset.get("name"))
-            raise UserError(f"{folder} is not there; make it with: curvspace data {name} --out {folder}")
+            source = job["dataset"]["source"]
+            raise UserError(f"{folder} is not there; make it with: curvspace data {source} --out {folder}")
     from curvspace.cli.train import main
 
     arguments = [
@@ -121,7 +132,7 @@ def data(
     out: Annotated[Path | None, typer.Option(help="Folder to write to (default: data/NAME).")] = None,
     spec: Spec = None,
     sources: Annotated[str | None, typer.Option(help="Kinds of source in the order to try.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Original files of yours, for the source 'folder'.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Original files of yours (source folder, imagefolder).")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Only what needs no network.")] = False,
 ) -> None:
     """Obtain a data set, check it, and write it as plain arrays."""
@@ -129,11 +140,15 @@ def data(
         if name is None and spec is None:
             from curvspace.datasets.catalogue import source_names
 
-            print(", ".join(source_names()) + ", or module:function of your own")
+            common.tell(", ".join(source_names()) + ", or module:function of your own")
             return
         job = given_spec(spec) if spec else {}
         if name is None and "source" not in job:
             raise UserError("--spec has no source; name a data set")
+        from curvspace.datasets.catalogue import OWN
+
+        if folder and (name or job["source"]) in OWN:  # its folder is part of what it is
+            job = {"source": name, **job, "folder": str(folder)}
         where = out or Path("data") / str(name or job["source"])
     from curvspace.cli.data import main
 
@@ -145,7 +160,16 @@ def data(
     print(where)
 
 
+def _block(option: str, key: str, kind: str, pairs: list[str] | None) -> dict[str, Any]:
+    """A block of a spec from --model and --model-option, say."""
+    options = parsed(pairs)
+    if taken := sorted({"name", key} & options.keys()):
+        raise UserError(f"--{option}-option {taken[0]} is not allowed: --{option} says it")
+    return {"name": kind, key: kind, **options}
+
+
 def redo(
+    context: typer.Context,
     result: Annotated[Path, typer.Argument(help="A run, measure, figure or table below a results folder.")],
     out: Out,
     data_folder: DataFolder = Path("data"),
@@ -154,9 +178,16 @@ def redo(
     """Make one result of the pipeline again, elsewhere, from the record beside it and the code as it is now."""
     with common.one_line_errors("redo"):
         stage, results = place(result)
-        spec = f"@{record_of(result)}"
+        record = record_of(result)
+        if record.resolve() in ((out / "run.json").resolve(), out.with_suffix(".run.json").resolve()):
+            raise UserError(f"--out is the result itself; name another place than {out}")
+        if stage != "train" and not out.with_suffix(".run.json").exists():
+            written = [out, *(out.with_suffix(suffix) for suffix in BESIDE.get(stage, ()))]
+            if there := next((file for file in written if file.exists()), None):
+                raise UserError(f"{there} is there and would be replaced; move it away, or name another file")
+        spec = f"@{record}"
         if stage == "train":
-            train(out=out, spec=spec, data_folder=data_folder, threads=threads)
+            train(context, out=out, spec=spec, data_folder=data_folder, threads=threads)
             return
         command = ["-m", f"papers.cli.{stage}", "--spec", spec, "--results", str(results), "--out", str(out)]
         command += ["--data", str(data_folder)] if stage == "measure" else []
@@ -209,7 +240,7 @@ def given_spec(text: str) -> dict[str, Any]:
         return _job(_read(Path(text[1:])), Path(text[1:]))
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--spec is not readable as JSON ({error}); a file is named with @FILE") from None
     return _job(value, Path("--spec"))
 
@@ -219,21 +250,21 @@ def _read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file} is not readable: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not readable as JSON: {error}") from None
 
 
 def _job(value: Any, file: Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{file} must hold a JSON object, got {type(value).__name__}")
-    job = value.get("job", value)
+    job = value.get("job", value) if isinstance(value, dict) else value
+    if not isinstance(job, dict):
+        raise UserError(f"{file} must hold a JSON object, got {type(job).__name__}")
     return dict(job)
 
 
-def _prepared_name(dataset: dict[str, Any], folder: Path) -> str:
+def _prepared_name(dataset: Any) -> str:
     from curvspace.datasets.catalogue import folder_name
 
-    if "name" not in dataset or "source" not in dataset:
+    if not (isinstance(dataset, dict) and all(isinstance(dataset.get(key), str) for key in ("name", "source"))):
         raise UserError("the spec's dataset needs a name and a source")
     return folder_name(dataset["name"], dataset)
 

@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from curvspace.training.run import Interrupted, train
         from curvspace.training.spec import RunSpec
 
+        code = options.code or common.users_code(options.spec)
         try:
             spec = RunSpec.from_dict(options.spec)
         except ValueError as error:
@@ -40,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     options.data,
                     options.out,
                     options.state,
-                    fingerprint=options.code,
-                    provenance={**common.provenance(options.spec, options.code, device), "arithmetic": arithmetic()},
+                    fingerprint=code,
+                    provenance={**common.provenance(options.spec, code, device), "arithmetic": arithmetic()},
                     progress=not options.quiet,
                     overwrite=options.overwrite,
                 )

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from curvspace import datasets
-from curvspace.errors import UserError
+from curvspace.errors import UserError, values_refused
 from curvspace.functional import call
 from curvspace.optim import registry
 from curvspace.optim.base import ModelOptimizer
@@ -63,7 +63,8 @@ def train(
         something else: files of other origin, or a finished run of other settings.
     """
     out, state_path, device = Path(out_dir), Path(state_dir or f"{out_dir}.state"), torch.device(spec.device)
-    data = datasets.load(data_dir, data_options(spec.dataset))
+    with values_refused():
+        data = datasets.load(data_dir, data_options(spec.dataset))
     spec = spec.resolved(len(data.train))
     key = _key(spec, fingerprint, data.digest)
     require_state(state_path, out)
@@ -97,7 +98,8 @@ def _run(
             model.compile()
         return model, optimizer
 
-    model, optimizer = build()
+    with values_refused():
+        model, optimizer = build()
     now = state.restore(model, optimizer, device)
     if now is None:
         model, optimizer = build()

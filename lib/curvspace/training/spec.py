@@ -52,7 +52,7 @@ class Block:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Block:
         """From the config's mapping; a block that was never named has the name of its kind."""
-        if "kind" not in values:
+        if not isinstance(values.get("kind"), str):
             raise ValueError(f"a block of the config needs a kind, got {dict(values)!r}")
         rest = {key: value for key, value in values.items() if key not in ("name", "kind")}
         return cls(values.get("name", values["kind"]), values["kind"], rest)

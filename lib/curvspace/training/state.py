@@ -135,6 +135,8 @@ def require_free(out: Path, unfinished: Path) -> None:
 
     Without a record they are this run's where its state still lies in ``unfinished``: it was ended while it published.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is no folder, and a run's outputs need one; move it away, or name another")
     _require_names(
         out / CHECKPOINTS, _OF_CHECKPOINTS, "which is no checkpoint of a run; move it away, or name another folder"
     )
