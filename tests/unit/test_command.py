@@ -633,3 +633,34 @@ def test_nobody_reads_on(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+@pytest.mark.parametrize(("option", "name"), [("--vectors", "v.npz"), ("--plot", "p.png")])
+def test_a_full_disk_at_the_end_loses_neither_the_result_nor_what_was_there(option, name, tmp_path, monkeypatch):
+    (tmp_path / name).write_text("mine")
+
+    def full(*names):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    done = CliRunner().invoke(app, [*WORDS, "-k", "2", "--quiet", option, str(tmp_path / name)])
+    assert done.exit_code == 1
+    assert "hessian of test_command:build" in done.stdout
+    assert done.stderr.strip().endswith(
+        "cannot be written: No space left on device; mend that and run the same command again"
+    )
+    assert [entry.read_text() for entry in tmp_path.iterdir()] == ["mine"]
+
+
+def test_two_processes_that_prepare_one_data_set_wait_for_each_other(tmp_path):
+    from curvspace.training import lock
+
+    with lock.hold(tmp_path / "set"):
+        environment = {**os.environ, "PYTHONPATH": str(Path(curvspace.__file__).parents[1])}
+        command = [sys.executable, "-m", "curvspace.cli.data", "digits", "--out", str(tmp_path / "set"), "--offline"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        assert "is in use by process" in process.stderr.readline()
+        assert [entry.name for entry in (tmp_path / "set").iterdir()] == ["lock"]
+    process.communicate()
+    assert process.returncode == 0
+    assert sorted(entry.name for entry in (tmp_path / "set").iterdir()) == ["arrays.npz", "card.json", "run.json"]

@@ -121,8 +121,10 @@ def _show(
         loaded: AbstractContextManager[Any] = opened(subject)
         with loaded as one:
             result = {"command": name, **one.description, **compute(one)}
-        text = result.pop("text")
+        text, save = result.pop("text"), result.pop("save", None)
         common.tell(json.dumps(finite(result), indent=2, allow_nan=False) if subject.json else text)
+        if save:
+            save()
         if subject.plot:
             draw(result, subject.plot)
             print(f"drawn: {subject.plot}", file=sys.stderr)

@@ -18,6 +18,7 @@ from curvspace.datasets.obtain import DEFAULT_ORDER, DataUnavailable, prepare
 from curvspace.datasets.store import ARRAYS, CARD, WrongData
 from curvspace.errors import UserError, WrongValue
 from curvspace.files import write_record
+from curvspace.training import lock
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,21 +33,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not isinstance(spec.get("source"), str):
             raise UserError("name a data set, or give --spec with a source")
         shaping = {key: value for key, value in spec.items() if key != "source"}
-        try:
-            card = prepare(
-                spec["source"],
-                options.out,
-                options=shaping,
-                sources=[source for source in options.sources.split(",") if source],
-                offline=options.offline,
-                folder=options.folder,
-            )
-        except (DataUnavailable, WrongData) as error:
-            raise UserError(str(error)) from error
-        except ValueError as error:
-            raise WrongValue(str(error)) from error
-        record = {**provenance(spec, options.code), "served_by": card["source"]}
-        write_record(options.out / "run.json", record, [options.out / ARRAYS, options.out / CARD])
+        with lock.hold(options.out):
+            try:
+                card = prepare(
+                    spec["source"],
+                    options.out,
+                    options=shaping,
+                    sources=[source for source in options.sources.split(",") if source],
+                    offline=options.offline,
+                    folder=options.folder,
+                )
+            except (DataUnavailable, WrongData) as error:
+                raise UserError(str(error)) from error
+            except ValueError as error:
+                raise WrongValue(str(error)) from error
+            record = {**provenance(spec, options.code), "served_by": card["source"]}
+            write_record(options.out / "run.json", record, [options.out / ARRAYS, options.out / CARD])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curvspace import eigsh, spectral_density
+from curvspace import eigsh, files, spectral_density
 from curvspace.cli.loading import Loaded, user_errors
 from curvspace.errors import UserError
 from curvspace.monitor import CurvatureMonitor
@@ -28,8 +30,7 @@ def eigs(one: Loaded, k: int, which: Any, tol: float, vectors: Path | None) -> R
     with user_errors(), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # "converged" says it
         pairs = eigsh(operator, k, which, tol, seed=one.subject.seed, progress=not one.subject.quiet)
-    if vectors is not None:
-        np.savez(vectors, values=pairs.values.cpu(), vectors=pairs.vectors.cpu(), residuals=pairs.residuals.cpu())
+    found = {"values": pairs.values.cpu(), "vectors": pairs.vectors.cpu(), "residuals": pairs.residuals.cpu()}
     result = {
         "which": which,
         "tol": tol,
@@ -44,7 +45,15 @@ def eigs(one: Loaded, k: int, which: Any, tol: float, vectors: Path | None) -> R
     lines += [f"{i:>4}{value:>14.6g}{residual:>12.2g}" for i, (value, residual) in enumerate(rows, 1)]
     end = "" if pairs.converged else "; NOT CONVERGED"
     lines.append(f"{_heading(one)}; {pairs.products} products, {result['seconds']:.1f} s{end}")
-    return result | {"text": "\n".join(lines)}
+    save = partial(_write, vectors, lambda file: np.savez(file, **found)) if vectors else None
+    return result | {"text": "\n".join(lines), "save": save}
+
+
+def _write(path: Path, save: Callable[[BytesIO], object]) -> None:
+    """A file whole or not at all."""
+    data = BytesIO()
+    save(data)
+    files.write(path, data.getvalue())
 
 
 def density(one: Loaded, steps: int, probes: int, axis: Any) -> Result:
@@ -174,4 +183,4 @@ def _picture(result: Mapping[str, Any], file: Path, draw: Any) -> None:
     axes = figure.subplots()
     draw(axes)
     axes.set_title(f"{result['of']} ({result['examples']:,} examples)", fontsize=9)
-    figure.savefig(file, dpi=150)
+    _write(file, partial(figure.savefig, format=file.suffix[1:], dpi=150))
