@@ -1,16 +1,18 @@
 """Which results are stale, told from the records beside them alone.
 
 Every job leaves a ``run.json`` with the settings it was given, the hash of the code it ran, the versions of what it ran
-on and the SHA-256 of each of its outputs. Here all of them are recomputed from a config and the files themselves and
-compared, whatever Snakemake remembers. Results and data are looked for where it is called. This catches a lost
-``.snakemake`` folder, mixed versions, hand edits, damaged and deleted files, and results of another config. Exit status
-1 when anything is stale or missing.
+on and the SHA-256 of each of its outputs, and of the tables and checkpoints that it read. Here all of them are
+recomputed from a config and the files themselves and compared, whatever Snakemake remembers. Results and data are
+looked for where it is called. This catches a lost ``.snakemake`` folder, mixed versions, hand edits, damaged and
+deleted files, results made from earlier ones, and results of another config. Exit status 1 when anything is stale or
+missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,12 +54,15 @@ def compare(jobs: Iterator[Any], root: Path = Path()) -> Iterator[tuple[str, str
         records.append((job, record, damage))
         if record:
             versions[_torch(record)] += 1
+    now = {root / job.record: (record or {}).get("outputs") for job, record, _ in records}
     usual = versions.most_common(1)[0][0] if versions else ""
     for job, record, damage in records:
         if record is None:
             why = f"{job.record} is not there"
         else:
-            reasons = [damage, *_differences(job, record, usual), *_damaged_outputs(root / job.record, record)]
+            file = root / job.record
+            reasons = [damage, *_differences(job, record, usual), *_damaged_outputs(file, record)]
+            reasons += _made_anew(file, record, now)
             why = "; ".join(reason for reason in reasons if reason)
         state = "missing" if record is None else "stale" if why else "current"
         yield state, f"{job.stage} {job.name}", why
@@ -106,6 +111,17 @@ def _damaged_outputs(file: Path, record: Mapping[str, Any]) -> Iterator[str]:
         yield from found[:3]
         if len(found) > 3:
             yield f"and {len(found) - 3} more files"
+
+
+def _made_anew(file: Path, record: Mapping[str, Any], now: Mapping[Path, Any]) -> Iterator[str]:
+    """The first of what a result was made from that has been made anew since, as the records (``now``) tell."""
+    for name, digest in (record.get("made_from") or {}).items():
+        source = Path(os.path.normpath(file.parent / name))
+        for own in (source.with_suffix(".run.json"), source.parent / "run.json", source.parents[1] / "run.json"):
+            listed = now.get(own)
+            if isinstance(listed, dict) and listed.get(source.relative_to(own.parent).as_posix(), digest) != digest:
+                yield f"{source} has been made anew since"
+                return
 
 
 def _torch(record: Mapping[str, Any]) -> str:

@@ -119,10 +119,19 @@ def check(path: Path, record: Path) -> None:
         raise DamagedFile(f"{record.parent}: {bad[0]} since its job wrote it; delete it and run the study again")
 
 
-def write_record(path: Path, record: Mapping[str, Any], outputs: Iterable[Path] = ()) -> None:
-    """Write a record with its checksum and, where there are any, the digests of the outputs beside or below it."""
-    listed = digests(path.parent, outputs)
-    values = json.loads(json.dumps({**record, **({"outputs": listed} if listed else {})}, default=list))
+def write_record(
+    path: Path, record: Mapping[str, Any], outputs: Iterable[Path] = (), made_from: Mapping[Path, str] | None = None
+) -> None:
+    """Write a record with its checksum and, where there are any, the digests of the outputs beside or below it.
+
+    ``made_from``: the digests of what was read, which are listed by the way there from the record's folder.
+    """
+    listed = {
+        "outputs": digests(path.parent, outputs),
+        "made_from": {Path(os.path.relpath(file, path.parent)).as_posix(): d for file, d in (made_from or {}).items()},
+    }
+    filled = {key: value for key, value in listed.items() if value}
+    values = json.loads(json.dumps({**record, **filled}, default=list))
     text = json.dumps({**values, CHECKSUM: _checksum(values)}, indent=2, sort_keys=True)
     write(path, f"{text}\n".encode())
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from curvspace.cli.common import provenance
-from curvspace.files import write_record
+from curvspace.files import digest, write_record
 from workflow import settings, verify
 
 
@@ -131,3 +131,47 @@ def test_presets_are_laid_over_as_snakemake_does(tmp_path):
     theirs = {"x": {"y": 1, "z": [1, 2]}, "w": 1}
     snakemake.update_config(theirs, {"x": {"z": [3]}})
     assert ours == theirs
+
+
+def test_verify_tells_what_was_made_from_a_table_or_a_run_that_has_been_made_anew(tmp_path):
+    from papers.cli import table
+
+    def measured(value: int) -> None:
+        (tmp_path / "measures/a.csv").write_text(f"x\n{value}\n")
+        write_record(tmp_path / "measures/a.run.json", provenance({}, "new"), [tmp_path / "measures/a.csv"])
+
+    def trained(content: str) -> None:
+        (tmp_path / "runs/r/checkpoints/step-1.pt").write_text(content)
+        write_record(tmp_path / "runs/r/run.json", provenance({}, "new"), [tmp_path / "runs/r/checkpoints/step-1.pt"])
+
+    for folder in ("measures", "tables", "runs/r/checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+    measured(1)
+    trained("one")
+    spec = {"function": f"{__name__}:as_it_is", "inputs": {"x": ["measures/a.csv"]}}
+    table.make(spec, "new", tmp_path, tmp_path / "tables/t.csv")
+    checkpoint = tmp_path / "runs/r/checkpoints/step-1.pt"
+    write_record(tmp_path / "m.run.json", provenance({}, "new"), [], {checkpoint: digest(checkpoint)})
+    jobs = [
+        Job("t", "tables/t.run.json", spec, stage="table"),
+        Job("a", "measures/a.run.json", {}),
+        Job("r", "runs/r/run.json", {}),
+        Job("m", "m.run.json", {}),
+    ]
+
+    def said() -> dict[str, str]:
+        return {name.split()[1]: why for _, name, why in verify.compare(iter(jobs), tmp_path)}
+
+    assert said() == {"t": "", "a": "", "r": "", "m": "its record lists no outputs"}
+    measured(2)
+    trained("two")
+    found = said()
+    assert found["t"] == f"{tmp_path / 'measures/a.csv'} has been made anew since"
+    assert found["m"].endswith(f"; {checkpoint} has been made anew since")
+    assert found["a"] == found["r"] == ""
+    measured(1)
+    assert said()["t"] == ""
+
+
+def as_it_is(tables):
+    return tables["x"]

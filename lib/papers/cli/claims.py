@@ -53,7 +53,8 @@ def make(spec: dict, code: str, files: Sequence[Path], results: Path, out: Path)
         judged.to_csv(outputs[0], index=False)
         outputs[1].write_text(ledger.markdown(judged), encoding="utf-8")
         outputs[2].write_text(pages.ledger_page(ledger.records(judged), ledger.summary(judged)), encoding="utf-8")
-    write_record(out.with_suffix(".run.json"), common.provenance(spec, code), outputs)
+    made_from = tables.digests(results, spec["sources"])
+    write_record(out.with_suffix(".run.json"), common.provenance(spec, code), outputs, made_from)
 
 
 if __name__ == "__main__":

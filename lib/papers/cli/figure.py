@@ -37,7 +37,8 @@ def draw(spec: dict, code: str, results: Path, out: Path) -> None:
         with writing(out):
             save(figure, drawn, out, style.dpi)
     outputs = [out.with_suffix(suffix) for suffix in (".csv", ".pdf", ".png")]
-    write_record(out.with_suffix(".run.json"), common.provenance(spec, code), outputs)
+    made_from = tables.digests(results, spec["inputs"])
+    write_record(out.with_suffix(".run.json"), common.provenance(spec, code), outputs, made_from)
 
 
 def _checked(result: object, spec: dict) -> tuple[Figure, pd.DataFrame]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from curvspace.cli import common
-from curvspace.files import write_record, writing
+from curvspace.files import digest, write_record, writing
 from papers.common import ledger, pages
 
 
@@ -43,7 +43,9 @@ def make(spec: dict, code: str, results: Path, out: Path) -> None:
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding="utf-8")
-    write_record(out.with_suffix(".run.json"), common.provenance(spec, code), [out])
+    read = [results / name for name in (spec["claims"], *(one["figure"] for one in spec["pictures"]))]
+    made_from = {file: digest(file) for file in read}
+    write_record(out.with_suffix(".run.json"), common.provenance(spec, code), [out], made_from)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,14 @@ def measure(options: argparse.Namespace) -> None:
     with writing(options.out):
         options.out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(options.out, index=False)
-    write_record(options.out.with_suffix(".run.json"), record, [options.out])
+    # of a run its checkpoints: what it lists beside them has times in it
+    made_from = {
+        run.path / name: digest
+        for run in context.runs
+        for name, digest in run.outputs.items()
+        if name.startswith("checkpoints/")
+    }
+    write_record(options.out.with_suffix(".run.json"), record, [options.out], made_from)
     if scratch is not None:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -42,7 +42,8 @@ def make(spec: dict, code: str, results: Path, out: Path) -> None:
         for suffix, render in forms.items():
             out.with_suffix(suffix).write_text(render(table, spec.get("title", "")), encoding="utf-8")
     outputs = [out, *(out.with_suffix(suffix) for suffix in forms)]
-    write_record(out.with_suffix(".run.json"), common.provenance(spec, code), outputs)
+    made_from = tables.digests(results, spec["inputs"])
+    write_record(out.with_suffix(".run.json"), common.provenance(spec, code), outputs, made_from)
 
 
 def cell(value: object) -> str:

@@ -24,6 +24,11 @@ def read(results: Path, inputs: Mapping[str, Sequence[str]]) -> dict[str, pd.Dat
     return tables
 
 
+def digests(results: Path, inputs: Mapping[str, Sequence[str]]) -> dict[Path, str]:
+    """The digest of each file that :func:`read` reads, for the record of what is made from them."""
+    return {results / path: files.digest(results / path) for paths in inputs.values() for path in paths}
+
+
 def _table(path: Path) -> pd.DataFrame:
     _check(path)
     try:
