@@ -13,18 +13,20 @@ from pathlib import Path
 
 LIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
 LIVE |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESIZING", "SPECIAL_EXIT"}
+PATIENCE_S = 60
 
 
 def state(job: str) -> str:
     """running, success or failed. A scheduler that does not answer is no failure of the job."""
     left = Path("logs/cluster") / f"{job}.exit"
     for _ in range(3):  # a file may reach this machine later than the queue's answer
-        asked = subprocess.run(
-            ["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = ["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T"]
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+        except FileNotFoundError:  # there is no such scheduler here
+            raise
+        except (OSError, subprocess.TimeoutExpired):  # no process free, no answer; Snakemake would end at an error
+            return "running"
         unknown = "Invalid job id" in asked.stderr
         if asked.returncode and not unknown:
             return "running"
