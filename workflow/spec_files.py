@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,9 @@ def of_job(job: Job, folder: str) -> str:
         if fits(job, record):
             if date != LONG_AGO:
                 os.utime(path, (LONG_AGO, LONG_AGO))
-        elif date <= record.stat().st_mtime:
-            os.utime(path)
+        elif date <= (made := record.stat().st_mtime):
+            later = max(time.time(), made + 1)  # a clock may have been set back since, or be a file server's
+            os.utime(path, (later, later))
     return path
 
 
