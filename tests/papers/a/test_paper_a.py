@@ -16,6 +16,7 @@ from curvspace.training.run import train
 from curvspace.training.spec import RunSpec
 from papers.a import figures
 from papers.a import measures as paper_a
+from papers.a import study as study_a
 from papers.a import tables as tables_a
 from papers.a.study import PUBLISHED
 from papers.common.context import Context
@@ -125,6 +126,19 @@ def test_diagnosis_against_dense_matrices(context):
     assert part.loc["share of trace G", "value"] == pytest.approx(float(share), rel=0.1)
     ratio = part.loc["lambda", "value"].to_numpy() / part.loc["curvature", "value"].to_numpy()
     np.testing.assert_allclose(part.loc["ratio", "value"], ratio)
+
+
+def test_diagnosis_of_several_seeds_is_a_measure_each_and_one_line(context):
+    block = {"dataset": "d", "model": "m", "optimizer": "sgd", "batch_size": 64, "lr": 0.1, "seed": 0, "examples": 60}
+    artefact = study_a._diagnosis({"diagnosis": [block, block | {"seed": 1}, block | {"seed": 2}]})
+    assert len({measure.name for measure in artefact.inputs["measure"]}) == 3
+    one = paper_a.diagnosis(context, examples=60, trace_products=12, tol=1e-2)
+    parts = [one.assign(seed=seed, value=one["value"] * factor) for seed, factor in enumerate((1.0, 0.5, 0.75))]
+    figure, _ = figures.diagnosis({"measure": pd.concat(parts)}, Style())
+    (line,) = [line for line in figure.axes[2].lines if line.get_label() == "|g|²"]
+    shares = one[one["quantity"] == "share of gradient"]
+    np.testing.assert_array_equal(line.get_xdata(), shares["step"])
+    np.testing.assert_allclose(line.get_ydata(), 0.75 * shares["value"])
 
 
 def test_a_class_that_is_absent_leaves_the_others_their_numbers(context, monkeypatch):
