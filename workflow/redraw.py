@@ -108,6 +108,7 @@ def draw(folder: Path, name: str, code: Code) -> None:
     options = dict(artefact.spec)
     if "order" in options:  # a piece may have run some of the networks only
         options["order"] = [label for label in options["order"] if label in tables]
+    (folder / "figures").mkdir(exist_ok=True)
     with style.applied(), TemporaryDirectory() as place:
         figure, drawn = function(tables, style, **options)
         for file in save(figure, drawn, Path(place) / f"{name}.csv", style.dpi):

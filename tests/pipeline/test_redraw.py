@@ -50,18 +50,18 @@ def test_the_tables_of_a_figure_are_there(folder, name):
 
 def test_a_change_of_the_code_draws_again_and_keeps_the_csv(tmp_path, monkeypatch, capsys):
     piece = tmp_path / "results" / "reference" / "piece"
-    (piece / "figures").mkdir(parents=True)
+    piece.mkdir(parents=True)
     source = ROOT / "results" / "reference" / "paper_a_spectrum"
     for name in ("figures/A-F3.csv", "config.yaml"):
-        (piece / name).write_bytes((source / name).read_bytes())
-    (piece / "figures.yaml").write_text(yaml.safe_dump({"A-F3": {"measure": "figures/A-F3.csv"}}))
-    before = (piece / "figures" / "A-F3.csv").read_bytes()
+        (piece / Path(name).name).write_bytes((source / name).read_bytes())
+    (piece / "figures.yaml").write_text(yaml.safe_dump({"A-F3": {"measure": "A-F3.csv"}}))
+    before = (piece / "A-F3.csv").read_bytes()
     monkeypatch.setattr(redraw, "folders", lambda: [piece])
     redraw.draw(piece, "A-F3", Code(ROOT / "lib", ROOT))
     stamp = json.loads((piece / "figures" / redraw.STAMP).read_text())
     assert stamp["A-F3"]["function"] == "papers.a.figures:top_eigenvalues"
     assert (piece / "figures" / "A-F3.png").stat().st_size > 1000
-    assert (piece / "figures" / "A-F3.csv").read_bytes() == before
+    assert (piece / "A-F3.csv").read_bytes() == before
     monkeypatch.setattr(redraw, "ROOT", tmp_path)
     monkeypatch.setattr(redraw, "Code", lambda *_: Code(ROOT / "lib", ROOT))
     redraw.main([])

@@ -122,12 +122,14 @@ def job(tmp_path: Path) -> Callable[..., list[str]]:
     arrays = Arrays(inputs, np.arange(24) % CLASSES, inputs[:6], np.arange(6) % CLASSES, num_classes=CLASSES)
     save(tmp_path / "tiny", arrays, make_card("tiny", arrays, "made here", {}))
 
-    def arguments(model: str = "fine", optimizer: str = "sgd", **options: object) -> list[str]:
+    def arguments(
+        model: str = "fine", optimizer: str = "sgd", loss: str = "cross_entropy", **options: object
+    ) -> list[str]:
         spec = {
             "dataset": {"name": "tiny", "source": "tiny"},
             "model": {"name": "net", "kind": f"users_own:{model}" if ":" not in model else model},
             "optimizer": {"name": "opt", "kind": optimizer, **options},
-            "task": {"epochs": 2},
+            "task": {"epochs": 2, "loss": loss},
             "batch_size": 8,
             "lr": 0.1,
             "device": "cpu",
@@ -177,6 +179,13 @@ def test_a_users_exception_in_training_names_the_users_line(user, job, capsys, m
 def test_a_model_of_the_wrong_outputs_is_refused_before_the_first_step(user, job, capsys, tmp_path, model, said):
     last, above = ends(lambda: train.main(job(model)), capsys)
     assert said in last
+    assert above == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_does_not_fit_the_targets_is_refused_before_the_first_step(user, job, capsys, tmp_path):
+    last, above = ends(lambda: train.main(job("fine", loss="mse")), capsys)
+    assert "loss mse does not fit targets that are classes: mse needs targets of shape (2, 3), got (2,)" in last
     assert above == ""
     assert not (tmp_path / "run").exists()
 

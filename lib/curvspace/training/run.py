@@ -18,6 +18,7 @@ import torch
 from curvspace import datasets
 from curvspace.errors import UserError, values_refused
 from curvspace.functional import call
+from curvspace.losses import Loss
 from curvspace.optim import registry
 from curvspace.optim.base import ModelOptimizer
 from curvspace.outputs import logits
@@ -103,7 +104,7 @@ def _run(
     now = state.restore(model, optimizer, device)
     if now is None:
         model, optimizer = build()
-        _check_outputs(model, spec, data)
+        _check_outputs(model, optimizer.loss, spec, data)
     state.devices += [spec.device] if state.devices[-1:] != [spec.device] else []
     last_save = time.monotonic()
 
@@ -134,13 +135,18 @@ def _run(
     return now
 
 
-def _check_outputs(model: torch.nn.Module, spec: RunSpec, data: datasets.DataSet) -> None:
-    """The network fits the data set, tried on two of its examples in eval mode; its state stays as it was."""
+def _check_outputs(model: torch.nn.Module, loss: Loss, spec: RunSpec, data: datasets.DataSet) -> None:
+    """Network and loss fit the data set, tried on two of its examples in eval mode; the network stays as it was."""
     inputs, targets = data.normalise(data.train.inputs[:2]), data.train.targets[:2]
     named = f"model {spec.model['name']} ({spec.model['kind']})"
     modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng(devices=[]):
-        check_outputs(model.eval(), named, inputs, targets, data.num_classes)
+        outputs = check_outputs(model.eval(), named, inputs, targets, data.num_classes)
+        try:
+            loss(outputs, targets)
+        except ValueError as error:
+            kind = "numbers" if targets.is_floating_point() else "classes"
+            raise UserError(f"loss {spec.task.loss} does not fit targets that are {kind}: {error}") from error
     for module, training in modes:
         module.training = training
 
@@ -148,8 +154,8 @@ def _check_outputs(model: torch.nn.Module, spec: RunSpec, data: datasets.DataSet
 @torch.no_grad()
 def check_outputs(
     model: torch.nn.Module, named: str, inputs: torch.Tensor, targets: torch.Tensor, num_classes: int
-) -> None:
-    """The network takes these examples and has an output for each class; ``named`` is what to call it.
+) -> torch.Tensor:
+    """The network's outputs, after a look that it has one for each class; ``named`` is what to call it.
 
     Raises
     ------
@@ -170,6 +176,7 @@ def check_outputs(
         wanted = f"({len(targets)}, {num_classes}), one output for each of the {num_classes} classes"
     if not fits:
         raise UserError(f"{named} has outputs of shape {shape} for {len(targets)} examples; wanted is {wanted}")
+    return outputs
 
 
 def _key(spec: RunSpec, fingerprint: str, data: str) -> str:

@@ -20,6 +20,9 @@ def toy_model(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
     drawn = []
     for axis, panel in zip(axes.flat, draw, strict=True):
         part = panel(axis, later, style)
+        if part.empty:
+            axis.clear()
+            axis.text(0.5, 0.5, "no such case in the config", transform=axis.transAxes, ha="center", va="center")
         drawn.append(part.assign(panel=panel.__name__.removeprefix("_")))
     style.letter(axes.flat)
     return figure, pd.concat(drawn, ignore_index=True)
@@ -33,8 +36,8 @@ def _exact(table: pd.DataFrame) -> pd.DataFrame:
 def _eigenvalues(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFrame:
     found = _exact(table)
     first = found[(found["case"] == found["case"].min()) & (found["index"] <= found["classes"])]
-    k = first["classes"].iloc[0]
-    axis.plot(first["time"], first["value"], "o", fillstyle="none", label=f"measured, k = {k}")
+    k = ", ".join(f"k = {classes}" for classes in first["classes"].unique())
+    axis.plot(first["time"], first["value"], "o", fillstyle="none", label=f"measured, {k}")
     one = first[first["index"] == 1]
     axis.plot(one["time"], one["expected"], label="exact solution")
     late = one[one["time"] >= 3]
@@ -75,7 +78,7 @@ def _bulk_by_sigma(axis: Axes, table: pd.DataFrame, style: Style) -> pd.DataFram
     for time, colour in zip(times, style.sequence(len(times)), strict=True):
         line = part[part["time"] == time].sort_values("sigma")
         axis.plot(line["sigma"], line["value"], marker="o", color=colour, label=f"{time:g}")
-    slope = part[part["time"] == times[-1]].sort_values("sigma")
+    slope = part[part["time"].isin(times[-1:])].sort_values("sigma")
     if len(slope) > 1:
         first = slope.iloc[0]
         axis.plot(slope["sigma"], first["value"] * (slope["sigma"] / first["sigma"]) ** 2, "k:", label="∝ σ²")

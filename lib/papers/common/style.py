@@ -191,11 +191,12 @@ def beside(axes: Axes, **options: Any) -> None:
 
 
 def below(axes: Axes, **options: Any) -> None:
-    """A panel's own legend below its label, outside the data."""
+    """A panel's own legend below its label, outside the data; none of a panel without any."""
     figure = axes.get_figure()
     assert figure is not None
     place = axes.transAxes + ScaledTranslation(0, -38 / 72, figure.dpi_scale_trans)
-    axes.legend(**{"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": place, **options})
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(**{"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": place, **options})
 
 
 def early_steps(axes: Axes, linear: float = 10.0) -> None:

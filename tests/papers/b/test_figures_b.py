@@ -205,3 +205,16 @@ def test_the_toy_figure_says_how_many_classes_its_first_case_has():
     figure, _ = toy_b.toy_model({"toy": table}, Style())
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert "measured, k = 3" in labels
+
+
+@pytest.mark.parametrize(
+    ("case", "empty"),
+    [({"sigma": 0.1}, [0, 1, 2, 4, 5]), ({"bias": True}, [0, 1, 2, 3, 5]), ({"orthonormal": False}, [0, 1, 3, 4])],
+)
+def test_the_toy_figure_is_drawn_of_any_case_alone(case, empty):
+    table = toy_model(
+        Context(show_progress=False), cases=[{"classes": 3, **case}], times=[1, 4], dimension=9, per_class=2
+    )
+    figure, _ = toy_b.toy_model({"toy": table}, Style())
+    said = [number for number, axes in enumerate(figure.axes) if axes.texts]
+    assert said == empty
