@@ -326,7 +326,7 @@ def _finished(basis: KrylovBasis, pairs: _WantedPairs, found: bool, max_products
         if not basis.is_rounding(difference * basis.largest):
             raise RuntimeError(
                 f"products with the operator contradict each other by {difference:.1e} of the largest: it is "
-                f"not linear, not deterministic, or {basis.A.dtype} is too inexact for it"
+                f"not linear, not deterministic, or {basis.A.dtype} is too inexact for it (or autocast inside a model)"
             )
         pairs = pairs.with_errors_of_products(difference * basis.largest, basis.noise)
     unit = basis.unit or 1.0

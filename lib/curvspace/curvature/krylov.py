@@ -315,7 +315,8 @@ class KrylovBasis:
         if not self.is_rounding(difference):
             raise RuntimeError(
                 f"the operator is not symmetric: uᵀAv and vᵀAu differ by {difference / self.largest:.1e} of |A|, more "
-                f"than {self.A.dtype} rounds: a second derivative of the model is wrong (or, if float64 helps, inexact)"
+                f"than {self.A.dtype} rounds: a second derivative of the model is wrong, "
+                "or inexact: if float64 helps, or autocast inside it computes in fewer bits"
             )
 
     def _numbers(self, values: Tensor) -> Tensor:
