@@ -24,11 +24,12 @@ def _optimizers(a: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for method, sgd in a["newton"].items() for name in (sgd, method)))
 
 
-def _with_seeds(block: Mapping[str, Any], key: str) -> list[tuple[Any, int]]:
-    """(value, seed) for the block's values of the key and its seeds, then for those of ``also``."""
+def _with_seeds(block: Mapping[str, Any], key: str, optimizer: str) -> list[tuple[Any, int]]:
+    """(value, seed) for the block's values of the key and its seeds, then for those of ``also``, of this optimiser."""
     return [
         (value, seed)
         for part in (block, block.get("also", {}))
+        if optimizer in part.get("optimizers", [optimizer])
         for value in part.get(key, [])
         for seed in part["seeds"]
     ]
@@ -37,23 +38,20 @@ def _with_seeds(block: Mapping[str, Any], key: str) -> list[tuple[Any, int]]:
 def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
     block = a["learning_rates"]
 
-    def runs(settings: list[tuple[float, int]]) -> tuple[Run, ...]:
-        return tuple(
-            Run(block["dataset"], block["model"], optimizer, block["batch_size"], lr, seed)
-            for optimizer in _optimizers(a)
-            for lr, seed in settings
-        )
+    def run(optimizer: str, lr: float, seed: int) -> Run:
+        return Run(block["dataset"], block["model"], optimizer, block["batch_size"], lr, seed)
 
     labels = {"data": block["dataset"], "model": block["model"]}
-    settings = _with_seeds(block, "lrs")
-    highest = max(block["lrs"])
+    runs = tuple(run(name, lr, seed) for name in _optimizers(a) for lr, seed in _with_seeds(block, "lrs", name))
+    highest = tuple(one for one in runs if one.lr == max(block["lrs"]))
+    above = tuple(run(name, lr, block["seeds"][0]) for name in _optimizers(a) for lr in block["diverging_lrs"])
     accuracy = f"{TABLES}:accuracy_by_lr"
     return [
         Artefact(
             "A-F1",
             "figure",
             f"{FIGURES}:loss_over_training",
-            {"runs": runs([(lr, seed) for lr, seed in settings if lr == highest])},
+            {"runs": highest},
             paper="A",
             title="Validation loss of SGD and class-gradient Newton",
             labels=labels,
@@ -62,7 +60,7 @@ def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
             "A-T1",
             "table",
             accuracy,
-            {"runs": runs(settings)},
+            {"runs": runs},
             spec={"published": PUBLISHED},
             paper="A",
             title="Validation accuracy by learning rate",
@@ -72,7 +70,7 @@ def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
             "A-T2",
             "table",
             f"{TABLES}:loss_by_lr",
-            {"runs": runs(settings)},
+            {"runs": runs},
             spec={"published": PUBLISHED},
             paper="A",
             title="Validation loss by learning rate",
@@ -82,7 +80,7 @@ def _learning_rates(a: Mapping[str, Any]) -> list[Artefact]:
             "A-D",
             "table",
             f"{TABLES}:divergence",
-            {"runs": runs([(lr, block["seeds"][0]) for lr in block["diverging_lrs"]])},
+            {"runs": above},
             paper="A",
             title="Divergence above the paper's learning rate",
             labels=labels,
@@ -94,8 +92,8 @@ def _batch_sizes(a: Mapping[str, Any]) -> list[Artefact]:
     block = a["batch_sizes"]
     runs = tuple(
         Run(block["dataset"], block["model"], optimizer, size, block["lr"], seed)
-        for size, seed in _with_seeds(block, "sizes")
         for optimizer in _optimizers(a)
+        for size, seed in _with_seeds(block, "sizes", optimizer)
     )
     labels = {"data": block["dataset"], "model": block["model"]}
     spec = {"pairs": a["newton"]}
@@ -155,20 +153,24 @@ def _readings(a: Mapping[str, Any]) -> list[Artefact]:
     block = a["readings"]
     rates, screened = block["learning_rates"], block.get("screened", {})
     pairs = {sgd: [*readings, *screened.get(sgd, [])] for sgd, readings in block["pairs"].items()}
-    grid = [*_with_seeds(rates, "lrs"), *((lr, seed) for lr in rates["diverging_lrs"] for seed in rates["seeds"])]
+    above = [(lr, seed) for lr in rates["diverging_lrs"] for seed in rates["seeds"]]
 
     def at(part: Mapping[str, Any], optimizer: str, size: int | str, lr: float, seed: int) -> Run:
         return Run(part["dataset"], part["model"], optimizer, size, lr, seed)
 
     full = [name for sgd, readings in block["pairs"].items() for name in (sgd, *readings)]
-    runs = [at(rates, name, rates["batch_size"], lr, seed) for name in full for lr, seed in grid]
+    runs = [
+        at(rates, name, rates["batch_size"], lr, seed)
+        for name in full
+        for lr, seed in [*_with_seeds(rates, "lrs", name), *above]
+    ]
     for name in (name for readings in screened.values() for name in readings):
         runs.append(at(rates, name, rates["batch_size"], max(rates["lrs"]), rates["seeds"][0]))
     batches = [
         at(part, name, size, part["lr"], seed)
         for part in block["batch_sizes"]
         for name in full
-        for size, seed in _with_seeds(part, "sizes")
+        for size, seed in _with_seeds(part, "sizes", name)
     ]
     inputs = {"rates": tuple(runs), "batches": tuple(batches)}
     spec = {"pairs": pairs, "above": max(rates["lrs"])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -126,6 +127,22 @@ def test_diagnosis_against_dense_matrices(context):
     assert part.loc["share of trace G", "value"] == pytest.approx(float(share), rel=0.1)
     ratio = part.loc["lambda", "value"].to_numpy() / part.loc["curvature", "value"].to_numpy()
     np.testing.assert_allclose(part.loc["ratio", "value"], ratio)
+
+
+def test_further_seeds_of_some_optimisers_are_those_of_no_other():
+    newton = {"newton": {"method": "average", "heavy-method": "heavy"}}
+    also = {"optimizers": ["method", "average"], "seeds": [1, 2]}
+    one = {"dataset": "d", "model": "m", "seeds": [0]}
+    rates = one | {"batch_size": 8, "lrs": [0.1, 0.01], "diverging_lrs": [1.0], "also": also | {"lrs": [0.1]}}
+    table = study_a._learning_rates(newton | {"learning_rates": rates})
+    for artefact in table[:3]:
+        seeds = Counter(run.optimizer for run in artefact.inputs["runs"] if run.lr == 0.1)
+        assert seeds == {"method": 3, "average": 3, "heavy": 1, "heavy-method": 1}, artefact.id
+        assert all(run.lr == 0.1 for run in artefact.inputs["runs"] if run.seed)
+    sizes = one | {"lr": 0.01, "sizes": [8], "also": also | {"sizes": [16]}}
+    (figure,) = study_a._batch_sizes(newton | {"batch_sizes": sizes})
+    assert {run.optimizer for run in figure.inputs["runs"] if run.batch == 16} == {"method", "average"}
+    assert len(figure.inputs["runs"]) == 4 + 4
 
 
 def test_diagnosis_of_several_seeds_is_a_measure_each_and_one_line(context):
