@@ -21,7 +21,7 @@ from curvspace.cli import common
 from curvspace.files import writing
 from papers import registry
 from papers.common import claims, ledger, tables
-from papers.common.outcomes import UNTESTED
+from papers.common.outcomes import HOLDS, UNTESTED
 from workflow import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,14 +93,17 @@ def rows(piece: Path) -> Iterator[tuple[tuple[bool, float, int], dict[str, Any]]
         if not all((piece / path).is_file() for part in paths.values() for path in part):
             continue
         read = tables.read(piece, paths)
-        scale = spec["scale"].get(claim.id, "").partition(": ")[2]  # without the name of a preset
-        models = spec["models"].get(claim.id, {})
+        models = spec["models"].get(claim.id, [])
         missing = absent(models, read)
-        unseen = [part for model in missing for part in models[model]]
-        scale = "; ".join(part for part in scale.split("; ") if part not in unseen)
+        parts = spec["parts"].get(claim.id, {})
+        seen = present(parts, ledger.about(read.values(), claim.options.get("where", {})))
+        examples = {model: n for model, n in spec["examples"].get(claim.id, {}).items() if model not in missing}
+        scale = claims.in_words(seen, examples)
         words = spec["words"].get(claim.id, {})
         short = f"no {' or '.join(words.get(name, name) for name in missing)}" if missing else ""
         row = ledger.row(claim, read, scale, spec["short"].get(claim.id, "") or short, words=words)
+        if row["verdict"] == HOLDS and not models and (unseen := [part for part in parts if part not in seen]):
+            row |= {"verdict": UNTESTED, "needs": f"{claim.needs} (here: no {' or '.join(unseen)})"}
         size = spec["size"].get(claim.id, 0.0)
         yield (row["verdict"] != UNTESTED, size, row["seeds"]), row | {"piece": piece.name}
 
@@ -109,6 +112,13 @@ def absent(models: Iterable[str], read: Mapping[str, pd.DataFrame]) -> list[str]
     """Which networks of a claim the kept tables have no row of: a piece may have run some of them only."""
     named = [table["model"] for table in read.values() if "model" in table]
     return sorted(set(models) - set(pd.concat(named))) if named else []
+
+
+def present(parts: Mapping[str, list[tuple[str, str]]], about: Sequence[pd.DataFrame]) -> list[str]:
+    """The parts of a claim's scale of whose data set and network there is a row; all, if no table names both."""
+    named = [table[["dataset", "model"]].drop_duplicates() for table in about if {"dataset", "model"} <= set(table)]
+    there = {tuple(pair) for table in named for pair in table.to_numpy().tolist()}
+    return [part for part, pairs in parts.items() if not named or there.intersection(pairs)]
 
 
 def whole(piece: Path) -> dict[str, Any]:

@@ -68,6 +68,43 @@ def test_a_piece_that_ran_some_of_the_networks_gives_no_verdict_on_all(tmp_path:
     assert "ResNet-18" not in found["scale"]
 
 
+def test_the_examples_of_a_network_that_did_not_run_are_not_in_the_scale(tmp_path: Path) -> None:
+    """Paper B's scale: all of MNIST for the fully connected network, 5,000 examples for ResNet-18 alone."""
+    piece(tmp_path, "part", "paper", 0.93)
+    shares = pd.DataFrame({"dataset": "mnist-60k", "model": "fc-100x100", "seed": 0, "step": range(4), "value": 0.9})
+    (tmp_path / "part" / "figures").mkdir()
+    shares.assign(quantity="f_top").to_csv(tmp_path / "part/figures/B-F1.csv")
+    found = verdict(tmp_path, "B1")
+    assert (found["verdict"], found["measured"]) == ("not tested at this scale", "0.9 [0.87, 0.93]")
+    assert found["scale"] == "fully connected network on MNIST, 5 epochs, η = 0.1"
+
+
+def test_a_race_on_some_of_its_workloads_does_not_hold_on_every_one(tmp_path: Path) -> None:
+    race = tmp_path / "race"
+    (race / "figures").mkdir(parents=True)
+    (race / "config.yaml").write_text((ROOT / "results/reference/race/config.yaml").read_text("utf-8"), "utf-8")
+    config = reference.whole(race)
+    every = [(w["dataset"], w["model"]) for w in config["studies"]["race"]["workloads"]]
+    ran = [pair for pair in every if pair[1] != "resnet9-w8"]
+
+    def judged(high: float, workloads: list[tuple[str, str]]) -> pd.Series:
+        measured = {"against": "nesterov", "speed_up": 1.0, "low": 0.99, "high": high, "seeds": 5}
+        rows = [{"optimizer": "random-span-filtered", **measured, "dataset": d, "model": m} for d, m in workloads]
+        rows += [{"optimizer": "adamw", **measured, "dataset": d, "model": m} for d, m in every]
+        pd.DataFrame(rows).to_csv(race / "figures" / "X-R2.csv")
+        return verdict(tmp_path, "X9")
+
+    part = judged(1.01, ran)
+    assert part["verdict"] == "not tested at this scale"
+    assert "(here: no ResNet9 of width 8 on 10,000 examples of CIFAR-10, 4 epochs)" in part["needs"]
+    assert "ResNet9" not in part["scale"]
+    assert "CNN-400 on 50,000 examples of MNIST" in part["scale"]
+    assert judged(1.1, ran)["verdict"] == "inconclusive"
+    whole = judged(1.01, every)
+    assert whole["verdict"] == "holds"
+    assert "ResNet9" in whole["scale"]
+
+
 def test_a_tables_row_is_judged_at_the_scale_of_that_row(tmp_path: Path) -> None:
     piece(tmp_path, "part", "paper", 0.93)
     row = {"case": "FC, softplus", "model": "fc-100x100-softplus", "overlap": 0.93, "paper": 0.96, "parameters": 89_610}

@@ -26,14 +26,14 @@ PAGES = {"figure": ".png", "table": ".html"}
 def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str, Any]) -> dict[str, Any]:
     """The spec of the ledger's job: ``sources`` (tables below the results folder), and by claim ``scale``, ``size``
     (training examples times epochs, of the largest run; without runs, how often a problem is repeated), ``models``
-    (what was run of each network), ``words`` (networks and data sets as a reader knows them), ``short`` and
-    ``link``.
+    (the networks of its runs), ``parts`` and ``examples`` (of which data set and network each part of the scale is,
+    :func:`in_words`), ``words`` (networks and data sets as a reader knows them), ``short`` and ``link``.
 
     A source that the graph does not have is left out. ``short`` says which part of a claim's ``requires`` this config
     does not reach.
     """
-    spec: dict[str, dict[str, Any]] = {"sources": {}, "scale": {}, "size": {}, "models": {}, "words": {}}
-    spec |= {"short": {}, "link": {}}
+    spec: dict[str, dict[str, Any]] = {"sources": {}, "scale": {}, "size": {}, "models": {}, "parts": {}}
+    spec |= {"examples": {}, "words": {}, "short": {}, "link": {}}
     artefacts = {artefact.id: artefact for artefact in study.artefacts}
     for entry in entries:
         behind: list[Source] = []
@@ -46,13 +46,11 @@ def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str
         where = entry.get("options", {}).get("where", {})
         behind = [source for source in behind if _meant(source, where)] or behind
         runs, datasets = _behind(behind)
-        parts = [*_scale(runs, config), *_own_training(behind, config), *_examples(behind)]
-        spec["scale"][entry["id"]] = f"{config['scale']}: {'; '.join(parts) or 'generated data'}"
+        parts, examples = _scale(runs, config) | _own_training(behind, config), _examples(behind)
+        spec["parts"][entry["id"]], spec["examples"][entry["id"]] = parts, examples
+        spec["scale"][entry["id"]] = f"{config['scale']}: {in_words(parts, examples)}"
         spec["size"][entry["id"]] = max((_size(run, config) for run in runs), default=_repeats(behind))
-        models: dict[str, list[Run]] = {}
-        for run in runs:
-            models.setdefault(run.model, []).append(run)
-        spec["models"][entry["id"]] = {model: _scale(part, config) for model, part in models.items()}
+        models = spec["models"][entry["id"]] = list(dict.fromkeys(run.model for run in runs))
         own = [s.spec["model"]["name"] for s in behind if isinstance(s, Measure) and "task" in s.spec]
         spec["words"][entry["id"]] = _words([*(run.dataset for run in runs), *datasets], [*models, *own], config)
         if short := _short(entry.get("requires", {}), runs, datasets, config):
@@ -60,6 +58,13 @@ def bind(entries: Iterable[Mapping[str, Any]], study: Study, config: Mapping[str
         if artefact := artefacts.get(entry.get("figure", "")):
             spec["link"][entry["id"]] = artefact.path + PAGES[artefact.kind]
     return spec
+
+
+def in_words(parts: Iterable[str], examples: Mapping[str, Iterable[int]]) -> str:
+    """The scale of a claim: its ``parts``, and how many examples the curvature of each network was measured on."""
+    counts = sorted({n for part in examples.values() for n in part})
+    curvature = [f"curvature on {' or '.join(f'{n:,}' for n in counts)} examples"] if counts else []
+    return "; ".join([*parts, *curvature]) or "generated data"
 
 
 def tables(spec: Mapping[str, Any]) -> list[str]:
@@ -116,15 +121,15 @@ def _behind(sources: Iterable[Source]) -> tuple[list[Run], list[str]]:
     return list(runs.values()), list(datasets)
 
 
-def _scale(runs: list[Run], config: Mapping[str, Any]) -> list[str]:
-    """What was run, in words: networks, data, epochs, learning rates if they are few."""
+def _scale(runs: list[Run], config: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """What was run, in words (networks, data, epochs, learning rates if they are few): the data sets and networks."""
     pairs: dict[tuple[str, str], set[float]] = {}
     for run in runs:
         pairs.setdefault((run.dataset, run.model), set()).add(run.lr)
-    parts = [
-        f"{_model(model, config)} on {_data(dataset, config)}, {_length(dataset, model, config)}{_rates(lrs)}"
-        for (dataset, model), lrs in pairs.items()
-    ]
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for (dataset, model), lrs in pairs.items():
+        words = f"{_model(model, config)} on {_data(dataset, config)}, {_length(dataset, model, config)}{_rates(lrs)}"
+        parts.setdefault(words, []).append((dataset, model))
     return parts
 
 
@@ -132,21 +137,26 @@ def _rates(lrs: set[float]) -> str:
     return f", η = {' or '.join(f'{lr:g}' for lr in sorted(lrs))}" if len(lrs) <= 3 else ""
 
 
-def _own_training(sources: Iterable[Source], config: Mapping[str, Any]) -> list[str]:
-    """Measures that train networks themselves (the tournament): which, on what, and for how long."""
-    found: dict[str, None] = {}
+def _own_training(sources: Iterable[Source], config: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Measures that train networks themselves (the tournament): which, on what, and for how long; as :func:`_scale`."""
+    found: dict[str, list[tuple[str, str]]] = {}
     for source in sources:
         if isinstance(source, Measure) and {"model", "task"} <= set(source.spec):
             model, epochs = source.spec["model"]["name"], source.spec["task"]["epochs"]
-            words = _model(model, config)
-            found |= {f"{words} on {_data(name, config)}, {epochs:g} epochs": None for name in source.datasets}
-    return list(found)
+            for name in source.datasets:
+                words = f"{_model(model, config)} on {_data(name, config)}, {epochs:g} epochs"
+                found.setdefault(words, []).append((name, model))
+    return found
 
 
-def _examples(sources: Iterable[Source]) -> list[str]:
-    """How many examples the curvature was measured on."""
-    counts = sorted({s.spec["examples"] for s in sources if isinstance(s, Measure) and s.spec.get("examples")})
-    return [f"curvature on {' or '.join(f'{n:,}' for n in counts)} examples"] if counts else []
+def _examples(sources: Iterable[Source]) -> dict[str, list[int]]:
+    """How many examples the curvature was measured on, by network (empty where a measure has no run)."""
+    found: dict[str, list[int]] = {}
+    for source in sources:
+        if isinstance(source, Measure) and source.spec.get("examples"):
+            for model in {run.model for run in source.runs} or {""}:
+                found.setdefault(model, []).append(source.spec["examples"])
+    return found
 
 
 def _data(name: str, config: Mapping[str, Any]) -> str:

@@ -196,7 +196,7 @@ def row(
         outcome = rule_of(claim.rule)(tables, **claim.options)
     except Untested as reason:
         return {**common, "measured": str(reason)}
-    if counts := _parameters(_about(tables.values(), claim.options.get("where", {}))):
+    if counts := _parameters(about(tables.values(), claim.options.get("where", {}))):
         common["scale"] = f"{scale}; {counts}"
     decided = outcome.deciding.estimate
     measured = {
@@ -218,7 +218,7 @@ def worded(text: str, words: Mapping[str, str]) -> str:
     return re.sub(rf"(?<![\w-])({names})(?![\w-])", lambda found: words[found[0]], text)
 
 
-def _about(tables: Iterable[pd.DataFrame], where: Mapping[str, Any]) -> list[pd.DataFrame]:
+def about(tables: Iterable[pd.DataFrame], where: Mapping[str, Any]) -> list[pd.DataFrame]:
     """The rows of each table that a claim is about; none of one that has none of them."""
     found = []
     for table in tables:

@@ -130,7 +130,9 @@ def test_binding_of_each_kind_of_source() -> None:
     assert binding.bind([ENTRY | {"reads": {"x": "Z-F1:*"}}], study(), CONFIG)["sources"] == {"Z-F1:*": everything}
     labelled = binding.bind([ENTRY | {"reads": {"x": "Z-F1[runs]"}}], study(), CONFIG)
     assert labelled["sources"] == {"Z-F1[runs]": ["figures/Z-F1.csv"]}
-    assert labelled["models"]["Z1"] == {"fc": ["fully connected network on 1,000 examples of MNIST, 2 epochs, η = 0.1"]}
+    assert labelled["models"]["Z1"] == ["fc"]
+    (part,) = labelled["parts"]["Z1"].items()
+    assert part == ("fully connected network on 1,000 examples of MNIST, 2 epochs, η = 0.1", [("small", "fc")])
     assert labelled["words"]["Z1"] == {"small": "1,000 examples of MNIST", "fc": "fully connected network"}
     uneven = CONFIG | {"datasets": {"small": CONFIG["datasets"]["small"] | {"imbalance": 20}}}
     assert binding.bind([ENTRY | {"reads": {"x": "Z-F1[runs]"}}], study(), uneven)["words"]["Z1"] == {
