@@ -28,8 +28,8 @@ def crossover(
 ) -> Outcome:
     """A4, A5: ``fast`` leads early in training and ``slow`` leads from some step to the end, at each batch size.
 
-    Measured is the share of seeds with such a crossover, of those that ran both; with ``within_epochs``, with one no
-    later. With ``full_batch`` the claim does not hold before the whole training set was a batch.
+    Measured is the share of seeds with such a crossover, of those that ran both, against nine in ten, as for paper C's
+    small problems: what the paper shows of one run is to be seen in nearly all. With ``within_epochs``, with one no later. With ``full_batch`` the claim does not hold before the whole training set was a batch.
     """
     metrics = pick(tables, table, where)
     by_seed = pd.concat([crossovers(part, slow, fast).assign(seed=s) for s, part in metrics.groupby("seed")])
@@ -41,7 +41,7 @@ def crossover(
         measured = proportion(int(seen.sum()), len(seen), len(seen))
         epochs = part["crossover_epoch"].dropna()
         note = f"at epoch {number(epochs.mean())}" if len(epochs) else "no crossover"
-        found.append(Case(f"batch {size}", measured, judge(measured, at_least=0.5), note))
+        found.append(Case(f"batch {size}", measured, judge(measured, at_least=0.9), note))
     if found and full_batch and not (by_seed["steps_per_epoch"] == 1).any():
         found.append(Case("full batch", proportion(0, 0, metrics["seed"].nunique()), INCONCLUSIVE, "not run"))
     return Outcome(tuple(found))
