@@ -29,7 +29,8 @@ def crossover(
     """A4, A5: ``fast`` leads early in training and ``slow`` leads from some step to the end, at each batch size.
 
     Measured is the share of seeds with such a crossover, of those that ran both, against nine in ten, as for paper C's
-    small problems: what the paper shows of one run is to be seen in nearly all. With ``within_epochs``, with one no later. With ``full_batch`` the claim does not hold before the whole training set was a batch.
+    small problems: what the paper shows of one run is to be seen in nearly all. With ``within_epochs``, with one no
+    later. With ``full_batch`` the claim does not hold before the whole training set was a batch.
     """
     metrics = pick(tables, table, where)
     by_seed = pd.concat([crossovers(part, slow, fast).assign(seed=s) for s, part in metrics.groupby("seed")])

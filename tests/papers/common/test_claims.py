@@ -369,12 +369,15 @@ def one_seed(fast: list[float], slow: list[float], per_epoch: int = 10) -> pd.Da
 
 def test_crossover() -> None:
     def metrics(*curves: list[float]) -> pd.DataFrame:
-        return pd.concat([one_seed(*curves).assign(seed=seed) for seed in range(4)])
+        return pd.concat([one_seed(*curves).assign(seed=seed) for seed in range(40)])
 
     slow = np.linspace(2, 0.5, 21).tolist()
     overtaken = [2.0, 1.7, 1.6, *[1.55] * 18]
     found = claims_a.crossover({"t": metrics(overtaken, slow)}, fast="qn", slow="sgd")
     assert found.verdict == HOLDS
+    half = metrics(overtaken, slow).assign(seed=lambda t: t["seed"] + 40)
+    half = pd.concat([half, metrics(slow, overtaken)])
+    assert claims_a.crossover({"t": half}, fast="qn", slow="sgd").verdict == FAILS  # in half of the seeds
     assert (
         claims_a.crossover({"t": metrics(overtaken, slow)}, fast="qn", slow="sgd", within_epochs=0.2).verdict == FAILS
     )
@@ -386,12 +389,12 @@ def test_crossover() -> None:
 
 def test_a_batch_size_at_which_one_of_the_two_was_not_run_says_nothing() -> None:
     overtaken = [2.0, 1.7, 1.6, *[1.55] * 18]
-    parts = [one_seed(overtaken, np.linspace(2, 0.5, 21).tolist()).assign(seed=seed) for seed in range(4)]
+    parts = [one_seed(overtaken, np.linspace(2, 0.5, 21).tolist()).assign(seed=seed) for seed in range(40)]
     both = pd.concat(parts)
     alone = both[both["optimizer"] == "qn"]
     with pytest.raises(Untested):
         claims_a.crossover({"t": alone}, fast="qn", slow="sgd")
-    table = pd.concat([both, alone.assign(batch_size=512), alone.assign(seed=alone["seed"] + 4)])
+    table = pd.concat([both, alone.assign(batch_size=512), alone.assign(seed=alone["seed"] + 40)])
     outcome = claims_a.crossover({"t": table}, fast="qn", slow="sgd")
     assert outcome.verdict == HOLDS
     assert [case.name for case in outcome.cases] == ["batch 64"]
@@ -399,14 +402,14 @@ def test_a_batch_size_at_which_one_of_the_two_was_not_run_says_nothing() -> None
 
 def test_a_crossover_at_every_size_waits_for_the_full_batch() -> None:
     overtaken, slow = [2.0, 1.7, 1.6, *[1.55] * 18], np.linspace(2, 0.5, 21).tolist()
-    table = pd.concat([one_seed(overtaken, slow).assign(seed=seed) for seed in range(4)])
+    table = pd.concat([one_seed(overtaken, slow).assign(seed=seed) for seed in range(40)])
     asked = {"fast": "qn", "slow": "sgd", "full_batch": True}
     outcome = claims_a.crossover({"t": table}, **asked)
     assert outcome.verdict == INCONCLUSIVE
     assert "full batch: no number (not run)" in outcome.measured
     full = table.assign(batch_size=640, epoch=table["step"])
     assert claims_a.crossover({"t": pd.concat([table, full])}, **asked).verdict == HOLDS
-    never = pd.concat([one_seed(slow, overtaken).assign(seed=seed) for seed in range(4)])
+    never = pd.concat([one_seed(slow, overtaken).assign(seed=seed) for seed in range(40)])
     assert claims_a.crossover({"t": never}, **asked).verdict == FAILS
 
 
