@@ -42,7 +42,8 @@ def crossover(
         measured = proportion(int(seen.sum()), len(seen), len(seen))
         epochs = part["crossover_epoch"].dropna()
         note = f"at epoch {number(epochs.mean())}" if len(epochs) else "no crossover"
-        found.append(Case(f"batch {size}", measured, judge(measured, at_least=0.9), note))
+        verdict = judge(measured, at_least=0.9) if len(seen) > 1 else INCONCLUSIVE
+        found.append(Case(f"batch {size}", measured, verdict, note))
     if found and full_batch and not (by_seed["steps_per_epoch"] == 1).any():
         found.append(Case("full batch", proportion(0, 0, metrics["seed"].nunique()), INCONCLUSIVE, "not run"))
     return Outcome(tuple(found))

@@ -385,6 +385,7 @@ def test_crossover() -> None:
     always_ahead = [0.9 * value for value in slow]
     assert claims_a.crossover({"t": metrics(always_ahead, slow)}, fast="qn", slow="sgd").verdict == FAILS
     assert claims_a.crossover({"t": one_seed(overtaken, slow)}, fast="qn", slow="sgd").verdict == INCONCLUSIVE
+    assert claims_a.crossover({"t": one_seed(slow, overtaken)}, fast="qn", slow="sgd").verdict == INCONCLUSIVE
 
 
 def test_a_batch_size_at_which_one_of_the_two_was_not_run_says_nothing() -> None:
