@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from curvspace.threads import one_at_a_time
+
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """What a model is called with: a tensor (``model(x)``), a tuple (``model(*x)``) or a mapping (``model(**x)``)."""
 
@@ -31,6 +33,7 @@ Batched = Collection[int | str] | None
 """Which inputs have the batch as their first dimension, by position or name; ``None``: those of that length."""
 
 
+@one_at_a_time
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters by name, in ``named_parameters()`` order.
 

@@ -26,6 +26,7 @@ from curvspace.functional import flatten, map_tensors, unflatten, without_graph
 from curvspace.inner import inner, norm
 from curvspace.losses import Loss
 from curvspace.objective import Objective
+from curvspace.threads import one_at_a_time
 
 Floats = NDArray[np.float64]
 Method = Literal["loop", "vmap"]
@@ -44,6 +45,7 @@ class LossScanner:
     resolution : smallest difference of two losses that is more than rounding
     """
 
+    @one_at_a_time
     def __init__(self, objective: Objective, method: Method = "loop", chunk: int = 8):
         if method not in ("loop", "vmap"):
             raise ValueError(f'method must be "loop" or "vmap", got {method!r}')
@@ -77,6 +79,7 @@ class LossScanner:
         r""":math:`L(\theta + t_i d)` for each i: direction (P,), t (m,), result (m,)."""
         return self._along(self.origin, direction, t)
 
+    @one_at_a_time
     @torch.inference_mode(False)
     @torch.no_grad()
     def _along(self, origin: Tensor, direction: Tensor, t: Sequence[float] | Floats) -> Floats:

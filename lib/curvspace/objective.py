@@ -44,6 +44,7 @@ from curvspace.functional import Batched, tensors_in, without_autocast, without_
 from curvspace.losses import Loss, get_loss, options_of, plain_globals
 from curvspace.outputs import output_tensors
 from curvspace.seeds import replayed_randomness
+from curvspace.threads import one_at_a_time
 
 Result = TypeVar("Result")
 Operator = TypeVar("Operator", bound=CurvatureOperator)
@@ -94,6 +95,7 @@ class Objective:
         alone.
     """
 
+    @one_at_a_time
     def __init__(
         self,
         model: nn.Module,
@@ -151,6 +153,7 @@ class Objective:
         return self.function.policy
 
     @property
+    @one_at_a_time
     def batches(self) -> list[Batch]:
         """What is evaluated at a time, with weights that sum to 1.
 
@@ -261,6 +264,7 @@ class Objective:
             return self._given
         return cut(point, self._given, cache_friendly_size(point, batch)) or self._given
 
+    @one_at_a_time
     @torch.inference_mode(False)
     @without_autocast
     @flushed()
@@ -274,6 +278,7 @@ class Objective:
 
         return float(self._summed(self._within_memory(total)))
 
+    @one_at_a_time
     @torch.inference_mode(False)
     @without_autocast
     @flushed()
@@ -282,6 +287,7 @@ class Objective:
         point = self._point()
         return self._summed(self._within_memory(lambda batches: mean_gradient(point, batches)))
 
+    @one_at_a_time
     def hessian(self) -> HessianOperator:
         """The Hessian of L, a copy at the time of the call: later changes of the model need ``H.refresh()``.
 
@@ -292,6 +298,7 @@ class Objective:
             HessianOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
         )
 
+    @one_at_a_time
     def gauss_newton(self) -> GaussNewtonOperator:
         """The generalised Gauss-Newton matrix of L, a copy at the time of the call, as for the Hessian.
 
@@ -305,6 +312,7 @@ class Objective:
             GaussNewtonOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
         )
 
+    @one_at_a_time
     @torch.inference_mode(False)
     def empirical_fisher(self) -> EmpiricalFisherOperator:
         """The empirical Fisher matrix, N times the sum of the examples' gradient shares squared; a copy at the call.
@@ -330,18 +338,21 @@ class Objective:
             )
         return self.batches
 
+    @one_at_a_time
     def hessian_by_differences(self, step: float | None = None) -> DifferenceHessianOperator:
         """The Hessian by differences of gradients at a distance ``step``: for models without second derivatives."""
         self._require_deterministic()
         options = (self.memory_budget, self.group, step)
         return self._following(DifferenceHessianOperator(self._point(), self.batches, *options))
 
+    @one_at_a_time
     def part(self, parameters: str | Sequence[str]) -> Objective:
         """The same loss as a function of some of the parameters, by name or pattern (``"head.*"``)."""
         other = copy.copy(self)
         other.function = self.function.restricted(_untied(self.function, parameters))
         return other
 
+    @one_at_a_time
     def layers(self, depth: int | None = None) -> dict[str, Objective]:
         """The same loss as a function of each layer's parameters: one :meth:`part` a module that has some of its own.
 

@@ -36,6 +36,7 @@ from curvspace.functional import (
 )
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import joined, logits
+from curvspace.threads import one_at_a_time
 
 Algorithm = Literal["auto", "split", "vjp"]
 
@@ -235,6 +236,7 @@ def vjp_pass(
     return ClassPass(value.detach(), gradient, c, counts, _own_probabilities(z, y))
 
 
+@one_at_a_time
 @flushed()
 def class_gradients(
     model: nn.Module,
@@ -343,6 +345,7 @@ def class_curvatures(c: Tensor, probabilities: Tensor, y: Tensor) -> Tensor:
     return spread / len(y) * c.square().sum(1)
 
 
+@one_at_a_time
 def cross_class_gradients(
     model: nn.Module,
     x: Inputs,

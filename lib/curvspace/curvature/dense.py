@@ -9,6 +9,7 @@ from curvspace.curvature.krylov import SymmetricOperator
 from curvspace.curvature.linearisation import GaussNewtonLinearisation, OutputCurvature
 from curvspace.curvature.operators import GaussNewtonOperator
 from curvspace.functional import flatten
+from curvspace.threads import one_at_a_time
 
 MAX_DENSE = 5_000
 """Parameters up to which the matrix is formed without being asked twice (5,000 squared in float64: 200 MB)."""
@@ -40,6 +41,7 @@ def dense_eigh(A: SymmetricOperator, limit: int = MAX_DENSE) -> tuple[Tensor, Te
     return values, vectors
 
 
+@one_at_a_time
 @torch.inference_mode(False)
 def gram_eigh(G: GaussNewtonOperator, tol: float = 1e-10) -> tuple[Tensor, Tensor]:
     r"""All non-zero eigenpairs of a Gauss-Newton matrix from its Gram matrix; exact, whatever P is.

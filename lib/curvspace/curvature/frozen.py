@@ -34,6 +34,7 @@ from curvspace.functional import (
     unwrapped,
 )
 from curvspace.seeds import replayed_randomness
+from curvspace.threads import ALONE
 
 BatchNorm = Literal["batch", "running"] | None
 """Whose statistics batch normalisation takes: the batch's, the stored ones, or as the module's present mode says."""
@@ -188,10 +189,10 @@ class FrozenModel:
     @contextmanager
     def at(self, parameters: Sequence[Tensor], constants: Mapping[str, Tensor], index: int = 0) -> Iterator[None]:
         """The model at these parameters, for whoever calls it or reads it inside; afterwards as it was."""
-        buffers = {name for name, _ in self.model.named_buffers()}  # layers may write them: into copies
-        own = {n: t.clone() if n in buffers else t for n, t in constants.items()}
-        tensors = {**own, **dict(zip(self.names, parameters, strict=True))}
-        with ExitStack() as stack:
+        with ALONE, ExitStack() as stack:
+            buffers = {name for name, _ in self.model.named_buffers()}  # layers may write them: into copies
+            own = {n: t.clone() if n in buffers else t for n, t in constants.items()}
+            tensors = {**own, **dict(zip(self.names, parameters, strict=True))}
             if self.dropout_seed is not None:
                 stack.enter_context(replayed_randomness(self.device, self.dropout_seed + index))
             stack.enter_context(preserved_attributes(self.model))
@@ -248,9 +249,9 @@ class FrozenModel:
         Checkpointing and compilation are off: both would come back to the module when it is itself again. So is
         autocast: the precision is ``dtype``'s.
         """
-        changed = [(m, mode) for m, mode in self._modes if m.training != mode]
-        sparse = [m for m, _ in self._modes if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
-        with ExitStack() as stack:
+        with ALONE, ExitStack() as stack:
+            changed = [(m, mode) for m, mode in self._modes if m.training != mode]
+            sparse = [m for m, _ in self._modes if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
             if self.dropout_seed is None:  # whatever the model draws, it leaves no trace
                 stack.enter_context(replayed_randomness(self.device))
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
@@ -322,7 +323,7 @@ def _normalises_by_batch(module: nn.Module, training: bool) -> bool:
 @contextmanager
 def as_written() -> Iterator[None]:
     """Checkpointed and compiled parts of a model run as they are written, which all derivatives need."""
-    with without_checkpointing(), _without_compilation():
+    with ALONE, without_checkpointing(), _without_compilation():
         yield
 
 
@@ -340,13 +341,13 @@ def _without_cached_weights() -> Iterator[None]:
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Attention by the kernels that have all derivatives."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
+    with ALONE, sdpa_kernel(SDPBackend.MATH):
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 @contextmanager

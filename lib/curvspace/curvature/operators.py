@@ -28,6 +28,7 @@ from curvspace.curvature.memory import default_budget, is_out_of_memory, with_ke
 from curvspace.curvature.split import within_memory
 from curvspace.denormals import flushed
 from curvspace.functional import ordinary, unflatten, without_autocast
+from curvspace.threads import one_at_a_time
 
 Engine = Literal["auto", "linearize", "recompute"]
 
@@ -87,6 +88,7 @@ class CurvatureOperator:
         self._bytes_per_example: float | None = None
         self._kept: dict[int, Linearisation] = {}
 
+    @one_at_a_time
     @torch.inference_mode(False)
     @without_autocast
     @flushed()
@@ -112,6 +114,7 @@ class CurvatureOperator:
         terms.linearisation = UnsaturatedLinearisation
         return terms
 
+    @one_at_a_time
     def refresh(self) -> None:
         """Take the model's present parameters in place of those at the last refresh, or at the construction."""
         given = self.given()

@@ -13,8 +13,10 @@ from curvspace.curvature.linearisation import Batch, GaussNewtonLinearisation, J
 from curvspace.functional import Inputs, batch_size, flatten, ordinary, unflatten
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import logits
+from curvspace.threads import one_at_a_time
 
 
+@one_at_a_time
 @torch.inference_mode(False)
 def jacobian_products(model: nn.Module, x: Inputs, Q: Tensor, *, batch_norm: BatchNorm = None) -> tuple[Tensor, Tensor]:
     """Outputs z (N, ...) and their derivatives J Q along the k columns of Q (P, k), stacked first: (k, N, ...)."""
@@ -25,6 +27,7 @@ def jacobian_products(model: nn.Module, x: Inputs, Q: Tensor, *, batch_norm: Bat
     return jacobian.z.detach(), torch.stack(products)
 
 
+@one_at_a_time
 @torch.inference_mode(False)
 def projected_gauss_newton(
     model: nn.Module,
