@@ -307,7 +307,7 @@ class Objective:
         """
         self._require_deterministic()
         if self.loss_function.linear:
-            warnings.warn(zero_gauss_newton(self.loss_function.name), RuntimeWarning, stacklevel=2)
+            warnings.warn(zero_gauss_newton(self.loss_function.name), RuntimeWarning, stacklevel=3)
         return self._following(
             GaussNewtonOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
         )

@@ -1,7 +1,7 @@
 """One evaluation at a time, whichever thread asks.
 
-While it lasts, an evaluation gives a module other parameters and modes, and changes switches that all threads of a process
-share (generators, attention kernels, checkpoints): two at once would take each other's for the user's.
+While it lasts, an evaluation gives a module other parameters and modes, and changes switches that all threads of a
+process share (generators, attention kernels, checkpoints): two at once would take each other's for the user's.
 """
 
 from __future__ import annotations

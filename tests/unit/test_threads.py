@@ -89,4 +89,3 @@ def test_objectives_made_at_once_take_the_models_own_mode():
         assert (objective.policy, objective.loss()) == expected
 
     _at_once([work] * 3)
-

@@ -70,7 +70,7 @@ def compare_derivatives(function: FrozenModel, loss: Loss, batch: Batch) -> None
             f"{name}: the parameters {shared[0]} and {shared[1]} lie in the same memory but are two objects; here they "
             "are independent coordinates: for one shared weight assign the same nn.Parameter to both",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     found = _differing(function, loss, batch)
     if found is not None:
@@ -80,7 +80,7 @@ def compare_derivatives(function: FrozenModel, loss: Loss, batch: Batch) -> None
             "a function with a derivative of its own?); curvature will be the derivative of autograd's gradient, "
             "not of the loss",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
