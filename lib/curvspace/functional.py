@@ -320,6 +320,8 @@ def pull_back(
     of every process that multiplies with a Hessian. The result is the same, bit for bit, and may share memory with u
     where J is the identity.
     """
+    # a view of such pairs as complex numbers must begin at an even place
+    cotangents = [u.clone() if u.ndim and u.shape[-1] == 2 and u.storage_offset() % 2 else u for u in cotangents]
     try:
         if batched:
             return torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import glob
+import math
 import pickle
 import random
 import warnings
@@ -331,7 +332,8 @@ class Objective:
     def _apart(self) -> list[Batch]:
         """The batches, where the model and the loss treat examples one by one; tried on some of them."""
         some = [b.examples(torch.linspace(0, b.size - 1, min(b.size, 64)).long()) for b in self._given]
-        if cut(self._point(), some, 1) is None:
+        first = without_graph(partial(self._point().outputs, some[0])) if some else torch.zeros(0)
+        if cut(self._point(), some, 1) is None or not isinstance(first, Tensor) or first.is_complex():
             raise ValueError(
                 "the empirical Fisher matrix needs a model and a loss that treat examples one by one, with outputs in "
                 "one tensor with one row an example"
@@ -428,9 +430,12 @@ class Objective:
             batch = batch.examples(slice(0, SAMPLE // 2))
         point = self._point()
         name = type(self.function.model).__name__
-        self._require_no_draws(
-            lambda: output_tensors(point._outputs(batch)), point, batch, name, f"{batch.size} examples of batch 0"
-        )
+
+        def evaluated() -> list[Tensor]:
+            outputs = point._outputs(batch)
+            return output_tensors(outputs) or [point.loss_of(outputs, batch)]  # of a form that only the loss knows
+
+        self._require_no_draws(evaluated, point, batch, name, f"{batch.size} examples of batch 0")
         if not self.loss_function.closed_form:
             self._within_memory(self._require_deterministic_loss)
         compare_derivatives(self.function, self.loss_function, self._given[0])
@@ -490,9 +495,11 @@ def _generators(device: torch.device) -> list[Any]:
 
 
 def _require_same(a: Tensor, b: Tensor, what: str, where: str) -> None:
-    if not a.is_floating_point() or not a.numel():
+    if not (a.numel() or b.numel()):
         return
-    difference = float((a - b).abs().max())
+    if not (a.is_floating_point() or a.is_complex()):
+        a, b = a.double(), b.double()
+    difference = float((a - b).abs().max()) if a.shape == b.shape else math.inf
     if difference > 1e3 * torch.finfo(a.dtype).eps * float(a.abs().max()):
         raise RuntimeError(
             f"{what} is not deterministic: two evaluations of the same {where} differ by {difference:.1e}"

@@ -31,20 +31,29 @@ def logits(outputs: Any, advice: str = "pass loss=callable(outputs, targets) tha
 
 
 def pack(outputs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The floating-point tensors of a model's outputs as one, and the way back to the outputs' own form.
+    """The real and complex numbers of a model's outputs as one real tensor, and the way back to the outputs' own form.
 
-    One tensor stays as it is. Several become one vector.
+    One real tensor stays as it is. Several, or a complex one, become one vector.
     """
-    if isinstance(outputs, Tensor):
+    if isinstance(outputs, Tensor) and not outputs.is_complex():
         return outputs, lambda z: z
-    found = [t for t in output_tensors(outputs) if t.is_floating_point()]
+    found = real_tensors(outputs)
     if not found:
-        raise ValueError(f"the model's outputs, a {type(outputs).__name__}, hold no floating-point tensor")
+        raise ValueError(
+            f"no floating-point tensor is found in the model's outputs, a {type(outputs).__name__}: they may be one, "
+            "or a tuple, mapping or dataclass of tensors"
+        )
     sizes = [t.numel() for t in found]
 
     def unpack(z: Tensor) -> Any:
         parts = iter(z.split(sizes))
-        return _rebuilt(outputs, lambda t: next(parts).view(t.shape).to(t.dtype) if t.is_floating_point() else t)
+
+        def back(t: Tensor) -> Tensor:
+            if t.is_complex():
+                return torch.complex(*next(parts).view(*t.shape, 2).to(t.real.dtype).unbind(-1))
+            return next(parts).view(t.shape).to(t.dtype) if t.is_floating_point() else t
+
+        return map_outputs(outputs, back)
 
     return torch.cat([t.reshape(-1) for t in found]), unpack
 
@@ -52,7 +61,12 @@ def pack(outputs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
 def joined(parts: Sequence[Any], order: Tensor) -> Any:
     """Outputs of parts of a batch as those of the whole, in the outputs' own form: row i is row ``order[i]`` of all."""
     columns = iter(zip(*(output_tensors(part) for part in parts), strict=True))
-    return _rebuilt(parts[0], lambda _: torch.cat(next(columns))[order])
+    return map_outputs(parts[0], lambda _: torch.cat(next(columns))[order])
+
+
+def rows(outputs: Any, start: int, stop: int) -> Any:
+    """The same of some examples, which are along the first dimension of each tensor."""
+    return map_outputs(outputs, lambda t: t[start:stop])
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:
@@ -63,26 +77,45 @@ def output_tensors(outputs: Any) -> list[Tensor]:
         found.append(t)
         return t
 
-    _rebuilt(outputs, visit)
+    map_outputs(outputs, visit)
     return found
 
 
-def _rebuilt(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
+def real_tensors(outputs: Any) -> list[Tensor]:
+    """Those of real numbers, and complex ones with real and imaginary parts along a last dimension."""
+    found = (torch.stack([t.real, t.imag], -1) if t.is_complex() else t for t in output_tensors(outputs))
+    return [t for t in found if t.is_floating_point()]
+
+
+def with_leaves(outputs: Any) -> tuple[Any, list[Tensor]]:
+    """A copy of outputs whose real and complex tensors are leaves that require gradients, and these."""
+    found: list[Tensor] = []
+
+    def leaf(t: Tensor) -> Tensor:
+        if not (t.is_floating_point() or t.is_complex()):
+            return t
+        found.append(t.detach().requires_grad_())
+        return found[-1]
+
+    return map_outputs(outputs, leaf), found
+
+
+def map_outputs(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     """A copy of ``value``, of the same types, with ``f`` of each tensor in its place."""
     if isinstance(value, Tensor):
         return f(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_rebuilt(v, f) for v in value))
+        return type(value)(*(map_outputs(v, f) for v in value))
     if isinstance(value, list | tuple):
-        return type(value)(_rebuilt(v, f) for v in value)
+        return type(value)(map_outputs(v, f) for v in value)
     if isinstance(value, Mapping):
         new = copy.copy(value)
         for k, v in value.items():
-            new[k] = _rebuilt(v, f)  # type: ignore[index]
+            new[k] = map_outputs(v, f)  # type: ignore[index]
         return new
     if dataclasses.is_dataclass(value) or hasattr(value, "logits"):
         new = copy.copy(value)
         for k, v in vars(value).items():
-            object.__setattr__(new, k, _rebuilt(v, f))
+            object.__setattr__(new, k, map_outputs(v, f))
         return new
     return value

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,7 @@ from curvspace.curvature.linearisation import Batch, Point
 from curvspace.curvature.memory import is_out_of_memory, with_kept_bytes
 from curvspace.functional import Inputs, has_uncut_examples, take, tensors_in, without_graph
 from curvspace.losses import Loss
-from curvspace.outputs import output_tensors
+from curvspace.outputs import joined, map_outputs, output_tensors, real_tensors, rows, with_leaves
 
 Result = TypeVar("Result")
 
@@ -155,7 +156,7 @@ def _same_in_parts(
 
     def evaluated(part: slice) -> tuple[Tensor, list[Tensor]]:
         x = function.cast(take(inputs, part, flags))
-        outputs = [t for t in output_tensors(function.evaluate(theta, constants, x)) if t.is_floating_point()]
+        outputs = real_tensors(function.evaluate(theta, constants, x))
         if any(t.ndim == 0 or t.shape[0] != part.stop - part.start for t in outputs):
             raise ValueError("outputs without a batch dimension")
         z = torch.cat([t.reshape(t.shape[0], -1) for t in outputs], dim=1)
@@ -199,43 +200,47 @@ def _adds_up(point: Point, batch: Batch, parts: Sequence[Batch]) -> bool:
     Also at outputs moved at random, as whole and parts may agree to first order at the present ones.
     """
     outputs = [without_graph(partial(point.outputs, part)) for part in parts]
-    if not all(isinstance(z, Tensor) and z.ndim and len(z) == p.size for z, p in zip(outputs, parts, strict=True)):
+    tensors = [output_tensors(z) for z in outputs]
+    if not tensors[0] or any(t.ndim == 0 or len(t) != p.size for ts, p in zip(tensors, parts, strict=True) for t in ts):
         return False
-    low = outputs[0].dtype in (torch.float16, torch.bfloat16)
+    low = any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors[0])
     exact = point.function.in_dtype(torch.float32) if low else point.function
-    there, z = replace(point, function=exact), exact.cast(torch.cat(outputs))
+    there, z = replace(point, function=exact), map_outputs(joined(outputs, torch.arange(batch.size)), exact.cast)
     try:
         if not _sum_of_parts(there, z, batch, parts):
             return False
     except (RuntimeError, IndexError, ValueError):  # for example weights of every example inside the loss
         return False
-    z, *moved = _elsewhere([z, *point.parameters], [1] * (1 + len(point.parameters)))
+    z, leaves = with_leaves(z)
+    moved = iter(_elsewhere([*leaves, *point.parameters], [1] * (len(leaves) + len(point.parameters))))
+    z = map_outputs(z, lambda t: next(moved) if t.requires_grad else t)
     try:
         return _sum_of_parts(replace(there, parameters=tuple(moved)), z, batch, parts) is not False
     except Exception:  # the loss's own: it need not take any outputs
         return True
 
 
-def _sum_of_parts(point: Point, z: Tensor, batch: Batch, parts: Sequence[Batch]) -> bool | None:
+def _sum_of_parts(point: Point, z: Any, batch: Batch, parts: Sequence[Batch]) -> bool | None:
     """The same at outputs z of the whole batch; None where the loss is not finite."""
-    pieces = z.split([p.size for p in parts])
+    ends = list(accumulate(p.size for p in parts))
     with point.function.at(point.parameters, point.constants):
         value, gradient = _loss_and_slope(point, z, batch)
-        of_parts = [_loss_and_slope(point, piece, p) for piece, p in zip(pieces, parts, strict=True)]
-    if not (value.isfinite() and gradient.isfinite().all()):
+        of_parts = [_loss_and_slope(point, rows(z, end - p.size, end), p) for p, end in zip(parts, ends, strict=True)]
+    if not (value.isfinite() and all(g.isfinite().all() for g in gradient)):
         return None
     shares = [p.weight / batch.weight for p in parts]
     tolerance = 1e3 * torch.finfo(point.function.dtype).eps
     total = sum(share * v for share, (v, _) in zip(shares, of_parts, strict=True))
-    slopes = torch.cat([share * g for share, (_, g) in zip(shares, of_parts, strict=True)])
-    return bool((value - total).abs() <= tolerance * value.abs()) and _close(gradient, slopes, tolerance)
+    slopes = zip(*([share * g for g in gs] for share, (_, gs) in zip(shares, of_parts, strict=True)), strict=True)
+    same = (_close(g, torch.cat(pieces), tolerance) for g, pieces in zip(gradient, slopes, strict=True))
+    return bool((value - total).abs() <= tolerance * value.abs()) and all(same)
 
 
-def _loss_and_slope(point: Point, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _loss_and_slope(point: Point, z: Any, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
     with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        value = point.loss_of(leaf, batch)
-        return value.detach(), torch.autograd.grad(value, leaf, materialize_grads=True)[0]
+        z, leaves = with_leaves(z)
+        value = point.loss_of(z, batch)
+        return value.detach(), torch.autograd.grad(value, leaves, materialize_grads=True)
 
 
 def cache_friendly_size(point: Point, batch: Batch) -> int:
