@@ -38,7 +38,7 @@ from curvspace.curvature.operators import (
     HessianOperator,
     zero_gauss_newton,
 )
-from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, independent, within_memory
+from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, seem_independent, within_memory
 from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
 from curvspace.functional import Batched, tensors_in, without_autocast, without_graph
@@ -261,7 +261,7 @@ class Objective:
             return self._given
         point = self._point()
         batch = next(b for b in self._given if b.size == largest)
-        if self.function.examples_interact or not independent(self.function, batch.inputs, largest, batch.flags):
+        if self.function.examples_interact or not seem_independent(self.function, batch.inputs, largest, batch.flags):
             return self._given
         return cut(point, self._given, cache_friendly_size(point, batch)) or self._given
 
@@ -426,7 +426,7 @@ class Objective:
         if not self._given:
             return
         batch = self._given[0]
-        if batch.size > SAMPLE and independent(self.function, batch.inputs, batch.size, batch.flags):
+        if batch.size > SAMPLE and seem_independent(self.function, batch.inputs, batch.size, batch.flags):
             batch = batch.examples(slice(0, SAMPLE // 2))
         point = self._point()
         name = type(self.function.model).__name__
@@ -499,6 +499,7 @@ def _require_same(a: Tensor, b: Tensor, what: str, where: str) -> None:
         return
     if not (a.is_floating_point() or a.is_complex()):
         a, b = a.double(), b.double()
+    a, b = a.detach(), b.detach()
     difference = float((a - b).abs().max()) if a.shape == b.shape else math.inf
     if difference > 1e3 * torch.finfo(a.dtype).eps * float(a.abs().max()):
         raise RuntimeError(

@@ -14,6 +14,7 @@ from torch import nn
 from curvspace import LossScanner, Objective, class_gradients
 from curvspace.curvature import split
 from curvspace.curvature.class_gradients import split_pass, splits_exactly, vjp_pass
+from curvspace.curvature.split import SAMPLE
 from curvspace.functional import batch_flags, take
 from curvspace.optim import class_gradient_newton
 
@@ -605,3 +606,78 @@ def test_a_parameter_without_entries_lets_no_examples_interact() -> None:
     model = _mlp()
     model.register_parameter("empty", nn.Parameter(torch.zeros(0, 3).double()))
     assert splits_exactly(model, torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3)
+
+
+# What passes between many examples, but not between eight
+
+
+def _capacity(s, x):
+    z, taken = s.h(x), torch.zeros(len(x), dtype=torch.bool)
+    for expert in range(3):
+        taken[(s.g(x).argmax(1) == expert).nonzero()[:60, 0]] = True
+    return torch.where(taken[:, None], z, s.g(x))
+
+
+def _groups(s, x):
+    return s.h(torch.cat([part - part.mean(0) if len(part) > 8 else part for part in x.split(64)]))
+
+
+def _queue(s, x):
+    return s.h(x) + (s.g(x[:100]).mean(0) if len(x) > 100 else 0)
+
+
+def _outlier(s, x):
+    return s.h(x) * (1 + (x.abs().amax() > 6))
+
+
+def _neighbours(s, x):
+    return s.h(x) + s.g(torch.cat([torch.zeros_like(x[:64]), x[:-64]])[: len(x)])
+
+
+MANY = {f.__name__[1:]: f for f in (_capacity, _groups, _queue, _outlier, _neighbours)}
+
+
+def _among_many(name):
+    torch.manual_seed(0)
+    x, y = _sorted_batch()
+    x[200] *= 10
+    return Fn(MANY[name], h=nn.Linear(4, 3), g=nn.Linear(4, 3)).double(), x, y
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_what_passes_between_many_examples_only(name, monkeypatch):
+    monkeypatch.setattr("curvspace.objective.cache_friendly_size", lambda *_: 64)
+    model, x, y = _among_many(name)
+    objective = Objective(model, (x, y))
+    assert objective.loss() == pytest.approx(F.cross_entropy(model(x), y).item(), abs=1e-12)
+    assert [b.size for b in objective.batches] == [N]
+    with pytest.raises(ValueError, match="microbatch=64 would change the function"):
+        Objective(model, (x, y), microbatch=64).loss()
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_class_gradients_of_what_passes_between_many_examples_only(name):
+    model, x, y = _among_many(name)
+    z = model(x)
+    parameters = list(model.parameters())
+    for k, found in enumerate(class_gradients(model, x, y, 3)[0]):
+        expected = torch.autograd.grad(z[y == k, k].mean(), parameters, retain_graph=True, materialize_grads=True)
+        torch.testing.assert_close(found, torch.cat([g.flatten() for g in expected]))
+    with pytest.raises(ValueError, match="does not treat examples one by one"):
+        class_gradients(model, x, y, 3, algorithm="split")
+
+
+def test_as_many_examples_are_tried_as_memory_surely_holds(monkeypatch):
+    sizes = []
+    model, x, y = _among_many("queue")
+    model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    monkeypatch.setattr(split, "default_budget", lambda _: 5_000)
+    assert Objective(model, (x, y), microbatch=64).batches
+    assert SAMPLE < max(sizes) < 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_reason_not_to_cut(dtype):
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Linear(4, 500), nn.Tanh(), nn.Linear(500, 3)).to(dtype), _sorted_batch()
+    assert len(Objective(model, (x.to(dtype), y), microbatch=64).batches) == 5

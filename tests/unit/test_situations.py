@@ -191,6 +191,13 @@ def _clipped() -> None:
     Objective(_head(f), _data()).gauss_newton() @ torch.ones(15).double()
 
 
+def _among_many() -> None:
+    """More in test_cutting.py."""
+    (x, y), model = (t.repeat(10, *[1] * (t.ndim - 1)) for t in _data()), _head(lambda s, x: s.h(x - x[:100].mean(0)))
+    _check(model, (x, y), "cross_entropy", lambda: F.cross_entropy(model(x), y))
+    assert len(Objective(model, (x, y)).batches) == 1
+
+
 SITUATIONS: dict[str, Callable[[], Any]] = {
     "class weights": _loss(nn.CrossEntropyLoss(WEIGHT), microbatch=7),
     "class weights inside a callable": _loss(lambda z, y: F.cross_entropy(z, y, WEIGHT)),
@@ -208,6 +215,7 @@ SITUATIONS: dict[str, Callable[[], Any]] = {
     "an edge list beside node features": _model(
         lambda s, x, e: s.h(x.index_add(0, e[1], x[e[0]])), torch.randint(N, (2, 90))
     ),
+    "experts that take so many examples each, normalisation in groups of 64, a queue": _among_many,
     "a memory bank as long as the batch": _model(
         lambda s, x, b: s.h((x @ b.T).softmax(1) @ b), torch.randn(N, 4).double()
     ),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.linearisation import Batch, Point
-from curvspace.curvature.memory import is_out_of_memory, with_kept_bytes
+from curvspace.curvature.memory import default_budget, is_out_of_memory, with_kept_bytes
 from curvspace.functional import Inputs, has_uncut_examples, take, tensors_in, without_graph
 from curvspace.losses import Loss
 from curvspace.outputs import joined, map_outputs, output_tensors, real_tensors, rows, with_leaves
@@ -78,32 +78,90 @@ def cut(point: Point, batches: Sequence[Batch], size: int) -> list[Batch] | None
     return parts
 
 
-@torch.inference_mode(False)
 def independent(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[bool]) -> bool:
     """Whether the model treats ``size`` examples one by one; ``flags`` as in :func:`~curvspace.functional.take`.
 
-    A few of them are evaluated together and in two parts, in float64 where the model can: outputs and a random
-    combination of their gradients must agree, also at parameters moved at random, as a gate may be closed at the
-    present ones. Something of each example that is no tensor is not cut, and rules it out. The answer is kept for a
-    model, its modes and all that it holds and is called with beside its coordinates' values and the examples (see
-    :mod:`~curvspace.curvature.fingerprint`).
+    So it seems on a few (:func:`seem_independent`), and the outputs of all agree to rounding with those of a few and of
+    the rest apart: what passes between examples may need many of them (a capacity, a queue, groups, an outlier).
+    """
+    if not seem_independent(function, inputs, size, flags):
+        return False
+    return size <= SAMPLE or _remembered(_tried_on_all, function, inputs, size, flags, size)
+
+
+def seem_independent(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[bool]) -> bool:
+    """The same of a few examples, which cost next to nothing.
+
+    They are evaluated together and in two parts, in float64 where the model can: outputs and a random combination of
+    their gradients must agree, also at parameters moved at random, as a gate may be closed at the present ones.
+    Something of each example that is no tensor is not cut, and rules it out.
     """
     if function.uses_batch_statistics or size < 2 or has_uncut_examples(inputs, size):
         return False
+    return _remembered(_tried, function, inputs, size, flags, min(SAMPLE, size))
+
+
+@torch.inference_mode(False)
+def _remembered(
+    trial: Callable[[FrozenModel, Inputs, int, Sequence[bool]], bool | None],
+    function: FrozenModel,
+    inputs: Inputs,
+    size: int,
+    flags: Sequence[bool],
+    n: int,
+) -> bool:
+    """What a trial on n examples found, kept for a model, its modes and all that it holds and is called with beside its
+    coordinates' values and the examples (see :mod:`~curvspace.curvature.fingerprint`)."""
     flags = tuple(flags[: len(tensors_in(inputs))])
     what = fingerprint(function.model, function.names, inputs, flags)
     if what is None:  # it could have changed since: tried each time
-        return _tried(function, inputs, size, flags) is not False
-    key = (function.modes, tuple(function.names), function.dtype, flags, min(SAMPLE, size), what)
+        return trial(function, inputs, size, flags) is not False
+    key = (function.modes, tuple(function.names), function.dtype, flags, n, what)
     known = _known_independent.setdefault(function.model, {})
     if key not in known:
-        found = _tried(function, inputs, size, flags)
+        found = trial(function, inputs, size, flags)
         if found is None:  # nothing learnt; nothing that is made of such outputs is finite, cut or not
             return True
         while len(known) >= REMEMBERED:
             known.pop(next(iter(known)))
         known[key] = found
     return known[key]
+
+
+def _tried_on_all(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[bool]) -> bool | None:
+    """Without a graph, and of as many examples as memory surely holds."""
+    low = function.dtype in (torch.float16, torch.bfloat16)
+    function = function.in_dtype(torch.float32) if low else function
+    theta, constants = function.parameters(), function.constants()
+
+    def evaluated(part: slice) -> list[Tensor]:
+        return real_tensors(function.evaluate(theta, constants, function.cast(take(inputs, part, flags))))
+
+    try:
+        with function.policy_in_force():
+            with torch.enable_grad():
+                few, kept = with_kept_bytes(lambda: evaluated(slice(0, SAMPLE)))
+            if kept is None:
+                return True
+            bytes_of_few = kept.total(excluding=theta) + 3 * sum(z.nbytes for z in few)
+            most = SAMPLE * default_budget(function.device) // max(1, bytes_of_few)
+            if most < size:
+                inputs, size = take(inputs, torch.linspace(0, size - 1, max(most, SAMPLE)).long(), flags), most
+            if size <= SAMPLE:
+                return True
+            cuts = slice(0, SAMPLE), slice(SAMPLE, size), slice(0, size)
+            parts = [without_graph(partial(evaluated, part)) for part in cuts]
+    except Exception as error:  # the model's own: it shows again where the whole is evaluated
+        return isinstance(error, RuntimeError) and is_out_of_memory(error)
+    first, rest, whole = (torch.cat([z.reshape(len(z), -1) for z in part], dim=1) for part in parts)
+    apart, finite = torch.cat([first, rest]), whole.isfinite()
+    if not finite.any():
+        return None
+    rough = whole.dtype != torch.float64 and (
+        function.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest"
+    )
+    tolerance = 0.02 if rough else 1e3 * torch.finfo(whole.dtype).eps
+    return bool((finite == apart.isfinite()).all()) and _close(whole[finite], apart[finite], tolerance)
 
 
 def _tried(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[bool]) -> bool | None:
