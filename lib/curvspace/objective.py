@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.batches import as_pairs, could_be_one_example, layout, one_example
-from curvspace.curvature.derivatives import compare_derivatives
+from curvspace.curvature.derivatives import Matrix, compare_derivatives
 from curvspace.curvature.differences import DifferenceHessianOperator
 from curvspace.curvature.fingerprint import fingerprint, values_mark
 from curvspace.curvature.fisher import EmpiricalFisherOperator
@@ -294,7 +294,7 @@ class Objective:
 
         A loss that reads the parameters itself (a penalty) has its share in it.
         """
-        self._require_deterministic()
+        self._require_deterministic("Hessian")
         return self._following(
             HessianOperator(self._point(), self.batches, self.engine, self.memory_budget, self.group)
         )
@@ -306,7 +306,7 @@ class Objective:
         Of a loss that reads the parameters itself it has the Hessian with respect to them, too. Zero by definition for
         a loss that is linear in the outputs (``nll_loss``), which a warning says.
         """
-        self._require_deterministic()
+        self._require_deterministic("Gauss-Newton")
         if self.loss_function.linear:
             warnings.warn(zero_gauss_newton(self.loss_function.name), RuntimeWarning, stacklevel=3)
         return self._following(
@@ -323,7 +323,7 @@ class Objective:
         ValueError
             If the model or the loss does not treat examples one by one.
         """
-        self._require_deterministic()
+        self._require_deterministic("Fisher")
         parts = self._apart()
         options = (self.engine, self.memory_budget, self.group)
         operator = EmpiricalFisherOperator(self._point(), parts, *options, examples=self.num_examples)
@@ -418,7 +418,7 @@ class Objective:
             raise ValueError(one_example(batch.index, batch.inputs, batch.targets))
 
     @torch.inference_mode(False)
-    def _require_deterministic(self) -> None:
+    def _require_deterministic(self, matrix: Matrix = None) -> None:
         """Evaluate a few examples twice: a product with a kept graph would hide that the model draws at random.
 
         All of a batch where the model does not treat examples one by one.
@@ -438,7 +438,7 @@ class Objective:
         self._require_no_draws(evaluated, point, batch, name, f"{batch.size} examples of batch 0")
         if not self.loss_function.closed_form:
             self._within_memory(self._require_deterministic_loss)
-        compare_derivatives(self.function, self.loss_function, self._given[0])
+        compare_derivatives(self.function, self.loss_function, self._given[0], matrix)
 
     def _require_deterministic_loss(self, batches: list[Batch]) -> None:
         """Evaluate the loss twice on the same outputs: of all the first batch, as it may be no mean of parts."""

@@ -310,14 +310,19 @@ def test_a_backward_pass_that_is_not_linear(hook, together):
     torch.manual_seed(0)
     batch = torch.randn(9, 4).double(), torch.randint(3, (9,))
     for given, refused in ((lambda g: g, False), (hook, True)):
-        G = Objective(Hooked(given).double(), batch).gauss_newton()
-        G.vectors_at_once = together
-        V = torch.randn(G.shape[0], 3).double()
+        objective = Objective(Hooked(given).double(), batch)
+        V = torch.randn(objective.num_parameters, 3).double()
+
+        def product(objective: Objective = objective, V: Tensor = V) -> Tensor:
+            G = objective.gauss_newton()
+            G.vectors_at_once = together
+            return G @ V
+
         if not refused:
-            assert (V * (G @ V)).sum() > 0
+            assert (V * product()).sum() > 0
             continue
         with pytest.raises(RuntimeError, match="the backward pass of Hooked is not linear"):
-            G @ V
+            product()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -767,6 +767,94 @@ def test_a_gradient_that_is_no_derivative_is_said_once(name, matrix):
     assert sum("not the derivative of the loss" in str(w.message) for w in caught) == (name in OWN_DERIVATIVES)
 
 
+class _Cube(torch.autograd.Function):
+    """Its backward pass has the right value, in a form that autograd cannot differentiate."""
+
+    @staticmethod
+    def forward(ctx, x, slope):
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.slope(g, *ctx.saved_tensors), None
+
+
+class _Fused(torch.autograd.Function):
+    """A loss that computes its gradient in the forward pass, as fused kernels do."""
+
+    @staticmethod
+    def forward(ctx, z, y):
+        ctx.gradient = (z.softmax(1) - F.one_hot(y, 3)) / len(z)
+        return F.cross_entropy(z, y)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.gradient, None
+
+
+def _under_no_grad(g, x):
+    with torch.no_grad():
+        return 3 * x**2 * g
+
+
+def _implicit(h):
+    """The fixed point z of tanh(0.3 z W + h), whose cotangent a hook solves for."""
+    w = torch.linspace(-1, 1, 25).view(5, 5).to(h)
+    with torch.no_grad():
+        z = torch.zeros_like(h)
+        for _ in range(60):
+            z = torch.tanh(0.3 * z @ w + h)
+    z = torch.tanh(0.3 * z @ w + h)
+    if z.requires_grad:
+        here = z.detach().requires_grad_()
+        there = torch.tanh(0.3 * here @ w + h.detach())
+
+        def solve(g):
+            found = g
+            for _ in range(60):
+                found = g + torch.autograd.grad(there, here, found, retain_graph=True)[0]
+            return found
+
+        z.register_hook(solve)
+    return z
+
+
+NOT_DIFFERENTIABLE = {  # function, and for which matrices that matters
+    "constant": (lambda h: _Cube.apply(h, lambda g, x: 3 * x.detach() ** 2 * g), ["hessian"]),
+    "no_grad": (lambda h: _Cube.apply(h, _under_no_grad), ["hessian", "gauss_newton", "empirical_fisher"]),
+    "numpy": (
+        lambda h: _Cube.apply(h, lambda g, x: torch.from_numpy(3 * x.detach().numpy() ** 2 * g.detach().numpy())),
+        ["hessian", "gauss_newton", "empirical_fisher"],
+    ),
+    "implicit": (_implicit, ["hessian", "gauss_newton", "empirical_fisher"]),
+    "fused loss": (torch.sin, ["hessian", "gauss_newton"]),
+}
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton", "empirical_fisher"])
+@pytest.mark.parametrize("name", NOT_DIFFERENTIABLE)
+def test_a_backward_pass_that_autograd_cannot_differentiate(name, matrix):
+    torch.manual_seed(0)
+    f, wrong = NOT_DIFFERENTIABLE[name]
+    model, (x, y) = _Middle(f).double(), _batch()
+    objective = Objective(model, [(x, y)], _Fused.apply if name == "fused loss" else "cross_entropy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if matrix not in wrong:
+            getattr(objective, matrix)()
+            return
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"_Middle with the loss .* is off by .* of the difference of first"):
+                getattr(objective, matrix)()
+        if name == "fused loss":
+            objective = Objective(model, [(x, y)])
+        v = torch.ones(objective.num_parameters).double()
+        expected = central_difference(model, [(x, y)], "cross_entropy", v)
+        torch.testing.assert_close(objective.hessian_by_differences() @ v, expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"scale_grad_by_freq": True}, "scale_grad_by_freq"), ({"max_norm": 0.5}, "max_norm"), ({"padding_idx": 0}, None)],

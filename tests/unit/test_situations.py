@@ -33,6 +33,20 @@ class Fn(nn.Module):
         return self.f(self, *x, **named)
 
 
+class InNumPy(torch.autograd.Function):
+    """x², with a backward pass that leaves no graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(2 * x.detach().numpy() * g.detach().numpy())
+
+
 def _mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
@@ -253,6 +267,9 @@ SITUATIONS: dict[str, Callable[[], Any]] = {
     "a function that can be differentiated once": lambda: (
         Objective(_head(lambda s, x: NoSecondDerivative.apply(s.h(x))), _data()).hessian() @ torch.ones(15).double()
     ),
+    "a backward pass that autograd cannot differentiate: in NumPy, by a kernel, a solve in a hook": lambda: Objective(
+        _head(lambda s, x: InNumPy.apply(s.h(x))), _data()
+    ).hessian(),
     "a model that draws random numbers": lambda: Objective(
         _head(lambda s, x: s.h(x + torch.rand(4))), _data()
     ).hessian(),

@@ -7,10 +7,10 @@ It is not where a part is cut off (``detach``, ``no_grad``), where a function br
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,11 +18,18 @@ from torch import Tensor, nn
 
 from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import FrozenModel
-from curvspace.curvature.linearisation import Batch, Point
+from curvspace.curvature.linearisation import (
+    Batch,
+    GaussNewtonLinearisation,
+    HessianLinearisation,
+    NotLinear,
+    Point,
+)
 from curvspace.curvature.memory import free_memory
 from curvspace.curvature.split import _may_index_examples
 from curvspace.functional import tensors_in, without_graph
 from curvspace.losses import Loss
+from curvspace.outputs import pack
 
 EXAMPLES = 4
 """On so many the derivative is tried."""
@@ -33,14 +40,22 @@ LARGEST = 30_000_000
 STEPS = (1e-4, 1e-5)
 """Of the central differences, relative to the parameters."""
 
+SECOND_STEPS = (1e-6, 1e-7)
+"""The same where gradients are compared: short, as they jump at kinks, of which a line crosses many."""
+
+Matrix = Literal["Hessian", "Gauss-Newton", "Fisher"] | None
+"""Whose second derivatives are tried."""
+
 TOLERANCE = 1e-4
 """What the two derivatives may differ by, relative to what that in a random direction is on average."""
 
-_tried: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+_tried: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+"""Of a model as it is: whether its gradient is the loss's derivative; with a matrix, that its second ones are right."""
 
 
-def compare_derivatives(function: FrozenModel, loss: Loss, batch: Batch) -> None:
-    """Once per model: its gradient along a random direction and a difference of losses, in float64.
+def compare_derivatives(function: FrozenModel, loss: Loss, batch: Batch, matrix: Matrix = None) -> None:
+    """Once per model and matrix: its gradient along a random direction and a difference of losses, in float64; and what
+    the matrix takes of second derivatives, and differences of first ones.
 
     What cannot be tried (no float64, too little memory, too many parameters for a CPU, a model that refuses a few
     examples) is taken to be right.
@@ -54,15 +69,28 @@ def compare_derivatives(function: FrozenModel, loss: Loss, batch: Batch) -> None
     ------
     ValueError
         If an ``nn.Embedding`` scales its gradient by frequency, or scales its rows back to ``max_norm``.
+    RuntimeError
+        If the gradient is right and its derivative is not.
     """
     _refuse_embeddings(function)
     names = [name for name, _ in function.model.named_parameters()]
     flags = batch.flags[: len(tensors_in(batch.inputs))]
-    key = (function.modes, tuple(function.names), loss.name, fingerprint(function.model, names, batch.inputs, flags))
-    known = _tried.setdefault(function.model, set())
-    if key in known:
+    held = fingerprint(function.model, names, batch.inputs, flags)
+    key = (function.modes, tuple(function.names), loss.name, held)
+    known = _tried.setdefault(function.model, {})
+    if key in known and (matrix is None or not known[key] or (*key, matrix) in known):
         return
-    known.add(key)
+    tried = _few(function, loss, batch)
+    if key not in known:
+        found = _differing(*tried) if tried else None
+        known[key] = found is None
+        _warn(function, loss, found)
+    if tried and matrix and known[key]:
+        _require_second_derivative(*tried, matrix)
+        known[(*key, matrix)] = True
+
+
+def _warn(function: FrozenModel, loss: Loss, found: _Slopes | None) -> None:
     name = type(function.model).__name__
     shared = _sharing(function.model, function.names)
     if shared:
@@ -70,9 +98,8 @@ def compare_derivatives(function: FrozenModel, loss: Loss, batch: Batch) -> None
             f"{name}: the parameters {shared[0]} and {shared[1]} lie in the same memory but are two objects; here they "
             "are independent coordinates: for one shared weight assign the same nn.Parameter to both",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
-    found = _differing(function, loss, batch)
     if found is not None:
         warnings.warn(
             f"{name} with the loss {loss.name}: autograd's gradient is not the derivative of the loss: along a random "
@@ -80,7 +107,19 @@ def compare_derivatives(function: FrozenModel, loss: Loss, batch: Batch) -> None
             "a function with a derivative of its own?); curvature will be the derivative of autograd's gradient, "
             "not of the loss",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=7,
+        )
+
+
+def _require_second_derivative(point: Point, batch: Batch, matrix: Matrix) -> None:
+    found = _second_derivative_off(point, batch, matrix)
+    if found is not None:
+        what, off = found
+        other = "take objective.hessian_by_differences()" if matrix == "Hessian" else "write it in torch's operations"
+        raise RuntimeError(
+            f"{type(point.function.model).__name__} with the loss {point.loss.name}: {what} is off by {off:.1%} of the "
+            "difference of first derivatives, which are right: a backward pass is not one that autograd can "
+            f"differentiate (a function or hook of its own, in NumPy, a kernel, or without a graph?); {other}"
         )
 
 
@@ -121,19 +160,23 @@ class _Slopes:
     of_loss: float
 
 
-def _differing(function: FrozenModel, loss: Loss, batch: Batch) -> _Slopes | None:
-    """The derivatives in a direction where they differ, at two points one after the other, and None otherwise."""
+def _few(function: FrozenModel, loss: Loss, batch: Batch) -> tuple[Point, Batch] | None:
+    """Where and on which examples derivatives are tried; None where that cannot be."""
     flags = batch.flags[: len(tensors_in(batch.inputs))]
     enough = function.device.type != "mps" and free_memory(function.device) > 100 * function.size
     on_cpu = function.device.type == "cpu"
     if not enough or (function.size > LARGEST if on_cpu else _may_index_examples(batch.inputs, flags)):
         return None
+    few = batch.examples(torch.linspace(0, batch.size - 1, min(EXAMPLES, batch.size)).long())
+    return Point.here(function.in_dtype(torch.float64), loss), replace(few, weight=1.0)
+
+
+def _differing(point: Point, batch: Batch) -> _Slopes | None:
+    """The derivatives in a direction where they differ, at two points one after the other, and None otherwise."""
     found = None
     try:
-        few = batch.examples(torch.linspace(0, batch.size - 1, min(EXAMPLES, batch.size)).long())
-        point = Point.here(function.in_dtype(torch.float64), loss)
         for seed in range(2):
-            found = _slopes(point, few, torch.Generator().manual_seed(seed))
+            found = _slopes(point, batch, torch.Generator().manual_seed(seed))
             if found is None:
                 return None
     except Exception:  # the model's own, which shows where it is evaluated in earnest
@@ -141,23 +184,32 @@ def _differing(function: FrozenModel, loss: Loss, batch: Batch) -> _Slopes | Non
     return found
 
 
-def _slopes(point: Point, batch: Batch, generator: torch.Generator) -> _Slopes | None:
-    """At parameters near the present ones, which may be too special; None where a jump or rounding explains it."""
-    scales = list(_scales(point.parameters))
-    away, along = (_direction(point, scales, generator) for _ in range(2))
+class _Line:
+    """Parameters along a random line, from a point near the present one, which may be too special."""
 
-    def at(step: float) -> Point:
-        moved = (p.detach() + 0.01 * a + step * d for p, a, d in zip(point.parameters, away, along, strict=True))
-        return replace(point, parameters=tuple(p.requires_grad_() for p in moved))
+    def __init__(self, point: Point, generator: torch.Generator):
+        self.scales = list(_scales(point.parameters))
+        self.away, self.along = (_direction(point, self.scales, generator) for _ in range(2))
+        self.point = point
+
+    def at(self, step: float) -> Point:
+        pairs = zip(self.point.parameters, self.away, self.along, strict=True)
+        moved = (p.detach() + 0.01 * a + step * d for p, a, d in pairs)
+        return replace(self.point, parameters=tuple(p.requires_grad_() for p in moved))
+
+
+def _slopes(point: Point, batch: Batch, generator: torch.Generator) -> _Slopes | None:
+    """None where a jump or rounding explains a difference."""
+    line = _Line(point, generator)
 
     def value(step: float) -> float:
-        return float(without_graph(lambda: at(step).value(batch)))
+        return float(without_graph(lambda: line.at(step).value(batch)))
 
-    here = at(0.0)
+    here = line.at(0.0)
     with torch.enable_grad():
         loss = here.value(batch)
-        gradient = point.function.gradient(loss, here.parameters)
-    terms = [(g, d, s) for g, d, s in zip(gradient, along, scales, strict=True) if g is not None]
+        gradient = here.gradient(loss)
+    terms = [(g, d, s) for g, d, s in zip(gradient, line.along, line.scales, strict=True) if g is not None]
     slope = float(sum((g * d).sum() for g, d, _ in terms))
     typical = float(sum((g * s).square().sum() for g, _, s in terms)) ** 0.5
     # outputs of order one: a loss that is nearly 0 is the difference of such
@@ -169,6 +221,88 @@ def _slopes(point: Point, batch: Batch, generator: torch.Generator) -> _Slopes |
             return None
     agree = abs(found[0] - found[1]) < 0.02 * abs(found[1] - slope)
     return _Slopes(slope, found[1]) if agree else None
+
+
+def _second_derivative_off(point: Point, batch: Batch, matrix: Matrix) -> tuple[str, float] | None:
+    """Which derivative of a derivative is wrong in a random direction, and by how much relative to differences."""
+    try:
+        line = _Line(point, torch.Generator().manual_seed(0))
+        if matrix == "Hessian":
+            off = _hessian_off(line, batch)
+            return None if off is None else ("a product with the Hessian", off)
+        found = GaussNewtonLinearisation(line.at(0.0), batch, diverged=True)
+        off = _jacobian_off(line, batch, found)
+        if off is not None:
+            found.jacobian.require_doubling()
+            return "the derivative of the outputs (J v, from the derivative of the backward pass)", off
+        off = _loss_off(line, batch, found) if matrix == "Gauss-Newton" else None
+        return None if off is None else ("the second derivative of the loss in the outputs", off)
+    except NotLinear:
+        raise
+    except Exception:  # the model's own, or torch's where it has none, which shows where it is evaluated in earnest
+        return None
+
+
+def _hessian_off(line: _Line, batch: Batch) -> float | None:
+    product = HessianLinearisation(line.at(0.0), batch).product(line.along)
+
+    def gradient(step: float) -> list[Tensor]:
+        here = line.at(step)
+        with torch.enable_grad():
+            found = here.gradient(here.value(batch))
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, here.parameters, strict=True)]
+
+    return _off(product, gradient, line.scales)
+
+
+def _jacobian_off(line: _Line, batch: Batch, linearisation: GaussNewtonLinearisation) -> float | None:
+    jv = linearisation.jacobian.forward(line.along)
+    return _off([jv], lambda step: [without_graph(lambda: pack(line.at(step).outputs(batch))[0])], [1.0])
+
+
+def _loss_off(line: _Line, batch: Batch, linearisation: GaussNewtonLinearisation) -> float | None:
+    curvature = linearisation.curvature
+    if curvature.closed_form:
+        return None
+    u = linearisation.jacobian.forward(line.along).detach()
+    hu, own = curvature.product(u, line.along)
+
+    def gradient(step: float) -> list[Tensor]:
+        here, kept = line.at(step), []
+
+        def moved(raw: Any) -> Any:
+            _, unpack = pack(raw)
+            kept.append((curvature.z.detach() + step * u).requires_grad_())
+            return unpack(kept[0])
+
+        with torch.enable_grad():
+            _, loss = here.evaluate(batch, moved)
+        of = [kept[0], *(here.parameters[i] for i in curvature.read)]
+        return list(torch.autograd.grad(loss, of, materialize_grads=True))
+
+    return _off([hu, *own], gradient, [1.0, *(line.scales[i] for i in curvature.read)])
+
+
+def _off(product: Sequence[Tensor], values: Callable[[float], list[Tensor]], scales: Sequence[float]) -> float | None:
+    """How far a product is from differences of what it is the derivative of, in units of these; None where they agree,
+    or a jump or rounding explains it."""
+
+    def size(parts: Iterable[Tensor]) -> float:
+        return sum(float((s * p.detach()).square().sum()) for s, p in zip(scales, parts, strict=True)) ** 0.5
+
+    def minus(a: Sequence[Tensor], b: Sequence[Tensor]) -> Iterator[Tensor]:
+        return (x - y for x, y in zip(a, b, strict=True))
+
+    found: list[list[Tensor]] = []
+    off = 0.0
+    for step in SECOND_STEPS:
+        there = values(step)
+        rounding = 1e3 * torch.finfo(torch.float64).eps * max(1.0, size(there)) / step
+        found.append([d / (2 * step) for d in minus(there, values(-step))])
+        off = size(minus(found[-1], product))
+        if not off > max(1e-3 * size(found[-1]), rounding):
+            return None
+    return off / size(found[-1]) if size(minus(*found)) < 0.02 * off else None
 
 
 def _direction(point: Point, scales: list[float], generator: torch.Generator) -> list[Tensor]:

@@ -177,6 +177,10 @@ class HessianLinearisation(Linearisation):
         return self._multiply(vs, True) if self.live else [torch.zeros_like(v) for v in vs]
 
 
+class NotLinear(RuntimeError):
+    """A backward pass that is no linear map of the cotangent: there is no Jacobian."""
+
+
 class JacobianLinearisation:
     """J v and Jᵀu of outputs z(theta). J v is the derivative of the linear map u -> Jᵀu, whose graph is kept.
 
@@ -212,12 +216,15 @@ class JacobianLinearisation:
         forward, backward = inner(u, jv.reshape(-1)), inner(pulled, v)
         size = torch.stack([norm(jv.reshape(-1)), forward.abs(), backward.abs()]).max()
         close = max(torch.finfo(pulled.dtype).eps ** (1 / 3), 0.01)
-        if not (forward - backward).abs() > close * size:
-            return
-        found = self.backward(2 * self.u.detach())
+        if (forward - backward).abs() > close * size:
+            self.require_doubling()
+
+    def require_doubling(self) -> None:
+        r""":class:`NotLinear` unless :math:`J^\top(2u) = 2J^\top u`."""
+        pulled, found = flatten(w.detach() for w in self.vjp), self.backward(2 * self.u.detach())
         doubled = flatten(found[i] for i in self.live)
-        if norm(doubled - 2 * pulled) > close * norm(doubled):
-            raise RuntimeError(
+        if norm(doubled - 2 * pulled) > max(torch.finfo(pulled.dtype).eps ** (1 / 3), 0.01) * norm(doubled):
+            raise NotLinear(
                 f"the backward pass of {type(self.function.model).__name__} is not linear (a hook or a function of its "
                 "own that cuts off or scales gradients?), so that it has no Jacobian: switch that off while you measure"
             )
