@@ -158,7 +158,7 @@ def _pair(index: int, batch: Any) -> tuple[Inputs, Any]:
 def _as_tensors(value: Any) -> Any:
     """NumPy arrays as tensors, also inside tuples and mappings."""
     if isinstance(value, np.ndarray):
-        return torch.as_tensor(value)
+        return torch.as_tensor(value, device="cpu")
     if isinstance(value, Mapping):
         return {k: _as_tensors(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -38,7 +38,7 @@ from curvspace.curvature.operators import (
     HessianOperator,
     zero_gauss_newton,
 )
-from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, seem_independent, within_memory
+from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, seem_independent, spread, within_memory
 from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
 from curvspace.functional import Batched, tensors_in, without_autocast, without_graph
@@ -331,8 +331,8 @@ class Objective:
 
     def _apart(self) -> list[Batch]:
         """The batches, where the model and the loss treat examples one by one; tried on some of them."""
-        some = [b.examples(torch.linspace(0, b.size - 1, min(b.size, 64)).long()) for b in self._given]
-        first = without_graph(partial(self._point().outputs, some[0])) if some else torch.zeros(0)
+        some = [b.examples(spread(b.size, min(b.size, 64))) for b in self._given]
+        first = without_graph(partial(self._point().outputs, some[0])) if some else torch.zeros(0, device="cpu")
         if cut(self._point(), some, 1) is None or not isinstance(first, Tensor) or first.is_complex():
             raise ValueError(
                 "the empirical Fisher matrix needs a model and a loss that treat examples one by one, with outputs in "

@@ -113,7 +113,9 @@ def cosine_assignment(V: Tensor, E: Tensor, null_samples: int = 0, seed: int = 0
     null = float("nan")
     if null_samples:
         generator = torch.Generator().manual_seed(seed)
-        draws = (torch.randn(V.shape, generator=generator, dtype=torch.float32) for _ in range(null_samples))
+        draws = (
+            torch.randn(V.shape, generator=generator, dtype=torch.float32, device="cpu") for _ in range(null_samples)
+        )
         null = sum(_assign(_cosines(d.to(E), E))[0] for d in draws) / null_samples
     return CosineAssignment(cosines, columns, mean, null)
 
@@ -178,6 +180,6 @@ def _assign(cosines: Tensor) -> tuple[float, Tensor]:
     from scipy.optimize import linear_sum_assignment  # heavy, and used here alone
 
     rows, cols = linear_sum_assignment(cosines.double().cpu().numpy(), maximize=True)
-    columns = torch.full((cosines.shape[0],), -1, dtype=torch.long)
-    columns[torch.as_tensor(rows)] = torch.as_tensor(cols)
+    columns = torch.full((cosines.shape[0],), -1, dtype=torch.long, device="cpu")
+    columns[torch.as_tensor(rows, device="cpu")] = torch.as_tensor(cols, device="cpu")
     return float(cosines.double().cpu()[rows, cols].mean()), columns

@@ -318,7 +318,7 @@ def _layer_by_layer(
     order = torch.argsort(y, stable=True)
     x, y = take(x, order, flags), y[order]
     passes = -(-len(y) // max(AT_ONCE, int(counts.max())))
-    for places in torch.arange(len(y)).tensor_split(passes):
+    for places in torch.arange(len(y), device="cpu").tensor_split(passes):
         part = slice(int(places[0]), int(places[-1]) + 1)
         recorder = LayerRecorder(theta, len(places))
         with recorder:

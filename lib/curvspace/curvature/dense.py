@@ -26,7 +26,7 @@ def dense_matrix(A: SymmetricOperator, chunk: int = 64, limit: int = MAX_DENSE) 
     n = A.shape[0]
     if n > limit:
         raise ValueError(f"P = {n} is above limit = {limit}; use spectral_density, or raise the limit")
-    matrix = torch.empty(n, n, dtype=torch.float64)
+    matrix = torch.empty(n, n, dtype=torch.float64, device="cpu")
     for start in range(0, n, chunk):
         width = min(chunk, n - start)
         columns = torch.zeros(n, width, dtype=A.dtype, device=A.device)
@@ -102,7 +102,8 @@ def _square_root_columns(curvature: OutputCurvature) -> list[Tensor]:
         unit = torch.zeros(n, c, dtype=z.dtype, device=z.device)
         unit[:, j] = 1
         blocks[:, :, j] = curvature.product(unit.view_as(z), [])[0].reshape(n, c)
-    probe = torch.randn(n, c, generator=torch.Generator().manual_seed(0)).to(z)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(n, c, generator=generator, dtype=torch.float32, device="cpu").to(z)
     product, of_blocks = curvature.product(probe.view_as(z), [])[0].reshape(n, c), (blocks @ probe[:, :, None])[:, :, 0]
     if (product - of_blocks).norm() > 1e3 * torch.finfo(z.dtype).eps * product.norm():
         raise ValueError(

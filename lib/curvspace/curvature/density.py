@@ -96,7 +96,7 @@ def spectral_density(
         raise ValueError(f'axis must be "linear" or "log", got {axis!r}')
     steps = min(steps, A.shape[0])
     generator = torch.Generator().manual_seed(seed)
-    nodes = torch.zeros(probes, steps, dtype=torch.float64)
+    nodes = torch.zeros(probes, steps, dtype=torch.float64, device="cpu")
     weights = torch.zeros_like(nodes)
     products = 0
     for probe in range(probes):
@@ -107,7 +107,7 @@ def spectral_density(
     if axis == "log":
         scale = linear_width or 1e-3 * float(nodes.abs().max()) or 1.0
     grid, curves = _smoothed(nodes, weights, points, width, scale)
-    quantiles = torch.quantile(curves, torch.tensor([0.1, 0.9], dtype=torch.float64), dim=0)
+    quantiles = torch.quantile(curves, torch.tensor([0.1, 0.9], dtype=torch.float64, device="cpu"), dim=0)
     return SpectralDensity(grid, curves.mean(0), quantiles[0], quantiles[1], nodes, weights, products, scale)
 
 
@@ -128,7 +128,7 @@ def _smoothed(nodes: Tensor, weights: Tensor, points: int, width: float, scale: 
     span = float(held.max() - held.min()) or max(float(held.abs().max()), 1.0)
     sigma = width * span
     low, high = float(held.min()) - MARGIN * sigma, float(held.max()) + MARGIN * sigma
-    grid = torch.linspace(low, high, points, dtype=torch.float64)
+    grid = torch.linspace(low, high, points, dtype=torch.float64, device="cpu")
     bumps = torch.exp(-0.5 * ((grid - x[..., None]) / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)
     curves = (weights[..., None] * bumps).sum(1)
     return (grid if scale is None else scale * torch.sinh(grid)), curves

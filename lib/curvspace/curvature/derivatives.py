@@ -26,7 +26,7 @@ from curvspace.curvature.linearisation import (
     Point,
 )
 from curvspace.curvature.memory import free_memory
-from curvspace.curvature.split import _may_index_examples
+from curvspace.curvature.split import _may_index_examples, spread
 from curvspace.functional import tensors_in, without_graph
 from curvspace.losses import Loss
 from curvspace.outputs import pack
@@ -167,7 +167,7 @@ def _few(function: FrozenModel, loss: Loss, batch: Batch) -> tuple[Point, Batch]
     on_cpu = function.device.type == "cpu"
     if not enough or (function.size > LARGEST if on_cpu else _may_index_examples(batch.inputs, flags)):
         return None
-    few = batch.examples(torch.linspace(0, batch.size - 1, min(EXAMPLES, batch.size)).long())
+    few = batch.examples(spread(batch.size, min(EXAMPLES, batch.size)))
     return Point.here(function.in_dtype(torch.float64), loss), replace(few, weight=1.0)
 
 
@@ -308,7 +308,7 @@ def _off(product: Sequence[Tensor], values: Callable[[float], list[Tensor]], sca
 def _direction(point: Point, scales: list[float], generator: torch.Generator) -> list[Tensor]:
     """A random one in units of the scales. Rows that an embedding keeps for padding are constants by its definition."""
     parts = [
-        scale * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+        scale * torch.randn(p.shape, generator=generator, dtype=p.dtype, device="cpu").to(p.device)
         for p, scale in zip(point.parameters, scales, strict=True)
     ]
     chosen = _chosen(point.function)

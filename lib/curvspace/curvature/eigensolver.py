@@ -295,7 +295,7 @@ def _start(basis: KrylovBasis, v0: Tensor | None, tol: float) -> None:
         basis.expand()
     if getattr(basis.A, "deterministic", False):
         return
-    difference = basis.disagreement(torch.ones(1, 1).double())
+    difference = basis.disagreement(torch.ones(1, 1, device="cpu").double())
     if difference > 1e3 * torch.finfo(basis.A.dtype).eps:
         raise RuntimeError(
             f"the operator is not deterministic: two products of the same vector differ "

@@ -76,8 +76,8 @@ class KrylovBasis:
         self.group = getattr(A, "group", None)
         self.V = torch.empty(capacity, A.shape[0], dtype=self.dtype, device=A.device)
         self.C = self.V[:0]
-        self._projected = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self._couplings = torch.zeros(0, capacity, dtype=torch.float64)
+        self._projected = torch.zeros(capacity, capacity, dtype=torch.float64, device="cpu")
+        self._couplings = torch.zeros(0, capacity, dtype=torch.float64, device="cpu")
         self._orthogonal: list[bool] = []
         """Of each candidate, whether it is orthogonal to V to rounding as it stands."""
 
@@ -98,10 +98,12 @@ class KrylovBasis:
     def offer(self, vectors: Tensor | None = None) -> None:
         """Add candidates (m, P) that belong to no product: start vectors, or one random vector."""
         if vectors is None:
-            vectors = torch.randn(1, self.V.shape[1], generator=self.generator, dtype=torch.float64)
+            vectors = torch.randn(1, self.V.shape[1], generator=self.generator, dtype=torch.float64, device="cpu")
         vectors = self.agreed(vectors.detach().to(self.V).contiguous())
         self.C = torch.cat([self.C, vectors])
-        self._couplings = torch.cat([self._couplings, torch.zeros(len(vectors), self._couplings.shape[1]).double()])
+        self._couplings = torch.cat(
+            [self._couplings, torch.zeros(len(vectors), self._couplings.shape[1], device="cpu").double()]
+        )
         self._orthogonal += [False] * len(vectors)
 
     def expand(self, p: int = -1) -> bool:
@@ -150,7 +152,7 @@ class KrylovBasis:
 
     def _orthogonal_part(self, w: Tensor, row: Tensor) -> Tensor:
         """w <- w - V Vᵀ w in place, and Vᵀ w: first by the recurrence, then the span till nothing is left."""
-        h = torch.zeros(self.size, dtype=torch.float64)
+        h = torch.zeros(self.size, dtype=torch.float64, device="cpu")
         known = [int(i) for i in row.nonzero()]
         if len(known) <= 1:
             for i in (*known, self.size - 1):
@@ -178,7 +180,7 @@ class KrylovBasis:
     def _remove_from_others(self, p: int) -> Tensor:
         """Make the other candidates orthogonal to the new vector C[p]; returns what that couples it with."""
         if len(self.C) == 1:
-            return torch.zeros(self._couplings.shape[1], dtype=torch.float64)
+            return torch.zeros(self._couplings.shape[1], dtype=torch.float64, device="cpu")
         d = self.agreed(inner(self.C.T, self.C[p]))
         d[p] = 0
         self.C.addr_(d, self.C[p].clone(), alpha=-1)
@@ -202,7 +204,7 @@ class KrylovBasis:
         g = self.B @ s
         p = int((g.abs() * self.gram().diagonal().sqrt()).argmax())
         self.C[p] = (g / g[p]).to(self.C) @ self.C
-        others = torch.arange(len(g)) != p
+        others = torch.arange(len(g), device="cpu") != p
         self._couplings[others] -= (g[others] / g[p])[:, None] * self._couplings[p]
         self._orthogonal[p] = False
         return p
@@ -210,7 +212,7 @@ class KrylovBasis:
     def gram(self) -> Tensor:
         """CᵀC, (c, c)."""
         if len(self.C) == 1:
-            return torch.tensor([[self._length(self.C[0]) ** 2]], dtype=torch.float64)
+            return torch.tensor([[self._length(self.C[0]) ** 2]], dtype=torch.float64, device="cpu")
         return self._numbers(inner(self.C.T, self.C.T, torch.float64))
 
     def ritz(self) -> tuple[Tensor, Tensor]:
@@ -253,7 +255,7 @@ class KrylovBasis:
 
         The result of this product is known up to rounding. Where it is not, the residuals are not either.
         """
-        signs = torch.where(torch.arange(s.shape[1]) % 2 == 0, 1.0, -1.0).double()
+        signs = torch.where(torch.arange(s.shape[1], device="cpu") % 2 == 0, 1.0, -1.0).double()
         y = (s * signs).sum(1) / s.shape[1] ** 0.5
         V = self.V[: self.size]
         w = y.to(V) @ V

@@ -123,7 +123,8 @@ def agrees_with_autograd(
     Each parameter is compared, as a model may keep something else than the examples in the first dimension of a layer.
     None: nothing is learnt, as a gradient is zero or not finite.
     """
-    weights = torch.randn(len(own), generator=torch.Generator().manual_seed(0)).to(own)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(len(own), generator=generator, dtype=torch.float32, device="cpu").to(own)
     with torch.enable_grad():
         expected = gradient((weights * own).sum())
     found = torch.zeros_like(expected)

@@ -130,7 +130,8 @@ def _described(value: Any) -> str:
 
 def mean_gradient(point: Point, batches: Sequence[Batch]) -> Tensor:
     """The gradient of the weighted loss over batches, (P,)."""
-    result = torch.zeros(sum(p.numel() for p in point.parameters), dtype=point.function.dtype).to(point.function.device)
+    size = sum(p.numel() for p in point.parameters)
+    result = torch.zeros(size, dtype=point.function.dtype, device=point.function.device)
     for b in batches:
         with torch.enable_grad():
             found = point.gradient(b.weight * point.finite(point.value(b), b))

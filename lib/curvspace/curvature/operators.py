@@ -192,9 +192,9 @@ class CurvatureOperator:
         from scipy.sparse.linalg import LinearOperator
 
         def multiply(x: Any) -> Any:
-            return (self @ torch.as_tensor(x)).cpu().numpy()
+            return (self @ torch.as_tensor(x, device="cpu")).cpu().numpy()
 
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        dtype = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(self.shape, matvec=multiply, rmatvec=multiply, matmat=multiply, dtype=dtype)
 
 

@@ -146,7 +146,7 @@ def _tried_on_all(function: FrozenModel, inputs: Inputs, size: int, flags: Seque
             bytes_of_few = kept.total(excluding=theta) + 3 * sum(z.nbytes for z in few)
             most = SAMPLE * default_budget(function.device) // max(1, bytes_of_few)
             if most < size:
-                inputs, size = take(inputs, torch.linspace(0, size - 1, max(most, SAMPLE)).long(), flags), most
+                inputs, size = take(inputs, spread(size, max(most, SAMPLE)), flags), most
             if size <= SAMPLE:
                 return True
             cuts = slice(0, SAMPLE), slice(SAMPLE, size), slice(0, size)
@@ -168,7 +168,7 @@ def _tried(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[boo
     if not any(flags) or (function.device.type != "cpu" and _may_index_examples(inputs, flags)):
         return False  # an index out of bounds would cost the whole device context
     for n in dict.fromkeys((min(SAMPLE, size), 2)):
-        few = take(inputs, torch.linspace(0, size - 1, n).long(), flags)
+        few = take(inputs, spread(size, n), flags)
         for dtype in dict.fromkeys((torch.float64, function.dtype)):
             if dtype == torch.float64 and function.device.type == "mps":
                 continue
@@ -194,13 +194,18 @@ def _same_here_and_elsewhere(function: FrozenModel, inputs: Inputs, n: int, flag
         return True
 
 
+def spread(size: int, n: int) -> Tensor:
+    """n of ``size`` positions, far apart."""
+    return torch.linspace(0, size - 1, n, dtype=torch.float64, device="cpu").long()
+
+
 @torch.no_grad()
 def _elsewhere(tensors: Sequence[Tensor], fan_in: Sequence[int]) -> tuple[Tensor, ...]:
     """Entries at random between a half and all of their sizes, which leaves them in their range; zeros become positive,
     and sum to about one over ``fan_in``."""
     generator, moved = torch.Generator().manual_seed(0), []
     for t, n in zip(tensors, fan_in, strict=True):
-        u = torch.rand(t.shape, generator=generator).to(t)
+        u = torch.rand(t.shape, generator=generator, dtype=torch.float32, device="cpu").to(t)
         moved.append(torch.where(t.abs() < 1e-6, u / max(1, n), t * (1 + u) / 2).requires_grad_(t.requires_grad))
     return tuple(moved)
 
@@ -218,7 +223,8 @@ def _same_in_parts(
         if any(t.ndim == 0 or t.shape[0] != part.stop - part.start for t in outputs):
             raise ValueError("outputs without a batch dimension")
         z = torch.cat([t.reshape(t.shape[0], -1) for t in outputs], dim=1)
-        u = torch.randn(n, z.shape[1], generator=torch.Generator().manual_seed(0)).to(z)[part]
+        generator = torch.Generator().manual_seed(0)
+        u = torch.randn(n, z.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(z)[part]
         finite = torch.where(z.isfinite(), z, 0)  # a class may be ruled out by a logit of minus infinity
         found = function.gradient((finite * u).sum(), theta)
         gradient = [torch.zeros_like(p) if g is None else g for g, p in zip(found, theta, strict=True)]
@@ -263,7 +269,8 @@ def _adds_up(point: Point, batch: Batch, parts: Sequence[Batch]) -> bool:
         return False
     low = any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors[0])
     exact = point.function.in_dtype(torch.float32) if low else point.function
-    there, z = replace(point, function=exact), map_outputs(joined(outputs, torch.arange(batch.size)), exact.cast)
+    z = joined(outputs, torch.arange(batch.size, device="cpu"))
+    there, z = replace(point, function=exact), map_outputs(z, exact.cast)
     try:
         if not _sum_of_parts(there, z, batch, parts):
             return False

@@ -46,7 +46,7 @@ def hutchpp(A: SymmetricOperator, products: int = 60, seed: int = 0) -> TraceEst
     generator = torch.Generator().manual_seed(seed)
 
     def signs(m: int) -> Tensor:
-        draw = torch.randint(0, 2, (n, m), generator=generator) * 2 - 1
+        draw = torch.randint(0, 2, (n, m), generator=generator, device="cpu") * 2 - 1
         return draw.to(A.device, dtype)
 
     def times(v: Tensor) -> Tensor:

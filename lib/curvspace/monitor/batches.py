@@ -76,4 +76,4 @@ def own_loss(outputs: Any, targets: Tensor) -> Tensor:
 
 def with_labels(inputs: Mapping[str, Any]) -> Pair:
     """All that a model is called with as its inputs, its labels among them; the targets only count the examples."""
-    return inputs, torch.zeros(batch_size(inputs))
+    return inputs, torch.zeros(batch_size(inputs), device="cpu")

@@ -17,6 +17,7 @@ takes these layers over (convolutions, linear layers, max-pooling) and removes t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -307,8 +308,9 @@ class ForwardMode(Linearised):
         if not self.outputs.requires_grad:
             return
         generator = torch.Generator().manual_seed(0)  # the model's own draws stay as they are
-        random = [torch.randn(p.shape, generator=generator).to(p) for p in self.parameters.values()]
-        u = torch.randn(self.outputs.shape, generator=generator).to(self.outputs)
+        drawn = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+        random = [drawn(p.shape).to(p) for p in self.parameters.values()]
+        u = drawn(self.outputs.shape).to(self.outputs)
         pulled = flatten(self._pull(u, retain_graph=True))
         rounding = _rounding(self.outputs) ** (1 / 3)
         for along, found in ((tangents, self.first), (random, self.push(random))):

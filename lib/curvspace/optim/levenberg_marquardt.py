@@ -106,7 +106,7 @@ class LevenbergMarquardt(ModelOptimizer):
         self.costs.backward += 1 + size
         self.costs.jvp += size
         self.costs.products += size
-        weights = matrix.diagonal() if scaling == "diagonal" else torch.ones(size, dtype=matrix.dtype)
+        weights = matrix.diagonal() if scaling == "diagonal" else torch.ones(size, dtype=matrix.dtype, device="cpu")
         damped = matrix + self.damping * torch.diag(weights)
         solution = torch.linalg.lstsq(damped, -gradient.double().cpu()[:, None]).solution[:, 0]
         return solution.to(gradient)

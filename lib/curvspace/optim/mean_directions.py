@@ -73,7 +73,7 @@ class MeanSpan(Span):
 
     def matrix(self) -> Tensor:
         """Q (P, k), dense and in float64: for small networks, to look at."""
-        return torch.stack([self.combine(e) for e in torch.eye(self.size, dtype=torch.float64)], dim=1)
+        return torch.stack([self.combine(e) for e in torch.eye(self.size, dtype=torch.float64, device="cpu")], dim=1)
 
     def _parts(self, vector: Tensor) -> Iterator[Tensor]:
         """Each tensor's part of a vector (P,), or of rows (m, P), as a view (..., g, i, o, k)."""
@@ -85,7 +85,7 @@ class MeanSpan(Span):
 class SumSpan(Span):
     """The orthogonal sum of the mean directions and a span of a few rows, first freed of their part in them."""
 
-    means: MeanSpan = MeanSpan((), torch.empty(0, 0), orthonormal=True)
+    means: MeanSpan = MeanSpan((), torch.empty(0, 0, device="cpu"), orthonormal=True)
 
     @property
     def size(self) -> int:
@@ -130,7 +130,7 @@ def mean_span(shapes: Iterable[Sequence[int]], transposed: Sequence[int] | None 
     """
     sizes = tuple(torch.Size(s) for s in shapes)
     groups = tuple(transposed or [0] * len(sizes))
-    return MeanSpan((), torch.empty(0, 0), orthonormal=True, shapes=sizes, transposed=groups)
+    return MeanSpan((), torch.empty(0, 0, device="cpu"), orthonormal=True, shapes=sizes, transposed=groups)
 
 
 def _root(part: Tensor) -> float:

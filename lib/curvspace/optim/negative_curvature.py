@@ -128,7 +128,8 @@ class NegativeCurvature(FirstOrder):
     def _random_direction(self, seed: int) -> Tensor:
         like = self.param_groups[0]["params"]
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same vector
-        v = torch.randn(sum(p.numel() for p in like), generator=generator).to(like[0])
+        size = sum(p.numel() for p in like)
+        v = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(like[0])
         return v / norm(v)
 
     def _step(self, inputs: Inputs, targets: Tensor) -> Tensor:

@@ -333,7 +333,7 @@ class SpanFilter(FirstOrder):
         if saved is None:
             return None
         parameters = dict(enumerate(self.model.parameters()))
-        found = [(parameters.get(i, torch.empty(0)), torch.Size(shape)) for i, shape in saved]
+        found = [(parameters.get(i, torch.empty(0, device="cpu")), torch.Size(shape)) for i, shape in saved]
         return [(p, shape, p.dtype) for p, shape in found]
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
