@@ -42,6 +42,22 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param, 0 if request.param == "cuda" else None)
 
 
+@pytest.fixture
+def torchs_own_precision() -> Iterator[None]:
+    """What a test says of TF32 is taken back."""
+    yield
+    import torch
+
+    from curvspace.device import _PRODUCTS
+
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    for backend, of in _PRODUCTS:
+        on = backend == "cuda" and of != "matmul"
+        torch._C._set_fp32_precision_setter(backend, of, "tf32" if on else "none")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test that takes a device is marked ``gpu``."""

@@ -13,7 +13,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -49,6 +49,11 @@ def flushed() -> Iterator[None]:
     finally:
         _in_each_thread(end)
         _inside.depth = 0
+
+
+def flushed_on(device: torch.device) -> AbstractContextManager[None]:
+    """:func:`flushed` where a CPU computes; a GPU has no such mode, and its host has many threads to set."""
+    return flushed() if device.type == "cpu" else nullcontext()
 
 
 def is_flushing() -> bool:

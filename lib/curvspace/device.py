@@ -14,7 +14,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,7 @@ def use(request: str, *, tf32: bool = False) -> Iterator[torch.device]:
 
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", request):
         raise UserError(f"device = {request!r} is not allowed; allowed: auto, cpu, cuda, cuda:0, cuda:1, …")
-    count = torch.cuda.device_count()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0  # a driver may be too old for this torch
     with reproducible(tf32):
         if request == "cpu" or (request == "auto" and not count):
             yield torch.device("cpu")
@@ -119,19 +119,66 @@ def reproducible(tf32: bool = False) -> Iterator[None]:
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
     debug: Any = torch.utils.deterministic
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
     mode, fill = torch.get_deterministic_debug_mode(), debug.fill_uninitialized_memory
     try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = tf32
         cudnn.deterministic, cudnn.benchmark = True, False
         debug.fill_uninitialized_memory = False
         torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler: over a second
-        yield
+        with _float32_by(tf32):
+            yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+        cudnn.deterministic, cudnn.benchmark = before
         debug.fill_uninitialized_memory = fill
         torch.set_deterministic_debug_mode(mode)
+
+
+_PRODUCTS = [(backend, of) for backend in ("cuda", "mkldnn") for of in ("matmul", "conv", "rnn")]
+"""What torch has a setting for, of a GPU and of a CPU."""
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Inside, products and convolutions on this kind of device have all digits of float32; then as it was set."""
+    import torch
+
+    backend = "cuda" if device.type == "cuda" else "mkldnn"
+    if all(torch._C._get_fp32_precision_getter(*one) in ("none", "ieee") for one in _PRODUCTS if one[0] == backend):
+        yield
+        return
+    with _float32_by(False):
+        yield
+
+
+@contextmanager
+def _float32_by(tf32: bool) -> Iterator[None]:
+    """Torch's settings of TF32, of both kinds: the older ones raise where they are read after the newer were set, and
+    one that is off is on all the same where ``torch.backends.fp32_precision``, which it inherits, is."""
+    import torch
+
+    read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    newer = {one: read(*one) for one in _PRODUCTS}
+    products = convolutions = None
+    with suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        convolutions = torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+        for one in [] if tf32 else _PRODUCTS:
+            write(*one, "ieee")
+        yield
+    finally:
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            torch.backends.cudnn.allow_tf32 = convolutions
+        for one, value in newer.items():
+            write(*one, "none")
+            if read(*one) != value:  # else it was, or might as well have been, inherited
+                write(*one, value)
 
 
 def arithmetic() -> dict[str, Any]:
@@ -139,7 +186,7 @@ def arithmetic() -> dict[str, Any]:
     import torch
 
     return {
-        "tf32": bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32),
+        "tf32": any(torch._C._get_fp32_precision_getter(*one) == "tf32" for one in _PRODUCTS if one[0] == "cuda"),
         "deterministic": torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic,
         "threads": torch.get_num_threads(),
     }

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from curvspace.denormals import flushed_on
+from curvspace.device import full_float32
 from curvspace.threads import one_at_a_time
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -290,12 +292,20 @@ def without_graph(compute: Callable[[], Any]) -> Any:
         return map_tensors(Tensor.detach, compute())
 
 
-def without_autocast(f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f``, whose first argument has a ``device``, computes in its tensors' types whatever surrounds the call."""
+@contextmanager
+def own_arithmetic(device: torch.device) -> Iterator[None]:
+    """Inside, whatever surrounds it: tensors compute in their own types, float32 with all its digits (no autocast, no
+    TF32), and a CPU takes denormal numbers for zero."""
+    with torch.autocast(device.type, enabled=False), full_float32(device), flushed_on(device):
+        yield
+
+
+def in_own_arithmetic(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f``, whose first argument has a ``device``, computes in :func:`own_arithmetic`."""
 
     @wraps(f)
     def plain(first: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(torch.device(first.device).type, enabled=False):
+        with own_arithmetic(torch.device(first.device)):
             return f(first, *args, **kwargs)
 
     return plain

@@ -39,9 +39,8 @@ from curvspace.curvature.operators import (
     zero_gauss_newton,
 )
 from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, seem_independent, spread, within_memory
-from curvspace.denormals import flushed
 from curvspace.errors import refuse_options
-from curvspace.functional import Batched, tensors_in, without_autocast, without_graph
+from curvspace.functional import Batched, in_own_arithmetic, tensors_in, without_graph
 from curvspace.losses import Loss, get_loss, options_of, plain_globals
 from curvspace.outputs import output_tensors
 from curvspace.seeds import replayed_randomness
@@ -267,8 +266,7 @@ class Objective:
 
     @one_at_a_time
     @torch.inference_mode(False)
-    @without_autocast
-    @flushed()
+    @in_own_arithmetic
     def loss(self) -> float:
         """The mean loss L at the model's present parameters."""
         point = self._point()
@@ -281,8 +279,7 @@ class Objective:
 
     @one_at_a_time
     @torch.inference_mode(False)
-    @without_autocast
-    @flushed()
+    @in_own_arithmetic
     def gradient(self) -> Tensor:
         """The gradient of L at the model's present parameters, (P,)."""
         point = self._point()

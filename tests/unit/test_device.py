@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from curvspace import device as device_module
 from curvspace.curvature.memory import default_budget
-from curvspace.device import arithmetic, claim, use, visible
+from curvspace.device import _PRODUCTS, arithmetic, claim, full_float32, reproducible, use, visible
 from curvspace.errors import UserError
 
 
@@ -29,7 +30,7 @@ def test_jobs_get_a_free_device_and_share_evenly_when_none_is_free(tmp_path):
 def _hold(folder: Path, ready, end) -> None:
     with claim(["0", "1"], folder) as index:
         ready.put(index)
-        end.wait(20)
+        end.wait(120)
 
 
 def test_claims_hold_between_processes_and_end_with_a_killed_one(tmp_path):
@@ -37,7 +38,7 @@ def test_claims_hold_between_processes_and_end_with_a_killed_one(tmp_path):
     ready, end = context.Queue(), context.Event()
     process = context.Process(target=_hold, args=(tmp_path, ready, end))
     process.start()
-    assert ready.get(timeout=20) == 0
+    assert ready.get(timeout=120) == 0  # it imports torch
     with claim(["0", "1"], tmp_path) as index:
         assert index == 1
     process.kill()
@@ -52,9 +53,20 @@ def test_devices_have_names_that_hold_across_processes():
     assert visible(1, {"CUDA_VISIBLE_DEVICES": "GPU-8f, GPU-9a"}) == ["0"]
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """Make the machine have so many GPUs."""
+
+    def have(count: int, usable: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: usable and count > 0)
+
+    return have
+
+
 @pytest.mark.parametrize("count", [0, 1, 4])
-def test_requests(monkeypatch, count):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+def test_requests(gpus, count):
+    gpus(count)
     with use("cpu") as device:
         assert device.type == "cpu"
     with use("auto") as device:
@@ -68,8 +80,8 @@ def test_requests(monkeypatch, count):
 
 
 @pytest.mark.parametrize("job", [None, "17"])
-def test_two_processes_that_see_two_devices_take_one_each_under_a_scheduler_too(monkeypatch, job):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_two_processes_that_see_two_devices_take_one_each_under_a_scheduler_too(monkeypatch, gpus, job):
+    gpus(2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"test-{os.getpid()}-{job}-a,test-{os.getpid()}-{job}-b")
     if job:
         monkeypatch.setenv("SLURM_JOB_ID", job)
@@ -77,12 +89,21 @@ def test_two_processes_that_see_two_devices_take_one_each_under_a_scheduler_too(
         assert (first.index, second.index) == (0, 1)
 
 
-def test_one_device_or_one_that_is_named_is_not_shared_out(monkeypatch):
+def test_a_gpu_whose_driver_is_too_old_for_torch_is_none(gpus):
+    """torch counts devices by the driver's own library and finds out only when it starts to use one."""
+    gpus(2, usable=False)
+    with use("auto") as device:
+        assert device.type == "cpu"
+    with pytest.raises(UserError, match="has 0 GPUs that torch can use"), use("cuda"):
+        pass
+
+
+def test_one_device_or_one_that_is_named_is_not_shared_out(monkeypatch, gpus):
     monkeypatch.setattr(device_module, "claim", None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    gpus(1)
     with use("cuda") as first, use("auto") as second:
         assert (first.index, second.index) == (0, 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpus(2)
     with use("cuda:1") as named:
         assert named.index == 1
 
@@ -139,6 +160,43 @@ def test_a_device_comes_with_full_float32_and_deterministic_operations_and_leave
     with pytest.raises(ZeroDivisionError), use("cpu"):
         _ = 1 / 0
     assert arithmetic() == before
+
+
+WAYS: dict[str, Callable[[], object]] = {
+    "as torch has it": lambda: None,
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "older, off": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+    "newer, everywhere": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "newer, products": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "newer, convolutions": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+    "both": lambda: (WAYS["newer, everywhere"](), WAYS["older, off"]()),
+}
+
+
+def _precisions() -> dict[tuple[str, str], str]:
+    return {one: torch._C._get_fp32_precision_getter(*one) for one in [*_PRODUCTS, ("generic", "all")]}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_float32_has_all_its_digits_however_tf32_was_allowed_and_the_setting_comes_back(way, torchs_own_precision):
+    """Torch has older and newer settings; it raises where the older are read after the newer were used, and one that is
+    off by the older is on all the same where the newer one that it inherits is on."""
+    WAYS[way]()
+    before = _precisions()
+    for kind, backend in (("cuda", "cuda"), ("cpu", "mkldnn")):
+        with full_float32(torch.device(kind)):
+            assert {v for one, v in _precisions().items() if one[0] == backend} <= {"none", "ieee"}
+        assert _precisions() == before
+    for tf32 in (False, True):
+        with reproducible(tf32):
+            assert {v for one, v in _precisions().items() if one[0] == "cuda"} <= ({"tf32"} if tf32 else {"ieee"})
+            assert arithmetic()["tf32"] is tf32
+            assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is tf32  # compilers ask so
+        assert _precisions() == before
+    torch.backends.fp32_precision = "none"  # what was inherited still is
+    inherited = way in ("newer, everywhere", "both")
+    assert torch.backends.cuda.matmul.fp32_precision == ("none" if inherited else before["cuda", "matmul"])
 
 
 def test_free_memory_counts_what_torch_keeps_unused(monkeypatch):

@@ -419,9 +419,18 @@ def test_curvature_inside_autocast_is_that_of_the_parameters_type():
     torch.manual_seed(0)
     model, x, y, v = nn.Linear(5, 3), _reals(9).float(), torch.randint(3, (9,)), torch.randn(18)
     objective = Objective(model, (x, y))
-    expected = [objective.gradient(), objective.hessian() @ v, objective.gauss_newton() @ v]
+
+    def quantities() -> list[Tensor]:
+        H, G = objective.hessian(), objective.gauss_newton()
+        return [
+            *[objective.gradient(), H @ v, G @ v, gram_eigh(G)[0], torch.tensor(hutchpp(H, 9).value)],
+            spectral_density(H, steps=5, probes=2).nodes,
+            projected_gauss_newton(model, x, y, "cross_entropy", v[:, None]),
+        ]
+
+    expected = quantities()
     with torch.autocast("cpu", torch.bfloat16):
-        found = [objective.gradient(), objective.hessian() @ v, objective.gauss_newton() @ v]
+        found = quantities()
         assert eigsh(objective.hessian(), 2).converged
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

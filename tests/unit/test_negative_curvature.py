@@ -179,6 +179,30 @@ def test_without_second_update_it_is_its_base():
     torch.testing.assert_close(parameter_vector(ours), parameter_vector(plain), rtol=1e-12, atol=1e-12)
 
 
+class Strided(nn.Module):
+    """Gradients in other layouts than their parameters': one number for all entries, a transposed matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.matrix = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3, 5).T.contiguous().T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.T + self.shift.sum() * torch.arange(3)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
+def test_a_fused_base_takes_the_same_steps(base):
+    """Fused kernels read a gradient in its parameter's layout: of one number for all they read on beyond it."""
+    ends = []
+    for fused in (False, True):
+        model = Strided().double()
+        optimizer = NegativeCurvature(model, base, lr=0.1, fused=fused)
+        for _ in range(3):
+            optimizer.step(*batch())
+        ends.append(parameter_vector(model))
+    torch.testing.assert_close(*ends)
+
+
 def test_no_second_update_along_positive_curvature():
     model = nn.Linear(5, 3).double()  # convex: no negative curvature anywhere
     optimizer = NegativeCurvature(model, torch.optim.SGD, lr=0.0, lr_negative=5.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import nn
 
 from curvspace import Objective, class_gradients
 from curvspace.curvature import dense_matrix, eigsh, gram_eigh, projected_gauss_newton
+from curvspace.curvature.split import within_memory
 from curvspace.functional import assign_parameters, parameter_vector
+from curvspace.losses import CrossEntropy
 from curvspace.monitor import CurvatureMonitor
 from tests.unit.architectures import CASES
 from tests.unit.oracles import central_difference, dense_hessian
@@ -179,6 +182,77 @@ def test_out_of_memory_shrinks_the_batches_and_says_so():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(H @ v, product)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=str,
+)
+def test_memory_that_ends_in_the_loss_is_known_in_all_of_its_words(error):
+    class GreedyLoss(CrossEntropy):
+        def __call__(self, outputs, targets):
+            if len(outputs) > 5:
+                raise error
+            return super().__call__(outputs, targets)
+
+    inner, batch = _mlp(), _batch(12)
+    with pytest.warns(RuntimeWarning, match="out of memory with 12 examples"):
+        found = Objective(inner, [batch], GreedyLoss()).gradient()
+    torch.testing.assert_close(found, Objective(inner, [batch]).gradient(), rtol=0, atol=1e-14)
+
+
+def test_what_did_not_fit_is_let_go_before_less_is_tried():
+    class Graph:
+        pass
+
+    held: list[weakref.ref] = []
+    objective = Objective(_mlp(), [_batch(12)])
+
+    def compute(batches):
+        if len(batches) == 1:
+            graph = Graph()
+            held.append(weakref.ref(graph))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return len(batches)
+
+    def point():
+        assert held[0]() is None, "the traceback still holds it"
+        return objective._point()
+
+    with pytest.warns(RuntimeWarning, match="going on with 6"):
+        assert within_memory(compute, objective.batches, point)[0] == 2
+    assert held
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+def test_as_many_vectors_are_multiplied_together_as_fit(kind, monkeypatch):
+    """Before the batch is cut, which it cannot always be: here its statistics would change."""
+    model, batches = CASES["batchnorm-batch"].make()
+    operator = getattr(Objective(model, batches, batch_norm="batch"), kind)()
+    V = torch.randn(operator.shape[0], 11, dtype=torch.float64)
+    expected = operator @ V
+    tried = []
+
+    class Narrow(type(operator).linearisation):
+        def products(self, vs):
+            tried.append(len(vs[0]))
+            if len(vs[0]) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().products(vs)
+
+    operator = getattr(Objective(model, batches, batch_norm="batch"), kind)()
+    operator.linearisation, operator.vectors_at_once = Narrow, 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(operator @ V, expected, rtol=0, atol=1e-13)
+    assert tried[:4] == [8, 4, 2, 2]
+    assert operator.engine != "recompute"
 
 
 # Forms of the operators
@@ -477,6 +551,40 @@ def test_batched_derivatives_fall_back_to_the_loop():
     expected = H @ V
     H.vectors_at_once = 4
     torch.testing.assert_close(H @ V, expected, rtol=0, atol=1e-12)
+
+
+class _Asking(torch.autograd.Function):
+    """Asks for a number on its way back, which derivatives of several vectors at once do not have."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * x.exp() if float(g.detach().abs().sum()) < 1e9 else g
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+def test_the_loop_takes_over_for_all_vectors_that_are_left(kind):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.b(_Asking.apply(self.a(x)))
+
+    torch.manual_seed(0)
+    model, batches = Model().double(), [(torch.randn(n, 4).double(), torch.randint(3, (n,))) for n in (7, 5)]
+    operator = getattr(Objective(model, batches), kind)()
+    V = torch.randn(operator.shape[0], 11).double()
+    expected = operator @ V
+    operator.vectors_at_once = 4
+    torch.testing.assert_close(operator @ V, expected, rtol=0, atol=1e-12)
+    assert operator.vectors_at_once == 1, "torch can batch this by now: take another example"
 
 
 def test_attention_has_second_derivatives_though_its_fused_kernel_has_none():

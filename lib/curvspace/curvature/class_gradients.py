@@ -21,7 +21,7 @@ from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.layerwise import LayerRecorder, add_class_gradients, agrees_with_autograd, moves_examples
 from curvspace.curvature.split import REMEMBERED, independent
-from curvspace.denormals import flushed
+from curvspace.denormals import flushed_on
 from curvspace.errors import refuse_options
 from curvspace.functional import (
     Batched,
@@ -121,16 +121,16 @@ def split_pass(
     """
     loss = get_loss(loss)
     parameters = list(trainable_parameters(model).values())
-    flags, counts = _layout(x, y, num_classes, batched)
+    flags, sizes = _layout(x, y, num_classes, batched)
     known, key = _known(FrozenModel(model), "called", x, flags)
     if known.get(key, True) and not torch.is_autocast_enabled(parameters[0].device.type):
-        found, right = _layerwise_pass(model, x, y, counts, loss, checked=key in known)
+        found, right = _layerwise_pass(model, x, y, sizes, loss, checked=key in known)
         if right is not None:
             known[key] = right
         return found
     c = parameters[0].new_zeros(num_classes, sum(p.numel() for p in parameters))
     outputs, order = [], []
-    for k, members, xk in _by_class(x, y, counts, flags):
+    for k, members, xk in _by_class(x, y, sizes, flags):
         with torch.enable_grad():
             raw = call(model, xk)
             logit = _checked_outputs(raw, num_classes)[:, k].mean()
@@ -141,7 +141,7 @@ def split_pass(
         raw = joined(outputs, torch.argsort(torch.cat(order)))
         value = loss(raw, y)
     gradient = _gradient(value, parameters)
-    return ClassPass(value.detach(), gradient, c, counts, _own_probabilities(logits(raw), y))
+    return ClassPass(value.detach(), gradient, c, _counts(sizes, y), _own_probabilities(logits(raw), y))
 
 
 _known_layers: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
@@ -160,27 +160,27 @@ def _known(function: FrozenModel, way: str, x: Inputs, flags: Sequence[bool]) ->
 
 
 def _layerwise_pass(
-    model: nn.Module, x: Inputs, y: Tensor, counts: Tensor, loss: Loss, checked: bool
+    model: nn.Module, x: Inputs, y: Tensor, sizes: list[int], loss: Loss, checked: bool
 ) -> tuple[ClassPass, bool | None]:
     """The pass, and whether it could be made layer by layer; if not, it was made by one backward pass a class.
 
     Unless that is ``checked``, it is compared with autograd, by which nothing may be learnt (None).
     """
-    parameters = list(trainable_parameters(model).values())
+    parameters, counts = list(trainable_parameters(model).values()), _counts(sizes, y)
     recorder = LayerRecorder(parameters, len(y))
     with torch.enable_grad():
         with recorder:
             raw = call(model, x)
-        z = _checked_outputs(raw, len(counts), len(y))
+        z = _checked_outputs(raw, len(sizes), len(y))
         value = loss(raw, y)
         own = _weighted(z, y, counts)
     differentiated = partial(_gradient, parameters=parameters, retain_graph=True)
     gradient = differentiated(value)
-    c = gradient.new_zeros(len(counts), gradient.numel())
-    members = list(_members(y, counts))
+    c = gradient.new_zeros(len(sizes), gradient.numel())
+    members = list(_members(y, sizes))
 
     order = torch.cat([part for _, part in members])
-    right = _by_layer(recorder, own, counts, order, parameters, c, None if checked else differentiated)
+    right = _by_layer(recorder, own, sizes, order, parameters, c, None if checked else differentiated)
     if right is False:
         for k, part in members:
             c[k] = differentiated(own[part].sum())
@@ -190,7 +190,7 @@ def _layerwise_pass(
 def _by_layer(
     recorder: LayerRecorder,
     own: Tensor,
-    counts: Tensor,
+    sizes: list[int],
     order: Tensor | None,
     parameters: Sequence[Tensor],
     c: Tensor,
@@ -198,17 +198,16 @@ def _by_layer(
 ) -> bool | None:
     """Add the examples' part of the class gradients to c; False, and c is as it was, where that cannot be done.
 
-    own (N,) is of :func:`_weighted`, with its graph, which is kept; ``counts`` are of these examples; ``order`` sorts
-    them by class, None if they are sorted. With ``differentiated``, autograd's gradient of a scalar, it is tried before
-    whether that can be done, of which None says that nothing was learnt.
+    own (N,) is of :func:`_weighted`, with its graph, which is kept; ``sizes`` are of the classes in these examples;
+    ``order`` sorts them by class, None if they are sorted. With ``differentiated``, autograd's gradient of a scalar, it
+    is tried before whether that can be done, of which None says that nothing was learnt.
     """
     if not recorder.complete or moves_examples(own, len(own)):
         return False
     right = agrees_with_autograd(recorder.layers, own, parameters, differentiated) if differentiated else True
     if right is not False:
-        present = counts.nonzero()[:, 0].tolist()
-        rows = [c[k] for k in present]
-        add_class_gradients(recorder.layers, own.sum(), counts[present].tolist(), order, parameters, rows)
+        rows = [c[k] for k, size in enumerate(sizes) if size]
+        add_class_gradients(recorder.layers, own.sum(), [size for size in sizes if size], order, parameters, rows)
     return right
 
 
@@ -222,22 +221,21 @@ def vjp_pass(
     """The same by one forward pass and one backward pass per class present: exact with batch statistics too."""
     loss = get_loss(loss)
     parameters = list(trainable_parameters(model).values())
-    counts = _class_counts(y, num_classes)
+    sizes = _class_sizes(y, num_classes)
     with torch.enable_grad():
         raw = call(model, x)
         z = _checked_outputs(raw, num_classes, len(y))
         value = loss(raw, y)
     gradient = _gradient(value, parameters, retain_graph=True)
     c = gradient.new_zeros(num_classes, gradient.numel())
-    for k, members in _members(y, counts):
+    for k, members in _members(y, sizes):
         with torch.enable_grad():
             logit = z[members, k].mean()
         c[k] = _gradient(logit, parameters, retain_graph=True)
-    return ClassPass(value.detach(), gradient, c, counts, _own_probabilities(z, y))
+    return ClassPass(value.detach(), gradient, c, _counts(sizes, y), _own_probabilities(z, y))
 
 
 @one_at_a_time
-@flushed()
 def class_gradients(
     model: nn.Module,
     x: Inputs,
@@ -275,19 +273,20 @@ def class_gradients(
         raise ValueError(
             'algorithm="split" is not exact with batch statistics; use algorithm="vjp" or batch_norm="running"'
         )
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), flushed_on(function.device):
         x, y = function.cast(x), function.cast(y)
-        flags, counts = _layout(x, y, num_classes, batched)
+        flags, sizes = _layout(x, y, num_classes, batched)
+        counts = _counts(sizes, y)
         apart = algorithm != "vjp" and (len(y) == 1 or independent(function, x, len(y), flags))
         if algorithm == "split" and not apart:
             raise ValueError('algorithm="split" is not exact: the model does not treat examples one by one; use "vjp"')
         theta, constants = function.parameters(), function.constants()
         c = torch.zeros(num_classes, function.size, dtype=function.dtype, device=function.device)
         with torch.enable_grad(), function.policy_in_force():
-            if apart and _layer_by_layer(function, theta, constants, x, y, flags, counts, c):
+            if apart and _layer_by_layer(function, theta, constants, x, y, flags, sizes, c):
                 return c, counts
             z = None if apart else _checked_outputs(function.evaluate(theta, constants, x), num_classes, len(y))
-            for k, members, xk in _by_class(x, y, counts, flags if apart else [False] * len(flags)):
+            for k, members, xk in _by_class(x, y, sizes, flags if apart else [False] * len(flags)):
                 zk = z[members] if z is not None else function.evaluate(theta, constants, xk)
                 zk = _checked_outputs(zk, num_classes)
                 c[k] = _flat(function.gradient(zk[:, k].mean(), theta), theta)
@@ -301,7 +300,7 @@ def _layer_by_layer(
     x: Inputs,
     y: Tensor,
     flags: Sequence[bool],
-    counts: Tensor,
+    sizes: list[int],
     c: Tensor,
 ) -> bool:
     """Fill the zero rows of c; False, c still zero, if some layer is not known.
@@ -315,17 +314,18 @@ def _layer_by_layer(
     def differentiated(value: Tensor) -> Tensor:
         return _flat(function.gradient(value, theta), theta)
 
-    order = torch.argsort(y, stable=True)
+    order, counts = torch.argsort(y, stable=True), _counts(sizes, y)
     x, y = take(x, order, flags), y[order]
-    passes = -(-len(y) // max(AT_ONCE, int(counts.max())))
+    passes = -(-len(y) // max(AT_ONCE, max(sizes)))
+    labels = torch.arange(len(sizes), device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu"))
     for places in torch.arange(len(y), device="cpu").tensor_split(passes):
         part = slice(int(places[0]), int(places[-1]) + 1)
         recorder = LayerRecorder(theta, len(places))
         with recorder:
             raw = function.evaluate(theta, constants, take(x, part, flags))
-        own = _weighted(_checked_outputs(raw, len(counts), len(places)), y[part], counts)
+        own = _weighted(_checked_outputs(raw, len(sizes), len(places)), y[part], counts)
 
-        here = torch.bincount(y[part].long(), minlength=len(counts))
+        here = torch.bincount(labels[part], minlength=len(sizes)).tolist()
         right = _by_layer(recorder, own, here, None, theta, c, None if key in known else differentiated)
         if right is not None:
             known[key] = right
@@ -365,18 +365,18 @@ def cross_class_gradients(
     function = FrozenModel(model, batch_norm, None, dtype)
     with torch.inference_mode(False):
         x, y = function.cast(x), function.cast(y)
-        flags, counts = _layout(x, y, num_classes, batched)
+        flags, sizes = _layout(x, y, num_classes, batched)
         apart = len(y) == 1 or independent(function, x, len(y), flags)
         theta, constants = function.parameters(), function.constants()
         shape = (num_classes, num_classes, function.size)
         c = torch.zeros(shape, dtype=function.dtype, device=function.device)
         with torch.enable_grad(), function.policy_in_force():
             z = None if apart else _checked_outputs(function.evaluate(theta, constants, x), num_classes, len(y))
-            for j, members, xj in _by_class(x, y, counts, flags if apart else [False] * len(flags)):
+            for j, members, xj in _by_class(x, y, sizes, flags if apart else [False] * len(flags)):
                 zj = z[members] if z is not None else function.evaluate(theta, constants, xj)
                 for k, mean in enumerate(_checked_outputs(zj, num_classes).mean(0)):
                     c[j, k] = _flat(function.gradient(mean, theta), theta)
-    return c, counts
+    return c, _counts(sizes, y)
 
 
 def _gradient(value: Tensor, parameters: list[Tensor], retain_graph: bool = False) -> Tensor:
@@ -396,38 +396,43 @@ def _own_probabilities(z: Tensor, y: Tensor) -> Tensor:
     return z.detach().softmax(1).gather(1, y.long()[:, None])[:, 0]
 
 
-def _layout(x: Inputs, y: Tensor, num_classes: int, batched: Batched) -> tuple[tuple[bool, ...], Tensor]:
-    """Which inputs are cut with the batch, and the counts of the classes."""
-    counts = _class_counts(y, num_classes)
+def _layout(x: Inputs, y: Tensor, num_classes: int, batched: Batched) -> tuple[tuple[bool, ...], list[int]]:
+    """Which inputs are cut with the batch, and the sizes of the classes."""
+    sizes = _class_sizes(y, num_classes)
     flags = batch_flags(x, len(y), batched)
     if batched is None and not any(flags):
         raise ValueError(f"a batch of {batch_size(x)} inputs has {len(y)} targets")
-    return flags, counts
+    return flags, sizes
 
 
-def _class_counts(y: Tensor, num_classes: int) -> Tensor:
+def _class_sizes(y: Tensor, num_classes: int) -> list[int]:
+    """Of each class, how many examples it has: known to the host after waiting for a device once."""
     if y.ndim != 1 or y.is_floating_point():
         raise ValueError(f"class gradients need integer targets of shape (N,), got {y.dtype} {tuple(y.shape)}")
     if len(y) == 0:
         raise ValueError("a batch of class gradients is empty")
-    y = y.long()
+    y = y.long().cpu()
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= num_classes:
         raise ValueError(f"targets must be in 0..{num_classes - 1}, got {low}..{high}")
-    return torch.bincount(y, minlength=num_classes)
+    return torch.bincount(y, minlength=num_classes).tolist()
 
 
-def _members(y: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _counts(sizes: list[int], y: Tensor) -> Tensor:
+    return torch.tensor(sizes, device=y.device)
+
+
+def _members(y: Tensor, sizes: list[int]) -> Iterator[tuple[int, Tensor]]:
     """Each class present, with the positions of its examples."""
-    parts = torch.argsort(y, stable=True).split(counts.tolist())
+    parts = torch.argsort(y, stable=True).split(sizes)
     yield from ((k, part) for k, part in enumerate(parts) if len(part))
 
 
-def _by_class(x: Inputs, y: Tensor, counts: Tensor, flags: Sequence[bool]) -> Iterator[tuple[int, Tensor, Inputs]]:
+def _by_class(x: Inputs, y: Tensor, sizes: list[int], flags: Sequence[bool]) -> Iterator[tuple[int, Tensor, Inputs]]:
     """Each class present, with the positions of its examples and their inputs (sorted once, then views)."""
     ordered = take(x, torch.argsort(y, stable=True), flags)
     start = 0
-    for k, members in _members(y, counts):
+    for k, members in _members(y, sizes):
         part = slice(start, start + len(members))
         yield k, members, take(ordered, part, flags)
         start += len(members)

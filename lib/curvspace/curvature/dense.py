@@ -8,7 +8,7 @@ from torch import Tensor
 from curvspace.curvature.krylov import SymmetricOperator
 from curvspace.curvature.linearisation import GaussNewtonLinearisation, OutputCurvature
 from curvspace.curvature.operators import GaussNewtonOperator
-from curvspace.functional import flatten
+from curvspace.functional import flatten, own_arithmetic
 from curvspace.threads import one_at_a_time
 
 MAX_DENSE = 5_000
@@ -70,10 +70,11 @@ def gram_eigh(G: GaussNewtonOperator, tol: float = 1e-10) -> tuple[Tensor, Tenso
     if G.group is not None:
         raise ValueError("gram_eigh works within one process: collect the batches first")
     columns = []
-    for batch in G.batches:
-        linearisation = GaussNewtonLinearisation(G.point, batch)
-        for u in _square_root_columns(linearisation.curvature):
-            columns.append(flatten(linearisation.jacobian.backward(u)) * batch.weight**0.5)
+    with own_arithmetic(G.device):
+        for batch in G.batches:
+            linearisation = GaussNewtonLinearisation(G.point, batch)
+            for u in _square_root_columns(linearisation.curvature):
+                columns.append(flatten(linearisation.jacobian.backward(u)) * batch.weight**0.5)
     if not columns:
         return torch.zeros(0, dtype=G.dtype, device=G.device), torch.zeros(
             G.shape[0], 0, dtype=G.dtype, device=G.device
@@ -114,10 +115,8 @@ def _square_root_columns(curvature: OutputCurvature) -> list[Tensor]:
         raise ValueError("the loss is not convex in the outputs: its Gauss-Newton matrix has no Gram matrix")
     roots = vectors * values.clamp_min(0).sqrt()[:, None, :]
     columns = []
-    for i in range(n):
-        for j in range(c):
-            if values[i, j] > 1e-12 * values.max():
-                column = torch.zeros(n, c, dtype=z.dtype, device=z.device)
-                column[i] = roots[i, :, j]
-                columns.append(column.view_as(z))
+    for i, j in (values > 1e-12 * values.max()).nonzero().tolist():
+        column = torch.zeros(n, c, dtype=z.dtype, device=z.device)
+        column[i] = roots[i, :, j]
+        columns.append(column.view_as(z))
     return columns

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator, plain_operator
+from curvspace.functional import in_own_arithmetic
 
 MARGIN = 5
 """Standard deviations that the grid reaches beyond the outermost nodes."""
@@ -49,6 +50,7 @@ class SpectralDensity:
         return float((self.weights * self.nodes**order).sum(1).mean())
 
 
+@in_own_arithmetic
 def spectral_density(
     A: SymmetricOperator,
     *,

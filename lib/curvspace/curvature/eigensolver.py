@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator, plain_operator
 from curvspace.curvature.memory import free_memory
-from curvspace.denormals import flushed
-from curvspace.functional import without_autocast
+from curvspace.functional import in_own_arithmetic
 from curvspace.inner import inner, norm
 
 Which = Literal["LA", "SA", "LM", "BE"]
@@ -67,8 +66,7 @@ class EigenPairs:
     __repr__ = __str__
 
 
-@without_autocast
-@flushed()
+@in_own_arithmetic
 def eigsh(
     A: SymmetricOperator,
     k: int,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
+from curvspace.device import full_float32
 from curvspace.functional import (
     Inputs,
     call,
@@ -244,10 +245,10 @@ class FrozenModel:
 
     @contextmanager
     def policy_in_force(self) -> Iterator[None]:
-        """Train/eval flags by the policy, attention by kernels that have all derivatives; restored on exit.
+        """Train/eval flags by the policy, layers by kernels that have all derivatives; restored on exit.
 
-        Checkpointing and compilation are off: both would come back to the module when it is itself again. So is
-        autocast: the precision is ``dtype``'s.
+        Checkpointing and compilation are off: both would come back to the module when it is itself again. So are
+        autocast and TF32: the precision is ``dtype``'s.
         """
         with ALONE, ExitStack() as stack:
             changed = [(m, mode) for m, mode in self._modes if m.training != mode]
@@ -255,9 +256,11 @@ class FrozenModel:
             if self.dropout_seed is None:  # whatever the model draws, it leaves no trace
                 stack.enter_context(replayed_randomness(self.device))
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            if self.device.type == "cuda":
+                stack.enter_context(full_float32(self.device))
             stack.enter_context(as_written())
             stack.enter_context(_without_cached_weights())
-            stack.enter_context(plain_attention())
+            stack.enter_context(plain_kernels(m for m, _ in self._modes))
             try:
                 for module, mode in changed:
                     module.training = mode
@@ -339,14 +342,20 @@ def _without_cached_weights() -> Iterator[None]:
 
 
 @contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention by the kernels that have all derivatives."""
+def plain_kernels(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Attention and recurrent layers among the modules by the kernels that have all derivatives.
+
+    cuDNN's recurrent layers have no second derivatives, no forward-mode rule, and in evaluation mode no first ones.
+    """
     with ALONE, sdpa_kernel(SDPBackend.MATH):
-        fast_path = torch.backends.mha.get_fastpath_enabled()
+        cudnn, fast_path = torch.backends.cudnn.enabled, torch.backends.mha.get_fastpath_enabled()
         try:
             torch.backends.mha.set_fastpath_enabled(False)
+            if any(isinstance(m, nn.RNNBase) for m in modules):
+                torch.backends.cudnn.enabled = False
             yield
         finally:
+            torch.backends.cudnn.enabled = cudnn
             torch.backends.mha.set_fastpath_enabled(fast_path)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from curvspace.curvature.frozen import FrozenModel
+from curvspace.curvature.memory import is_out_of_memory
 from curvspace.curvature.second_order import SecondOrderLayers
 from curvspace.functional import Inputs, flatten, pull_back, require_second_derivatives, take, tensors_in, version_of
 from curvspace.inner import inner, norm
@@ -98,9 +99,9 @@ class Point:
         targets = self.function.cast(batch.targets)
         try:
             value = self.loss(outputs, targets)
-        except torch.OutOfMemoryError:
-            raise
         except (IndexError, RuntimeError, ValueError) as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
             shapes = f"outputs {_described(outputs)}, targets {_described(targets)}"
             raise ValueError(f"batch {batch.index}: the loss {self.loss.name} failed on {shapes}: {error}") from error
         if not isinstance(value, Tensor) or value.numel() != 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -79,4 +80,14 @@ def default_budget(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether memory has run out: torch's own, the driver's, a library's (cuBLAS) or the host's."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def let_go(error: BaseException | None) -> None:
+    """Free what the calls that a caught error has ended still hold: the graph that did not fit is in the way of what is
+    tried next."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

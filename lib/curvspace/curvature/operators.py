@@ -24,10 +24,9 @@ from curvspace.curvature.linearisation import (
     Point,
     UnsaturatedLinearisation,
 )
-from curvspace.curvature.memory import default_budget, is_out_of_memory, with_kept_bytes
+from curvspace.curvature.memory import default_budget, is_out_of_memory, let_go, with_kept_bytes
 from curvspace.curvature.split import within_memory
-from curvspace.denormals import flushed
-from curvspace.functional import ordinary, unflatten, without_autocast
+from curvspace.functional import in_own_arithmetic, ordinary, unflatten
 from curvspace.threads import one_at_a_time
 
 Engine = Literal["auto", "linearize", "recompute"]
@@ -90,8 +89,7 @@ class CurvatureOperator:
 
     @one_at_a_time
     @torch.inference_mode(False)
-    @without_autocast
-    @flushed()
+    @in_own_arithmetic
     def __matmul__(self, v: Tensor) -> Tensor:
         if v.ndim not in (1, 2) or v.shape[0] != self.shape[1]:
             raise ValueError(f"{self.name} of shape {self.shape} cannot multiply a tensor of shape {tuple(v.shape)}")
@@ -139,25 +137,26 @@ class CurvatureOperator:
     def _multiply(self, rows: Tensor, batches: list[Batch]) -> Tensor:
         result = torch.zeros_like(rows)
         for i, batch in enumerate(batches):
-            linearisation = self._linearised(i, batch)
-            for start in range(0, len(rows), self.vectors_at_once):
-                chunk = slice(start, start + self.vectors_at_once)
-                self._add_products(linearisation, rows[chunk], result[chunk])
+            self._add_products(self._linearised(i, batch), rows, result)
         return result
 
     def _add_products(self, linearisation: Linearisation, rows: Tensor, into: Tensor) -> None:
-        if len(rows) > 1:
+        """As many vectors together as can be: not all may fit, and some derivatives cannot be batched at all."""
+        if len(rows) > self.vectors_at_once:
+            for part, total in zip(rows.split(self.vectors_at_once), into.split(self.vectors_at_once), strict=True):
+                self._add_products(linearisation, part, total)
+        elif len(rows) == 1:
+            product = linearisation.product(unflatten(rows[0], self.point.parameters))
+            torch._foreach_add_(list(unflatten(into[0], self.point.parameters)), list(product))
+        else:
             try:
                 stacked = linearisation.products(self._stacked(rows))
                 torch._foreach_add_(self._stacked(into), list(stacked))
                 return
-            except RuntimeError as error:  # some layers' derivatives cannot be batched (group normalisation)
-                if is_out_of_memory(error):
-                    raise
-                self.vectors_at_once = 1
-        for row, total in zip(rows, into, strict=True):
-            product = linearisation.product(unflatten(row, self.point.parameters))
-            torch._foreach_add_(list(unflatten(total, self.point.parameters)), list(product))
+            except RuntimeError as error:
+                self.vectors_at_once = len(rows) // 2 if is_out_of_memory(error) else 1
+                let_go(error)
+            self._add_products(linearisation, rows, into)
 
     def _stacked(self, rows: Tensor) -> list[Tensor]:
         """Views of m vectors (m, P) in the parameters' shapes, m in front."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.linearisation import Batch, GaussNewtonLinearisation, JacobianLinearisation, Point
-from curvspace.functional import Inputs, batch_size, flatten, ordinary, unflatten
+from curvspace.functional import Inputs, batch_size, flatten, ordinary, own_arithmetic, unflatten
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import logits
 from curvspace.threads import one_at_a_time
@@ -22,8 +22,9 @@ def jacobian_products(model: nn.Module, x: Inputs, Q: Tensor, *, batch_norm: Bat
     """Outputs z (N, ...) and their derivatives J Q along the k columns of Q (P, k), stacked first: (k, N, ...)."""
     function = FrozenModel(model, batch_norm)
     theta, constants = function.parameters(), function.constants()
-    jacobian = JacobianLinearisation(function, theta, lambda: logits(function(theta, constants, function.cast(x))))
-    products = [jacobian.forward(unflatten(q, theta)) for q in _rows(function, Q)]
+    with own_arithmetic(function.device):
+        jacobian = JacobianLinearisation(function, theta, lambda: logits(function(theta, constants, function.cast(x))))
+        products = [jacobian.forward(unflatten(q, theta)) for q in _rows(function, Q)]
     return jacobian.z.detach(), torch.stack(products)
 
 
@@ -44,10 +45,11 @@ def projected_gauss_newton(
     """
     point = Point.here(FrozenModel(model, batch_norm), get_loss(loss))
     batch = Batch(x, y, 1.0, 0, batch_size(y), ())
-    linearisation = GaussNewtonLinearisation(point, batch, diverged=True)
     columns = [unflatten(q, point.parameters) for q in _rows(point.function, Q)]
-    jq = [linearisation.jacobian.forward(q) for q in columns]
-    pairs = [linearisation.curvature.product(u, q) for u, q in zip(jq, columns, strict=True)]
+    with own_arithmetic(point.function.device):
+        linearisation = GaussNewtonLinearisation(point, batch, diverged=True)
+        jq = [linearisation.jacobian.forward(q) for q in columns]
+        pairs = [linearisation.curvature.product(u, q) for u, q in zip(jq, columns, strict=True)]
     small = _products(jq, [hu for hu, _ in pairs])
     read = linearisation.curvature.read
     if read:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.linearisation import Batch, Point
-from curvspace.curvature.memory import default_budget, is_out_of_memory, with_kept_bytes
+from curvspace.curvature.memory import default_budget, is_out_of_memory, let_go, with_kept_bytes
 from curvspace.functional import Inputs, has_uncut_examples, take, tensors_in, without_graph
 from curvspace.losses import Loss
 from curvspace.outputs import joined, map_outputs, output_tensors, real_tensors, rows, with_leaves
@@ -339,6 +339,7 @@ def within_memory(
             if not is_out_of_memory(error) or largest == 1:
                 raise
             message, half = str(error).splitlines()[0], (largest + 1) // 2
+            let_go(error)
             release()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from curvspace.curvature.krylov import SymmetricOperator, plain_operator
+from curvspace.functional import in_own_arithmetic
 from curvspace.inner import inner
 from curvspace.subspace import orthonormal_basis
 
@@ -28,6 +29,7 @@ class TraceEstimate:
     products: int
 
 
+@in_own_arithmetic
 def hutchpp(A: SymmetricOperator, products: int = 60, seed: int = 0) -> TraceEstimate:
     """Estimate Tr A with at most this many matrix-vector products (exactly, once 2/3 of them reach P).
 

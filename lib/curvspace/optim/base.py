@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.curvature.frozen import as_written, without_checkpointing
-from curvspace.denormals import flushed
+from curvspace.denormals import flushed_on
 from curvspace.functional import Inputs, trainable_parameters
 from curvspace.losses import Loss, get_loss
 from curvspace.optim.ranks import Ranks
@@ -83,12 +83,11 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         """|g| of the last minibatch, a scalar on the device; None where the gradient is never formed alone."""
 
-    @flushed()
     def step(self, inputs: Inputs, targets: Tensor) -> Tensor:  # type: ignore[override]
         """One step on a minibatch; returns its mean loss before the step (a detached scalar)."""
         start = time.perf_counter()
         self._require_same_parameters()
-        with self._as_written(), _fresh_autocast(), self._full_precision():
+        with flushed_on(self._trainable[0].device), self._as_written(), _fresh_autocast(), self._full_precision():
             loss = self._step(inputs, targets)
         self.ranks.equalise_buffers(self.model)
         self.steps += 1

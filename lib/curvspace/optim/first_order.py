@@ -183,7 +183,7 @@ class FirstOrder(ModelOptimizer):
         used = self.ranks.any([g is not None for g in gradients], loss.device)
         given = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
         for p, mean, u in zip(parameters, self.ranks.mean(given, share), used, strict=True):
-            p.grad = mean if u else None
+            p.grad = laid_out_as(p, mean) if u else None
         return self.ranks.mean([loss.detach()], share)[0]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -209,8 +209,25 @@ class FirstOrder(ModelOptimizer):
         super().load_state_dict(state_dict)
         if "wrapped" in state_dict:
             self.inner.load_state_dict(copy.deepcopy(state_dict["wrapped"]))
+        if type(self.inner).__module__.startswith("torch.optim"):
+            self._count_on_the_host()
         if self._moded:
             self._moded.train()
+
+    def _count_on_the_host(self) -> None:
+        """Of a state that was read to the GPU whole, torch's optimisers would wait at each parameter's step number."""
+        for group in self.param_groups:
+            for p in [] if group.get("capturable") or group.get("fused") else group["params"]:
+                state = self.state.get(p, {})
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].cpu()
+
+
+def laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in its parameter's layout, as ``backward`` leaves it: fused optimisers read the two side by side."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ takes these layers over (convolutions, linear layers, max-pooling) and removes t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from curvspace.curvature.frozen import as_written, plain_attention
+from curvspace.curvature.frozen import as_written, plain_kernels
 from curvspace.curvature.linearisation import random_like
 from curvspace.curvature.memory import is_out_of_memory
 from curvspace.curvature.second_order import SecondOrderLayers
@@ -227,7 +228,7 @@ class Linearised:
         self._device = next(iter(self.parameters.values())).device
         self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         self._random_state = random_state(self._device)
-        with torch.enable_grad(), as_written(), plain_attention():
+        with torch.enable_grad(), as_written(), plain_kernels(model.modules()):
             self._begin(tangents)
 
     def check(self, tangents: Sequence[Tensor]) -> None:
@@ -259,9 +260,15 @@ class Linearised:
     @torch.no_grad()
     def replay(self) -> Tensor:
         """The model's outputs at its present parameters, with this pass's buffers and dropout masks."""
-        with randomness_from(self._random_state, self._device), as_written(), plain_attention():
+        with self._same_again():
             torch.clear_autocast_cache()  # it may hold casts of what the parameters were
             return pack(self.taken(call_with(self.model, self._fresh_buffers(), self.inputs)))[0]
+
+    @contextmanager
+    def _same_again(self) -> Iterator[None]:
+        """Inside, a call of the model is as its first one was."""
+        with randomness_from(self._random_state, self._device), as_written(), plain_kernels(self.model.modules()):
+            yield
 
     def _fresh_buffers(self) -> dict[str, Tensor]:
         return {name: b.clone() for name, b in self._buffers.items()}
@@ -289,7 +296,7 @@ class ForwardMode(Linearised):
     def push(self, tangents: Sequence[Tensor]) -> Tensor:
         self._mode.replay()
         detached = {name: p.detach() for name, p in self.parameters.items()}
-        with randomness_from(self._random_state, self._device), as_written(), plain_attention():
+        with self._same_again():
             return self._dual_pass(detached, tangents, self._fresh_buffers())[1]
 
     def pull(self, cotangent: Tensor) -> tuple[Tensor, ...]:

@@ -109,7 +109,7 @@ class Minibatch:
         if interact or algorithm == "vjp":
             with self.evaluating():
                 found = vjp_pass(self.model, self.inputs, self.targets, num_classes, self.loss)
-            self._count(forward=1, backward=1 + len(self.targets.unique()))
+            self._count(forward=1, backward=1 + int(found.counts.count_nonzero()))
             return self._shared(found)
         with self.evaluating():
             found = split_pass(self.model, self.inputs, self.targets, num_classes, self.loss)
@@ -128,7 +128,7 @@ class Minibatch:
             loss = self.loss(z, self.targets)
             gradient = flatten(torch.autograd.grad(loss, parameters, materialize_grads=True))
         own = logits(z).detach().softmax(1).gather(1, self.targets.long()[:, None])[:, 0]
-        self._count(forward=2, backward=1 + (int((counts > 0).sum()) if shared else 1))
+        self._count(forward=2, backward=1 + (int(counts.count_nonzero()) if shared else 1))
         return self._shared(ClassPass(loss.detach(), gradient, c, counts, own))
 
     def _shared(self, found: ClassPass) -> ClassPass:

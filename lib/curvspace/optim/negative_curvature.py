@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvspace.curvature.frozen import plain_kernels
 from curvspace.curvature.second_order import SecondOrderLayers
 from curvspace.functional import (
     Inputs,
@@ -33,7 +33,7 @@ from curvspace.functional import (
 from curvspace.inner import inner, norm
 from curvspace.losses import Loss
 from curvspace.optim.base import require, require_count, require_numbers
-from curvspace.optim.first_order import FirstOrder
+from curvspace.optim.first_order import FirstOrder, laid_out_as
 
 # Without a given learning rate for v: how fast the scale |Hv| that it is divided by is forgotten, per product. Faster
 # forgetting (0.99) lets sharp minibatches push v towards positive curvature again and again.
@@ -140,7 +140,7 @@ class NegativeCurvature(FirstOrder):
         with self.evaluating():
             loss, gradients, product = self._gradient_and_product(inputs, targets)
         for p, g in zip(group["params"], gradients, strict=True):
-            p.grad = g
+            p.grad = None if g is None else laid_out_as(p, g)
         gradient = flatten(torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"])
         self.grad_norm = norm(gradient)
         slope = inner(gradient, self._v)
@@ -155,8 +155,7 @@ class NegativeCurvature(FirstOrder):
     def _gradient_and_product(self, inputs: Inputs, targets: Tensor) -> tuple[Tensor, list[Tensor | None], Tensor]:
         """Loss, gradient by parameter (None where the loss does not depend on it), Hv (P,): one forward pass."""
         parameters = self.param_groups[0]["params"]
-        # Fused attention kernels have no second derivative; the plain one has.
-        with sdpa_kernel(SDPBackend.MATH):
+        with plain_kernels(self.model.modules()):  # fused ones have no second derivative
             with SecondOrderLayers():
                 loss = self.loss(call(self.model, inputs), targets)
             gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)

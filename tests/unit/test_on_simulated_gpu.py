@@ -1,0 +1,381 @@
+"""On a second device, without hardware: nothing mixes devices, numbers are the CPU's, few steps wait for the device.
+
+Torch's own GPU kernels are not in this: ``make gpu-check`` runs what takes the fixture ``device`` on a real one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvspace import LossScanner, Objective, class_gradients, eigsh, spectral_density
+from curvspace.curvature import (
+    SubspaceTracker,
+    cross_class_gradients,
+    dense_eigh,
+    gram_eigh,
+    hutchpp,
+    preconditioned,
+    projected_gauss_newton,
+)
+from curvspace.curvature.class_gradients import split_pass, vjp_pass
+from curvspace.datasets import DataSet, Split
+from curvspace.landscape import fit_quadratic, line_search
+from curvspace.monitor import CurvatureMonitor
+from curvspace.optim import CurveBall, FirstOrder, NegativeCurvature, build
+from curvspace.optim.registry import KINDS
+from curvspace.subspace import cosine_assignment, gradient_fraction, principal_angles, union_rank
+from curvspace.training.loop import fit
+from curvspace.training.spec import Task
+from tests.unit import simulated_gpu
+from tests.unit.simulated_gpu import GPU, OnGPU, on_gpu
+from tests.unit.simulated_gpu import simulated_gpu as present
+from tests.unit.small_networks import C, batches, small_network
+
+Place = Callable[[Any], Any]
+
+
+def convolutional() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(8, 3)).double().eval()
+
+
+def images(n: int = 10) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, 1, 4, 4, generator=g).double(), torch.randint(0, 3, (n,), generator=g)
+
+
+def columns(rows: int, count: int) -> Tensor:
+    return torch.randn(rows, count, generator=torch.Generator().manual_seed(2)).double()
+
+
+def home(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, list | tuple):
+        return [home(v) for v in value]
+    return {k: home(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def same(a: Any, b: Any) -> None:
+    if isinstance(a, Tensor):
+        torch.testing.assert_close(a, b, rtol=1e-6 if a.dtype == torch.float32 else 1e-9, atol=1e-7)
+    elif isinstance(a, list):
+        for x, y in zip(a, b, strict=True):
+            same(x, y)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        same(list(a.values()), list(b.values()))
+    else:
+        assert a == b or (math.isnan(a) and math.isnan(b)) or a == pytest.approx(b, rel=1e-7, abs=1e-9)
+
+
+def agree(quantity: Callable[[Place], Any]) -> None:
+    expected = home(quantity(lambda value: value))
+    with present():
+        found = home(quantity(on_gpu))
+    same(expected, found)
+
+
+def test_the_simulation_refuses_what_a_gpu_refuses():
+    with present():
+        x = on_gpu(torch.randn(3, 4))
+        assert isinstance(x, OnGPU)
+        assert x.device == torch.zeros(2, device=GPU).device == torch.randn_like(x).device == GPU
+        for mix in (lambda: x + torch.ones(4), lambda: x @ torch.ones(4), lambda: torch.cat([x, torch.ones(1, 4)])):
+            with pytest.raises(RuntimeError, match="same device"):
+                mix()
+        with pytest.raises(TypeError, match="cpu"):
+            x.numpy()
+        assert (x + torch.tensor(1.0)).device == GPU  # a number may lie anywhere, and an index
+        assert x[torch.tensor([0, 2])].shape == (2, 4)
+        simulated_gpu.waits.clear()
+        assert float(x.sum()) == pytest.approx(sum(x.cpu().flatten().tolist()), rel=1e-5)
+        assert sum(simulated_gpu.waits.values()) == 2
+
+
+# --- curvature ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_norm", ["running", "batch"])
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton", "hessian_by_differences", "empirical_fisher"])
+def test_products(kind, batch_norm):
+    """Eleven vectors: eight together, then three."""
+    if kind == "empirical_fisher" and batch_norm == "batch":
+        pytest.skip("the examples are not apart")
+
+    def quantity(place: Place) -> Any:
+        objective = Objective(place(convolutional()), place(images()), batch_norm=batch_norm)
+        count = 2 if kind == "hessian_by_differences" else 11
+        found = getattr(objective, kind)() @ place(columns(objective.num_parameters, count))
+        return [objective.loss(), objective.gradient(), found]
+
+    agree(quantity)
+
+
+@pytest.mark.parametrize("microbatch", [None, 4])
+def test_data_may_stay_on_the_cpu(microbatch):
+    def quantity(place: Place) -> Any:
+        objective = Objective(place(convolutional()), images(), microbatch=microbatch)
+        weighted = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]), label_smoothing=0.1)
+        other = Objective(place(convolutional()), images(), weighted)
+        v = torch.ones(objective.num_parameters).double()
+        classes = class_gradients(place(convolutional()), *images(), 3)
+        return [objective.gradient(), objective.hessian() @ v, other.gradient(), other.gauss_newton() @ v, classes]
+
+    agree(quantity)
+
+
+def test_a_loss_of_the_users():
+    def quantity(place: Place) -> Any:
+        objective = Objective(place(small_network()), place(batches(2)), lambda z, y: z.logsumexp(1).mean() + z.var())
+        v = place(columns(objective.num_parameters, 1)[:, 0])
+        return [objective.gradient(), objective.hessian() @ v, objective.gauss_newton() @ v]
+
+    agree(quantity)
+
+
+def test_spectra():
+    def quantity(place: Place) -> Any:
+        objective = Objective(place(small_network()), place(batches(2, n=8)))
+        H = objective.hessian()
+        pairs = eigsh(H, 3, tol=1e-7, max_basis=16)
+        again = SubspaceTracker(3, tol=1e-7)
+        tracked = [again.update(H).values, again.update(H).values]
+        gram = gram_eigh(objective.gauss_newton())
+        density = spectral_density(H, steps=6, probes=2)
+        assert str(pairs).startswith("  i")
+        return [pairs.values, pairs.vectors.abs(), tracked, gram[0], density.density, hutchpp(H, 12).value]
+
+    agree(quantity)
+
+
+def test_the_whole_matrix():
+    agree(lambda place: dense_eigh(Objective(place(small_network()), place(batches(1, n=6))).gauss_newton())[0])
+
+
+@pytest.mark.parametrize("batch_norm", ["running", "batch"])
+def test_class_gradients(batch_norm):
+    def quantity(place: Place) -> Any:
+        model, (x, y) = place(convolutional()), place(images())
+        Q = place(columns(sum(p.numel() for p in model.parameters()), 2))
+        passes = [f(model, x, y, 3) for f in (split_pass, vjp_pass)]
+        return [
+            class_gradients(model, x, y, 3, batch_norm=batch_norm),
+            cross_class_gradients(model, x, y, 3, batch_norm=batch_norm),
+            projected_gauss_newton(model, x, y, "cross_entropy", Q, batch_norm=batch_norm),
+            [[p.loss, p.gradient, p.class_gradients, p.counts, p.probabilities] for p in passes],
+        ]
+
+    agree(quantity)
+
+
+def test_measures():
+    def quantity(place: Place) -> Any:
+        V, E, g = place([columns(50, 3), columns(50, 5)[:, 2:], columns(50, 6)[:, 5]])
+        assigned = cosine_assignment(V, E, null_samples=2)
+        scanner = LossScanner(Objective(place(small_network()), place(batches(1))))
+        u = place(columns(len(scanner.origin), 1)[:, 0])
+        u = u / u.norm()
+        found = [fit_quadratic(scanner, u, 0.1, 5).curvature, line_search(scanner, u, 1.0, 4).t]
+        together = LossScanner(Objective(place(small_network()), place(batches(1))), "vmap").along(u, [0.0, 0.1])
+        return [
+            *[gradient_fraction(g, V), principal_angles(V, E), union_rank(V, E).singular_values],
+            *[assigned.mean, assigned.null, found, together.tolist()],
+        ]
+
+    agree(quantity)
+
+
+def test_the_monitor():
+    def quantity(place: Place) -> Any:
+        monitor = CurvatureMonitor(place(small_network()), place(batches(1, n=8)), k=2, num_classes=C, share=None)
+        return {k: v for k, v in monitor.measure(0).items() if k not in ("wall_s", "measure_s", "overhead")}
+
+    agree(quantity)
+
+
+def test_the_matrix_that_an_optimiser_sees():
+    def quantity(place: Place) -> Any:
+        model, ((x, y),) = place(small_network()), place(batches(1))
+        optimizer = FirstOrder(model, torch.optim.Adam, lr=0.1)
+        optimizer.step(x, y)
+        operator = preconditioned(Objective(model, (x, y)).hessian(), optimizer.inner)
+        return operator @ place(columns(operator.shape[0], 1)[:, 0])
+
+    agree(quantity)
+
+
+# --- optimisers -----------------------------------------------------------------------------------------------------
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {}) for kind in KINDS if kind not in ("muon", "span-filter", "levenberg-marquardt", "dominant-sgd")),
+    ("class-gradient-newton", {"orthonormal": False, "sequential": True, "estimate": "gauss-newton"}),
+    ("class-gradient-newton", {"orthonormal": "symmetric", "estimate": "hessian", "fraction": 0.5}),
+    ("rayleigh-ritz-newton", {"damping": "adaptive", "past_updates": 2, "cospace": "adam", "refresh_every": 2}),
+    ("rayleigh-ritz-newton", {"curvature": "hessian", "curvature_gamma": 0.5, "refresh_every": 1}),
+    ("fosi", {"k": 2, "smallest": 1, "refresh_every": 2}),
+    ("bsfa", {"k": 1, "window": 3, "refresh_every": 2}),
+    ("curveball", {"rho": 0.9, "beta": 0.1, "weight_decay": 0.1}),
+    ("negative-curvature", {"base": "Adam", "every": 2}),
+    ("span-filter", {"base": {"kind": "adam"}, "refresh_every": 2, "gain": 0.5, "beta": 0.9}),
+    ("span-filter", {"base": {"kind": "sgd"}, "refresh_every": 2, "spans": ["mean-directions", "past-updates"]}),
+    ("span-filter", {"base": {"kind": "sgd"}, "refresh_every": 2, "spans": ["mean-directions", "random-directions"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIONS, ids=[f"{kind} {options}" for kind, options in OPTIONS])
+def test_steps_and_states(kind, options):
+    def quantity(place: Place) -> Any:
+        model, data = place(small_network()), place(batches(4, n=8))
+        torch.manual_seed(0)
+        optimizer = build(kind, options, model, C, lr=0.05)
+        losses = [optimizer.step(x, y) for x, y in data[:3]]
+        other = build(kind, options, model, C, lr=0.05)
+        other.load_state_dict(optimizer.state_dict())
+        losses.append(other.step(*data[3]))
+        return [losses, *model.parameters(), [float(value) for value in optimizer.log().values()]]
+
+    agree(quantity)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "most"),
+    [
+        *((kind, {}, 0) for kind in ("sgd", "adam", "curveball", "negative-curvature", "gradient-centralisation")),
+        ("rayleigh-ritz-newton", {}, 0),  # between refreshes
+        ("span-filter", {"base": {"kind": "sgd"}}, 0),
+        ("class-gradient-newton", {}, 1),  # how many examples each class has
+        ("span-filter", {"base": {"kind": "sgd"}, "refresh_every": 1}, 1),
+    ],
+)
+def test_how_often_a_step_waits_for_the_device(kind, options, most):
+    with present():
+        model = on_gpu(small_network())
+        optimizer = build(kind, options, model, C, lr=0.05)
+        for x, y in on_gpu(batches(5)):  # the first steps try what holds of the model
+            simulated_gpu.waits.clear()
+            optimizer.step(x, y)
+        del simulated_gpu.waits["from the host"]
+        assert sum(simulated_gpu.waits.values()) <= most, simulated_gpu.waits
+
+
+def test_step_numbers_that_were_read_to_the_device_are_counted_on_the_host_again():
+    """torch keeps them where a state dict has them, and would wait for each parameter's."""
+    with present():
+        model, data = on_gpu(small_network()), on_gpu(batches(2))
+        optimizer = FirstOrder(model, torch.optim.Adam, lr=0.1)
+        optimizer.step(*data[0])
+        state = optimizer.state_dict()
+        for entry in state["state"].values():
+            assert not isinstance(entry["step"], OnGPU)
+            entry["step"] = on_gpu(entry["step"])
+        optimizer.load_state_dict(state)
+        simulated_gpu.waits.clear()
+        optimizer.step(*data[1])
+        assert not simulated_gpu.waits
+
+
+@pytest.mark.parametrize("kind", ["sgd", "curveball"])
+def test_training(kind):
+    def quantity(place: Place) -> Any:
+        g = torch.Generator().manual_seed(0)
+
+        def split(n: int) -> Split:
+            pixels = torch.randint(0, 255, (n, 1, 8, 8), generator=g, dtype=torch.uint8)
+            return Split(*place([pixels, torch.randint(0, 3, (n,), generator=g)]))
+
+        mean, std = (place(torch.full((1, 1, 1), value)) for value in (0.5, 0.2))
+        data = DataSet("made here", split(24), split(10), split(4), 3, mean, std, (1, 8, 8))
+        torch.manual_seed(0)
+        model = place(nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 3)))
+        task = Task(epochs=1, augment="crop-flip", evaluate_average=0.9, memory_format="channels-last")
+        state = fit(model, build(kind, {}, model, 3, lr=0.05), data, task, 12, 0, progress=False)
+        return [{k: v for k, v in row.items() if k not in ("wall_s", "seconds")} for row in state.rows]
+
+    agree(quantity)
+
+
+# --- what surrounds a computation on a GPU --------------------------------------------------------------------------
+
+
+SEEN: list[tuple[bool, str, str]] = []
+"""Of each call of a :class:`Spy`; what a model itself keeps of an evaluation is undone."""
+
+
+class Spy(nn.Module):
+    """Notes under which of torch's settings it is called, and by which a gradient comes back."""
+
+    def __init__(self, recurrent: bool = False):
+        super().__init__()
+        SEEN.clear()
+        self.inner: nn.Module = nn.GRU(3, 4, batch_first=True) if recurrent else nn.Linear(3, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.note(x)
+        z = self.inner(x)
+        z = z[0][:, -1] if isinstance(z, tuple) else z
+        if z.requires_grad:
+            z.register_hook(self.note)
+        return self.head(z)
+
+    def note(self, of: Tensor) -> None:
+        backends = torch.backends
+        matmul, conv = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
+        if of.dtype == torch.float32:  # some checks are in float64
+            SEEN.append((backends.cudnn.enabled, matmul, conv))
+
+
+WORK: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
+    "loss": lambda m, x, y: Objective(m, (x, y)).loss(),
+    "gradient": lambda m, x, y: Objective(m, (x, y)).gradient(),
+    "hessian": lambda m, x, y: (lambda H: H @ x.new_ones(H.shape[0]))(Objective(m, (x, y)).hessian()),
+    "gauss-newton": lambda m, x, y: (lambda G: G @ x.new_ones(G.shape[0]))(Objective(m, (x, y)).gauss_newton()),
+    "class gradients": lambda m, x, y: class_gradients(m, x, y, 3),
+    "projected": lambda m, x, y: projected_gauss_newton(
+        m, x, y, "cross_entropy", x.new_ones(sum(p.numel() for p in m.parameters()), 1)
+    ),
+    "scan": lambda m, x, y: LossScanner(Objective(m, (x, y))),
+}
+
+
+def _batch(recurrent: bool) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(6, *([2] if recurrent else []), 3, generator=g), torch.randint(0, 3, (6,), generator=g)
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_curvature_has_all_digits_of_float32_though_tf32_is_on(work, torchs_own_precision):
+    """torch has it on for convolutions unless told otherwise."""
+    with present():
+        torch.set_float32_matmul_precision("high")
+        model = on_gpu(Spy())
+        WORK[work](model, *on_gpu(_batch(False)))
+        assert {(matmul, conv) for _, matmul, conv in SEEN} == {("ieee", "ieee")}
+        assert all(enabled for enabled, *_ in SEEN)
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+STEPS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
+    "CurveBall": lambda m, x, y: CurveBall(m).step(x, y),
+    "NegativeCurvature": lambda m, x, y: NegativeCurvature(m, lr=0.1).step(x, y),
+}
+
+
+@pytest.mark.parametrize("work", [*WORK, *STEPS])
+def test_recurrent_layers_have_all_derivatives(work):
+    """cuDNN's have no second ones, no forward-mode rule, and in evaluation mode not even first ones."""
+    with present():
+        model = on_gpu(Spy(recurrent=True))
+        {**WORK, **STEPS}[work](model, *on_gpu(_batch(True)))
+        forward = [enabled for enabled, *_ in SEEN]
+        assert not forward[0]
+        assert torch.backends.cudnn.enabled
