@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import draw, exactness, networks, rows, scaling
 from benchmarks.problem import CLOCKS, trained_problem, use_clock
+from curvspace.device import full_float32
 
 SECTIONS = ("exactness", "products", "class_gradients", "eigenpairs", "networks", "tracking", "steps", "scaling")
 PEERS = ("curvlinops-for-pytorch", "hessian-eigenthings", "PyHessian", "scipy")
@@ -36,13 +37,22 @@ def main() -> None:
     parser.add_argument("--networks", default=";".join(networks.NETWORKS), help="names for the section of that name")
     parser.add_argument("--largest", type=int, default=50_000, help="images of the largest scaling run")
     arguments = parser.parse_args()
-    unknown = set(arguments.only.split(",")) - set(SECTIONS)
-    if unknown:
+    asked = arguments.only.split(",")
+    if unknown := set(asked) - set(SECTIONS):
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
     use_clock(arguments.clock)
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(arguments.device)
+    if device.type != "cpu" and "networks" in asked:
+        print("networks is left out: it measures a processor, in forked processes, which cannot use a GPU", flush=True)
+        asked.remove("networks")
+    with full_float32(device):  # of the peers too
+        run(arguments, asked, device)
+
+
+def run(arguments: argparse.Namespace, asked: list[str], device: torch.device) -> None:
+    """The sections asked for, one after the other."""
     record_machine(arguments.out, device, arguments.threads, arguments.clock)
     problem = trained_problem(arguments.data, arguments.images, device)
     count = arguments.images
@@ -57,9 +67,9 @@ def main() -> None:
         "steps": lambda: rows.steps(problem, device),
     }
     for name, section in speed.items():
-        if name in arguments.only.split(","):
+        if name in asked:
             write(section(), arguments.out / f"{name}.csv")
-    if "scaling" in arguments.only.split(","):
+    if "scaling" in asked:
         write(scaling.with_data(problem, arguments.data, counts, device), arguments.out / "scaling_images.csv")
         write(scaling.with_parameters(problem, 16, device), arguments.out / "scaling_parameters.csv")
         write(scaling.with_k(problem, 1024, device), arguments.out / "scaling_k.csv")

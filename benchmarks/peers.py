@@ -52,10 +52,10 @@ def arpack_on_ours(model: nn.Module, x: Tensor, y: Tensor, k: int, which: str, t
 
     H = TimedOperator(Objective(model, [(x, y)]).hessian())
     start = time.process_time()
-    operator = LinearOperator(H.shape, matvec=lambda v: (H @ torch.from_numpy(v)).numpy(), dtype="float32")
+    operator = LinearOperator(H.shape, matvec=lambda v: (H @ torch.from_numpy(v)).cpu().numpy(), dtype="float32")
     values, vectors = arpack(operator, k=k, which=which, tol=tol)
     share = 1 - H.seconds / (time.process_time() - start)
-    return Found(torch.from_numpy(values), torch.from_numpy(vectors), H.operator.products, share=share)
+    return Found(torch.from_numpy(values).to(x), torch.from_numpy(vectors).to(x), H.operator.products, share=share)
 
 
 class TimedOperator:

@@ -88,7 +88,8 @@ def eigenpairs(problem: Problem, count: int, device: torch.device, tol: float = 
 
 def _accuracy(exact: HessianOperator, found: peers.Found, which: str) -> Row:
     """True residuals, relative to the largest magnitude found and each to its own eigenvalue, and the values' ends."""
-    u = found.vectors.double() / found.vectors.double().norm(dim=0)
+    u = found.vectors.to(exact.device).double()
+    u = u / u.norm(dim=0)
     image = exact @ u
     values = (u * image).sum(0)
     residual = (image - u * values).norm(dim=0)

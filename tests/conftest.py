@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 
 def _devices() -> list[str]:
-    import torch
+    """The CPU, and a GPU where there is one. The one that ``make gpu-check`` names must be there."""
+    named = os.environ.get("GPU_CHECK_DEVICE")
+    if named is None:
+        import torch
 
-    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        named = "cuda" if torch.cuda.is_available() else "cpu"
+    return list(dict.fromkeys(["cpu", named]))
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +43,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and a GPU where there is one."""
     import torch
 
-    return torch.device(request.param, 0 if request.param == "cuda" else None)
+    return torch.device("cuda:0" if request.param == "cuda" else request.param)
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def steps(device: str) -> list[Step]:
     return [
         Step("device", 0.03, lambda log, limit: command([python, "-c", DESCRIBE, device], log, limit)),
         Step("resume", 0.12, lambda log, limit: resumed(device, log, limit)),
-        Step("tests", 0.3, lambda log, limit: command(tests, log, limit)),
+        Step("tests", 0.3, lambda log, limit: command(tests, log, limit, device)),
         Step("benchmark", 0.15, lambda log, limit: made_images() or command(benchmark, log, limit)),
         Step("smoke", 0.36, lambda log, limit: command(smoke, log, limit)),
         Step("verify", 0.04, lambda log, limit: command([*snakemake, *study, "--", "verify"], log, limit)),
@@ -95,9 +95,13 @@ with use(sys.argv[1]) as device:
 """
 
 
-def command(words: list[str], log: Path, limit: float) -> int:
-    """Exit status of a command with its output in the log; 124 if it was stopped at the time limit."""
+def command(words: list[str], log: Path, limit: float, device: str | None = None) -> int:
+    """Exit status of a command with its output in the log; 124 if it was stopped at the time limit.
+
+    ``device``: the one on which tests must run, beside the CPU.
+    """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}/lib:{ROOT}", "PYTHONWARNINGS": "default"}
+    environment |= {} if device is None else {"GPU_CHECK_DEVICE": device}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with log.open("a") as file:
         process = subprocess.Popen(

@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 
 REMEMBERED_S = 200
@@ -22,12 +24,18 @@ def gpus(environment: Mapping[str, str] | None = None, devices: Path = Path("/de
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if not found or named is None:
         return found
-    return sum(1 for name in named.split(",") if name.strip() not in ("", "-1"))
+    names = (name.strip() for name in named.split(","))
+    return sum(1 for _ in takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, names))  # CUDA stops at any other too
 
 
 def wants_gpu(device: str) -> bool:
-    """Whether jobs are to ask for a GPU."""
-    return gpus() > 0 if device == "auto" else device != "cpu"
+    """Whether jobs are to ask for a GPU; of ``auto`` also by the torch that is installed (``make … TORCH=cpu``)."""
+    if device != "auto":
+        return device != "cpu"
+    try:
+        return gpus() > 0 and not metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return gpus() > 0
 
 
 def without_gpu(device: str, here: bool) -> tuple[str, bool]:

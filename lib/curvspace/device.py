@@ -151,6 +151,12 @@ def full_float32(device: torch.device) -> Iterator[None]:
         yield
 
 
+def require_float64(device: torch.device) -> None:
+    """Sums over many entries are in float64. Raise ``ValueError`` for Apple's GPUs, which have no such numbers."""
+    if device.type == "mps":
+        raise ValueError("the model is on mps, which has no float64; curvature needs it: move the model to the CPU")
+
+
 @contextmanager
 def _float32_by(tf32: bool) -> Iterator[None]:
     """Torch's settings of TF32, of both kinds: the older ones raise where they are read after the newer were set, and

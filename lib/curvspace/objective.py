@@ -384,8 +384,7 @@ class Objective:
         return Point.here(self.function, self.loss_function)
 
     def _scalar(self, value: float) -> Tensor:
-        dtype = torch.float32 if self.function.device.type == "mps" else torch.float64
-        return torch.tensor(value, dtype=dtype, device=self.function.device)
+        return torch.tensor(value, dtype=torch.float64, device=self.function.device)
 
     def _within_memory(self, compute: Callable[[list[Batch]], Result]) -> Result:
         given = self.batches

@@ -23,6 +23,9 @@ from workflow import attempts, machine
         (["nvidia0", "nvidia1"], "", 0),
         (["nvidia0", "nvidia1"], "-1", 0),
         (["nvidia0"], "MIG-a,MIG-b", 2),
+        (["nvidia0", "nvidia1"], "GPU-8f, GPU-9a", 2),
+        (["nvidia0", "nvidia1"], "NoDevFiles", 0),  # what a Slurm says to a job without any
+        (["nvidia0", "nvidia1"], "1,-1,0", 1),
         (["kfd"], None, 1),
     ],
 )
@@ -31,6 +34,16 @@ def test_gpus_are_counted_as_jobs_see_them(tmp_path, nodes, visible, count):
         (tmp_path / name).touch()
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert machine.gpus(environment, tmp_path) == count
+
+
+@pytest.mark.parametrize(("torch", "wanted"), [("2.15.0", True), ("2.15.0+cu132", True), ("2.15.0+cpu", False)])
+def test_a_torch_without_gpus_asks_for_none(monkeypatch, torch, wanted):
+    """Jobs that did would wait for each other under --resources gpu=1, and compute on CPUs all the same."""
+    monkeypatch.setattr(machine, "gpus", lambda: 2)
+    monkeypatch.setattr(machine.metadata, "version", lambda name: torch)
+    assert machine.wants_gpu("auto") is wanted
+    assert machine.wants_gpu("cuda")
+    assert not machine.wants_gpu("cpu")
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,17 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from curvspace import device as device_module
+from curvspace.curvature.frozen import _only_device
 from curvspace.curvature.memory import default_budget
 from curvspace.device import _PRODUCTS, arithmetic, claim, full_float32, reproducible, use, visible
 from curvspace.errors import UserError
+from curvspace.optim.base import _require_alike
 
 
 def test_jobs_get_a_free_device_and_share_evenly_when_none_is_free(tmp_path):
@@ -197,6 +200,13 @@ def test_float32_has_all_its_digits_however_tf32_was_allowed_and_the_setting_com
     torch.backends.fp32_precision = "none"  # what was inherited still is
     inherited = way in ("newer, everywhere", "both")
     assert torch.backends.cuda.matmul.fp32_precision == ("none" if inherited else before["cuda", "matmul"])
+
+
+def test_devices_without_float64_are_refused_in_words():
+    parameters = {"weight": SimpleNamespace(device=torch.device("mps"), dtype=torch.float32)}
+    for refuse in (_only_device, lambda p: _require_alike("CurveBall", p)):
+        with pytest.raises(ValueError, match=r"on mps, which has no float64.*move the model to the CPU"):
+            refuse(parameters)
 
 
 def test_free_memory_counts_what_torch_keeps_unused(monkeypatch):

@@ -32,6 +32,7 @@ from curvspace.training.run import Interrupted, train
 from curvspace.training.spec import RunSpec
 from tests.unit.oracles import central_difference, dense_hessian
 from tests.unit.small_networks import C, batches, small_network
+from tests.unit.test_layer_sweep import LAYERS, _problem
 
 DRAWING = {"rayleigh-ritz-newton", "low-rank-newton", "bulk-sgd", "dominant-sgd", "fosi", "nudged-sgd", "bsfa"}
 """Optimisers whose eigensolver starts from a random vector, which each device draws in its own way."""
@@ -111,6 +112,70 @@ def test_class_gradients_are_the_gradients_of_the_mean_outputs(device, network):
             grads = torch.autograd.grad(model(x[y == k])[:, k].mean(), parameters)
             expected = torch.cat([g.reshape(-1) for g in grads])
             torch.testing.assert_close(found[k], expected, rtol=1e-9, atol=1e-11)
+
+
+OWN_KERNELS = [
+    *("batch norm", "layer norm", "weight norm", "batch norm 2d", "group norm", "local response norm", "max pooling"),
+    *("average pooling", "adaptive pooling", "bilinear", "transposed convolution", "depthwise convolution"),
+    *("convolution 1d", "LSTM", "two-way LSTM", "GRU", "RNN", "attention", "transformer layer", "embedding"),
+]
+"""Layers for which torch has other kernels on a GPU than on a CPU (cuDNN's, fused ones)."""
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", OWN_KERNELS)
+def test_layers_have_the_derivatives_that_they_have_on_the_cpu(device, name):
+    """Eleven vectors: on a GPU eight together, then three. Modes: training for batch statistics, else evaluation."""
+    if device.type == "cpu":
+        pytest.skip("the sweep over all layers")
+    found = []
+    for place in ("cpu", device):
+        model, x, y = _problem(*LAYERS[name])
+        for m in model.modules():
+            m.train(isinstance(m, nn.modules.batchnorm._BatchNorm))
+        model, x, y = model.to(place), x.to(place), y.to(place)
+        objective = Objective(model, (x, y))
+        V = torch.randn(objective.num_parameters, 11, generator=torch.Generator().manual_seed(0)).double().to(place)
+        parts = [objective.gradient(), objective.hessian() @ V, objective.gauss_newton() @ V]
+        parts += [objective.hessian() @ V[:, 0], class_gradients(model, x, y, 3)[0]]
+        optimizer = build("curveball", {}, model, 3, lr=1.0)
+        parts += [optimizer.step(x, y), optimizer.step(x, y)]
+        found.append([part.detach().cpu() for part in parts])
+    for there, here in zip(*found, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-6, atol=1e-8)
+
+
+def test_curvature_in_float32_has_its_digits_whatever_torch_allows(device, torchs_own_precision):
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    products = []
+    for dtype in (torch.float64, torch.float32):
+        model = convolutional().to(device, dtype)
+        objective = Objective(model, [(x.to(dtype), y) for x, y in on(device, images(1, 64))], dtype=dtype)
+        v = torch.randn(objective.num_parameters, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        products.append([(A @ v).double() for A in (objective.hessian(), objective.gauss_newton())])
+    for exact, found in zip(*products, strict=True):
+        assert (found - exact).norm() < 1e-5 * exact.norm(), "TF32 would be off by 1e-3"
+
+
+def test_a_batch_that_does_not_fit_is_cut(device):
+    if device.type == "cpu":
+        pytest.skip("its memory cannot be bounded")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 4000), nn.Tanh(), nn.Linear(4000, 3)).to(device)  # 640 MB of activations
+    batch = torch.randn(20_000, 100, device=device), torch.arange(20_000, device=device) % 3
+    v = torch.randn(sum(p.numel() for p in model.parameters()), 3, device=device)
+    expected = [Objective(model, batch).gradient(), Objective(model, batch).hessian() @ v]
+    torch.cuda.empty_cache()
+    whole, held = torch.cuda.get_device_properties(device).total_memory, torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction((held + 500 * 2**20) / whole, device)
+    try:
+        with pytest.warns(RuntimeWarning, match="out of memory with 20000 examples"):
+            found = [Objective(model, batch).gradient(), Objective(model, batch).hessian() @ v]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
 def deep() -> nn.Module:

@@ -57,8 +57,8 @@ def compare_derivatives(function: FrozenModel, loss: Loss, batch: Batch, matrix:
     """Once per model and matrix: its gradient along a random direction and a difference of losses, in float64; and what
     the matrix takes of second derivatives, and differences of first ones.
 
-    What cannot be tried (no float64, too little memory, too many parameters for a CPU, a model that refuses a few
-    examples) is taken to be right.
+    What cannot be tried (too little memory, too many parameters for a CPU, a model that refuses a few examples) is
+    taken to be right.
 
     Warns
     -----
@@ -163,7 +163,7 @@ class _Slopes:
 def _few(function: FrozenModel, loss: Loss, batch: Batch) -> tuple[Point, Batch] | None:
     """Where and on which examples derivatives are tried; None where that cannot be."""
     flags = batch.flags[: len(tensors_in(batch.inputs))]
-    enough = function.device.type != "mps" and free_memory(function.device) > 100 * function.size
+    enough = free_memory(function.device) > 100 * function.size
     on_cpu = function.device.type == "cpu"
     if not enough or (function.size > LARGEST if on_cpu else _may_index_examples(batch.inputs, flags)):
         return None

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from curvspace.device import full_float32
+from curvspace.device import full_float32, require_float64
 from curvspace.functional import (
     Inputs,
     call,
@@ -308,7 +308,9 @@ def _only_device(parameters: Mapping[str, Tensor]) -> torch.device:
     if len(devices) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ValueError(f"the model's parameters lie on several devices ({where}); put them on one")
-    return next(iter(devices))
+    device = next(iter(devices))
+    require_float64(device)
+    return device
 
 
 def _is_normalisation(module: nn.Module) -> bool:

@@ -170,8 +170,6 @@ def _tried(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[boo
     for n in dict.fromkeys((min(SAMPLE, size), 2)):
         few = take(inputs, spread(size, n), flags)
         for dtype in dict.fromkeys((torch.float64, function.dtype)):
-            if dtype == torch.float64 and function.device.type == "mps":
-                continue
             try:
                 return _same_here_and_elsewhere(function.in_dtype(dtype), few, n, flags)
             except Exception as error:  # the model's own: it shows again where the whole is evaluated

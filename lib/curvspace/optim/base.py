@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from curvspace.curvature.frozen import as_written, without_checkpointing
 from curvspace.denormals import flushed_on
+from curvspace.device import require_float64
 from curvspace.functional import Inputs, trainable_parameters
 from curvspace.losses import Loss, get_loss
 from curvspace.optim.ranks import Ranks
@@ -242,6 +243,7 @@ def require_flag(name: str, value: object) -> None:
 def _require_alike(name: str, parameters: Mapping[str, Tensor]) -> None:
     """One real floating type of at least 32 bits, one device."""
     first_name, first = next(iter(parameters.items()))
+    require_float64(first.device)
     for key, p in parameters.items():
         if not p.is_floating_point() or torch.finfo(p.dtype).bits < 32:
             raise ValueError(
