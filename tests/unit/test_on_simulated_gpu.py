@@ -28,6 +28,7 @@ from curvspace.curvature import (
 )
 from curvspace.curvature.class_gradients import split_pass, vjp_pass
 from curvspace.datasets import DataSet, Split
+from curvspace.denormals import is_flushing
 from curvspace.device import full_float32
 from curvspace.landscape import fit_quadratic, line_search
 from curvspace.monitor import CurvatureMonitor
@@ -283,6 +284,26 @@ def test_steps_and_states(device, kind, options):
     agree(device, quantity)
 
 
+@pytest.mark.parametrize(("kind", "options"), OPTIONS, ids=[f"{kind} {options}" for kind, options in OPTIONS])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_state_goes_to_another_device(gpu, there, kind, options):
+    places = (lambda value: value, on_gpu)
+    first, second = places if there else places[::-1]
+    data, model = batches(3, n=8), small_network()
+    weights = list(first(model).parameters())
+    optimizer = build(kind, options, model, C, lr=0.05)
+    for x, y in data[:2]:
+        optimizer.step(*first([x, y]))
+    other_model = small_network()
+    with torch.no_grad():
+        for p, q in zip(other_model.parameters(), weights, strict=True):
+            p.copy_(q.detach().cpu())
+    other = build(kind, options, second(other_model), C, lr=0.05)
+    other.load_state_dict(optimizer.state_dict())
+    same(home(optimizer.step(*first(list(data[2])))), home(other.step(*second(list(data[2])))), 1e-6)
+    same(home(list(model.parameters())), home(list(other_model.parameters())), 1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "most"),
     [
@@ -342,7 +363,7 @@ def test_training(device, kind):
 # --- what surrounds a computation on a GPU --------------------------------------------------------------------------
 
 
-SEEN: list[tuple[bool, str, str]] = []
+SEEN: list[tuple[bool, str, str, bool]] = []
 """Of each call of a :class:`Spy`; what a model itself keeps of an evaluation is undone."""
 
 
@@ -367,7 +388,7 @@ class Spy(nn.Module):
         backends = torch.backends
         matmul, conv = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
         if of.dtype == torch.float32:  # some checks are in float64
-            SEEN.append((backends.cudnn.enabled, matmul, conv))
+            SEEN.append((backends.cudnn.enabled, matmul, conv, is_flushing()))
 
 
 WORK: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
@@ -394,8 +415,9 @@ def test_curvature_has_all_digits_of_float32_though_tf32_is_on(gpu, work, torchs
     torch.set_float32_matmul_precision("high")
     model = on_gpu(Spy())
     WORK[work](model, *on_gpu(_batch(False)))
-    assert {(matmul, conv) for _, matmul, conv in SEEN} == {("ieee", "ieee")}
+    assert {(matmul, conv) for _, matmul, conv, _ in SEEN} == {("ieee", "ieee")}
     assert all(enabled for enabled, *_ in SEEN)
+    assert not any(flushing for *_, flushing in SEEN), "the host's threads were set, one after the other, for nothing"
     assert torch.get_float32_matmul_precision() == "high"
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"
 
