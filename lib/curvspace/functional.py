@@ -15,7 +15,7 @@ import re
 import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
@@ -229,6 +229,16 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
                     RuntimeWarning,
                     stacklevel=2,
                 )
+
+
+@contextmanager
+def left_alone(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, modules write into copies of their buffers, and what they set or change otherwise is undone on exit."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(preserved_attributes(module))
+            stack.enter_context(substituted(module, {n: b.clone() for n, b in module.named_buffers()}))
+        yield
 
 
 def _working_copy(value: Any, copies: dict[int, Any]) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
 from curvspace.curvature.linearisation import Point
@@ -136,6 +136,9 @@ class _InDouble(Loss):
 
     def outputs(self, raw: Any) -> Any:
         return self.inner.outputs(raw)
+
+    def modules(self) -> list[nn.Module]:
+        return self.inner.modules()
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         z = _double(outputs) if isinstance(outputs, Tensor) else outputs

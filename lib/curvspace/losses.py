@@ -18,14 +18,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from types import FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvspace.functional import batch_size, pull_back, require_second_derivatives
+from curvspace.functional import batch_size, left_alone, pull_back, require_second_derivatives
 from curvspace.outputs import logits
 
 Reduction = Literal["mean", "sum"]
@@ -61,13 +61,17 @@ class Loss:
         """Whether L is known to be a sum over the examples divided by the sum of their weights."""
         return False
 
+    def modules(self) -> list[nn.Module]:
+        """Modules that it is or calls, whose state an evaluation may move (statistics, centres, counters)."""
+        return _modules_of(self._function, 0)
+
     def gradient(self, outputs: Tensor, targets: Any) -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), left_alone(self.modules()):
             z = outputs.detach().requires_grad_()
             return torch.autograd.grad(self(z, targets), z)[0]
 
     def hessian_product(self, outputs: Tensor, targets: Any, u: Tensor) -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), left_alone(self.modules()):
             z = outputs.detach().requires_grad_()
             (g,) = torch.autograd.grad(self(z, targets), z, create_graph=True)
             require_second_derivatives([g])
@@ -87,6 +91,9 @@ class TorchLoss(Loss):
         self.reduction = "sum" if reduction == "sum" else "mean"
         self._over_entries = over_entries and reduction == "mean"
 
+    def modules(self) -> list[nn.Module]:
+        return []  # they have no state
+
     def weight(self, targets: Any) -> float:
         if self.reduction == "sum":
             return 1.0
@@ -103,6 +110,9 @@ class KnownLoss(Loss):
         if reduction not in ("mean", "sum"):
             raise ValueError(f'{self.name}: reduction must be "mean" or "sum", got {reduction!r}: a loss is one number')
         self.reduction = reduction
+
+    def modules(self) -> list[nn.Module]:
+        return []
 
     def outputs(self, raw: Any) -> Tensor:
         return logits(raw)
@@ -363,6 +373,30 @@ def plain_globals(loss: Any) -> list[Any]:
     functions = [loss, *(getattr(type(loss), name, None) for name in ("forward", "__call__"))]
     found = (f.__globals__.get(name) for f in functions if isinstance(f, FunctionType) for name in f.__code__.co_names)
     return [value for value in found if isinstance(value, bool | int | float | str)]
+
+
+def _modules_of(held: Any, depth: int) -> list[nn.Module]:
+    """A module, or those of a callable: bound, in its closure, among its attributes, or global and named in it."""
+    if isinstance(held, nn.Module) or depth == 3:
+        return [held] if isinstance(held, nn.Module) else []
+    inside: list[Any] = []
+    if isinstance(held, MethodType):
+        inside = [held.__self__, held.__func__]
+    elif isinstance(held, functools.partial):
+        inside = [held.func, *held.args, *held.keywords.values()]
+    elif isinstance(held, FunctionType):
+        cells = map(_content, held.__closure__ or ())
+        inside = [*cells, *(held.__globals__.get(name) for name in held.__code__.co_names)]
+    elif depth == 0:
+        inside = [*getattr(held, "__dict__", {}).values(), type(held).__call__]
+    return [m for value in inside for m in _modules_of(value, depth + 1)]
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not bound yet
+        return None
 
 
 def get_loss(loss: str | Loss | Callable[[Any, Any], Tensor]) -> Loss:

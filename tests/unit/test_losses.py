@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvspace import Objective
+from curvspace.curvature import projected_gauss_newton
 from curvspace.functional import flatten
 from curvspace.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError, SquaredError, TorchLoss, get_loss
 from curvspace.outputs import logits, pack
@@ -335,3 +337,44 @@ def test_targets_and_options_that_change_later_count(change, kind):
     hessian.refresh()
     v = torch.ones(objective.num_parameters).double()
     torch.testing.assert_close(hessian @ v, Objective(model, [(x, y)], loss).hessian() @ v)
+
+
+def _loss_network(*layers: nn.Module):
+    torch.manual_seed(3)
+    network = nn.Sequential(*layers).double()
+    return lambda z, y: F.mse_loss(network(z), y.double()[:, None].expand(-1, 3))
+
+
+LOSS_NETWORKS = {  # as perceptual losses and losses between views have
+    "batch normalisation": [nn.BatchNorm1d(3, affine=False)],
+    "layer normalisation": [nn.LayerNorm(3), nn.Tanh()],
+    "convolutions": [nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 2), nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(4, 3)],
+    "weight normalisation": [nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Tanh()],
+}
+
+
+@pytest.mark.parametrize("name", LOSS_NETWORKS)
+def test_gauss_newton_of_a_loss_that_has_layers_of_its_own(name):
+    torch.manual_seed(0)
+    x, y, loss = torch.randn(9, 4).double(), torch.arange(9), _loss_network(*LOSS_NETWORKS[name])
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    parameters = nn.utils.parameters_to_vector(model.parameters()).detach()
+    v, h = torch.randn(43, generator=torch.Generator().manual_seed(1)).double(), 1e-5
+
+    def outputs(t):
+        moved = copy.deepcopy(model)
+        nn.utils.vector_to_parameters(parameters + t * v, moved.parameters())
+        return moved(x).detach()
+
+    def slope(t):
+        z = (outputs(0) + t * jv).requires_grad_()
+        return torch.autograd.grad(loss(z, y), z)[0]
+
+    jv = (outputs(h) - outputs(-h)) / (2 * h)
+    expected = float((jv * (slope(h) - slope(-h))).sum() / (2 * h))
+    objective = Objective(model, (x, y), loss)
+    assert float(v @ (objective.gauss_newton() @ v)) == pytest.approx(expected, rel=1e-6)
+    projected = projected_gauss_newton(model, x, y, loss, v[:, None])
+    assert float(projected) == pytest.approx(expected, rel=1e-6)
+    found = objective.hessian_by_differences() @ v
+    torch.testing.assert_close(objective.hessian() @ v, found, rtol=1e-5, atol=1e-7)

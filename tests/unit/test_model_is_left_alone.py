@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from curvspace import Objective, class_gradients, eigsh
+from curvspace import Objective, class_gradients, eigsh, optim
 from curvspace.curvature import (
     cross_class_gradients,
     dense_matrix,
@@ -596,3 +597,59 @@ def test_a_loss_that_reads_what_forward_keeps(attribute):
     expected = objective.hessian_by_differences() @ v
     torch.testing.assert_close(objective.hessian() @ v, expected, rtol=1e-5, atol=1e-7)
     assert not model.kept
+
+
+class Centred(nn.Module):
+    """A loss with a centre that each call moves, a normalisation and a count of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.calls, self.seen = nn.BatchNorm1d(3, affine=False), 0, []
+        self.register_buffer("centre", torch.zeros(3))
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(len(z))
+        loss = F.cross_entropy(self.norm(z) - 0.1 * self.centre, y)
+        self.centre.mul_(0.9).add_(0.1 * z.detach().mean(0))
+        return loss
+
+    def held(self) -> tuple[Any, ...]:
+        return self.calls, list(self.seen), *(b.clone() for b in self.buffers())
+
+
+class Holder:
+    def __init__(self, loss: nn.Module):
+        self.loss = loss
+
+    def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.loss(z, y)
+
+
+GLOBAL = Centred().double()
+
+HELD: dict[str, Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor]]] = {
+    "itself": lambda loss: loss,
+    "closure": lambda loss: lambda z, y: loss(z, y),
+    "global": lambda _: lambda z, y: GLOBAL(z, y),
+    "bound method": lambda loss: loss.forward,
+    "partial": lambda loss: partial(lambda z, y, by: by(z, y), by=loss),
+    "object": Holder,
+}
+
+
+@pytest.mark.parametrize("way", HELD)
+def test_a_loss_that_has_a_state_of_its_own_is_left_alone(way):
+    torch.manual_seed(0)
+    model, (x, y), loss = _network(), _plain_batch(), GLOBAL if way == "global" else Centred().double()
+    objective, before = Objective(model, (x, y), HELD[way](loss)), loss.held()
+    v = torch.randn(39).double()
+    values = objective.loss(), *LossScanner(objective).along(v, [0.0])
+    assert values == pytest.approx([copy.deepcopy(loss)(model(x), y).item()] * 2)
+    expected = objective.hessian_by_differences() @ v
+    torch.testing.assert_close(objective.hessian() @ v, expected, rtol=1e-5, atol=1e-7)
+    objective.gauss_newton() @ v
+    for a, b in zip(loss.held(), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    optim.FirstOrder(model, torch.optim.SGD, HELD[way](loss), lr=0.1).step(x, y)  # training does move it
+    assert loss.held()[0] == 1 + before[0]

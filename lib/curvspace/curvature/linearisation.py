@@ -13,6 +13,7 @@ normalisation layers, and tracing a linearisation costs as much as several produ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,17 @@ from torch import Tensor
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.memory import is_out_of_memory
 from curvspace.curvature.second_order import SecondOrderLayers
-from curvspace.functional import Inputs, flatten, pull_back, require_second_derivatives, take, tensors_in, version_of
+from curvspace.functional import (
+    Inputs,
+    flatten,
+    left_alone,
+    modules_within,
+    pull_back,
+    require_second_derivatives,
+    take,
+    tensors_in,
+    version_of,
+)
 from curvspace.inner import inner, norm
 from curvspace.losses import Loss
 from curvspace.outputs import pack
@@ -79,11 +90,17 @@ class Point:
         """The batch's mean loss, of which the model's outputs and the loss's own use of the parameters are part."""
         return self.evaluate(batch)[1]
 
-    def evaluate(self, batch: Batch, between: Callable[[Any], Any] = lambda outputs: outputs) -> tuple[Any, Tensor]:
+    def evaluate(
+        self,
+        batch: Batch,
+        between: Callable[[Any], Any] = lambda outputs: outputs,
+        around_loss: AbstractContextManager[Any] | None = None,
+    ) -> tuple[Any, Tensor]:
         """``between`` of the outputs, and the loss of that, both with the model at these parameters."""
         with self.function.policy_in_force(), self.function.at(self.parameters, self.constants, batch.index):
             outputs = between(self._outputs(batch))
-            return outputs, self.loss_of(outputs, batch)
+            with around_loss or nullcontext():
+                return outputs, self.loss_of(outputs, batch)
 
     def _outputs(self, batch: Batch) -> Any:
         return self.loss.outputs(self.function.outputs(self.function.cast(batch.inputs)))
@@ -97,8 +114,11 @@ class Point:
             If outputs and targets do not fit together, naming the batch.
         """
         targets = self.function.cast(batch.targets)
+        beside = self.loss.modules()
+        own = set(modules_within(self.function.model)) if beside else set()
         try:
-            value = self.loss(outputs, targets)
+            with left_alone(m for m in beside if m not in own):  # the model's own are, where it is evaluated
+                value = self.loss(outputs, targets)
         except (IndexError, RuntimeError, ValueError) as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
@@ -300,7 +320,7 @@ class GaussNewtonLinearisation(Linearisation):
                 kept["leaf"] = self.outputs_from(kept["z"].detach()).requires_grad_()
                 return unpack(kept["leaf"])
 
-            _, kept["loss"] = point.evaluate(batch, cut_off)
+            _, kept["loss"] = point.evaluate(batch, cut_off, SecondOrderLayers())  # not linear: it has a Hessian
             return kept["z"]
 
         self.jacobian = JacobianLinearisation(point.function, point.parameters, outputs)
