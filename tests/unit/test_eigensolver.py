@@ -387,7 +387,7 @@ def test_a_wrong_second_derivative_is_found_however_well_the_data_are_fitted(dty
     x = torch.randn(20, 4)
     y = model(x).detach().argmax(1)
     y[0] = (y[0] + 1) % 3
-    with pytest.raises(RuntimeError, match="not symmetric|off by .* of the difference of first derivatives"):
+    with pytest.raises(RuntimeError, match=r"not symmetric|off by .* of the difference of first derivatives"):
         eigsh(Objective(model, [(x, y)], dtype=dtype).hessian(), 2)
 
 
