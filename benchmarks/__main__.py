@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import draw, exactness, networks, rows, scaling
 from benchmarks.problem import CLOCKS, trained_problem, use_clock
-from curvspace.device import full_float32
+from curvspace.arithmetic import full_float32
 
 SECTIONS = ("exactness", "products", "class_gradients", "eigenpairs", "networks", "tracking", "steps", "scaling")
 PEERS = ("curvlinops-for-pytorch", "hessian-eigenthings", "PyHessian", "scipy")

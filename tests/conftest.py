@@ -52,7 +52,7 @@ def torchs_own_precision() -> Iterator[None]:
     yield
     import torch
 
-    from curvspace.device import _PRODUCTS
+    from curvspace.arithmetic import _PRODUCTS
 
     torch.backends.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")

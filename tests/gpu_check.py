@@ -86,7 +86,8 @@ def steps(device: str) -> list[Step]:
 
 DESCRIBE = """
 import sys, torch
-from curvspace.device import arithmetic, use
+from curvspace.arithmetic import arithmetic
+from curvspace.device import use
 print("torch", torch.__version__, "CUDA", torch.version.cuda, "GPUs", torch.cuda.device_count())
 with use(sys.argv[1]) as device:
     print(device, torch.cuda.get_device_name(device) if device.type == "cuda" else "", arithmetic())

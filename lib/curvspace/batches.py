@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvspace.functional import Batched, Inputs, batch_flags, batch_size, tensors_in, tuple_like
+from curvspace.inputs import Batched, Inputs, batch_flags, batch_size, tensors_in, tuple_like
 
 LABELS = ("labels", "label", "targets", "target")
 """Keys under which a mapping may hold its targets."""

@@ -22,8 +22,10 @@ from torch.func import vmap
 
 from curvspace.curvature.linearisation import Point
 from curvspace.curvature.memory import is_out_of_memory
-from curvspace.functional import flatten, map_tensors, unflatten, without_graph
+from curvspace.differentiation import without_graph
+from curvspace.functional import flatten, unflatten
 from curvspace.inner import inner, norm
+from curvspace.inputs import map_tensors
 from curvspace.losses import Loss
 from curvspace.objective import Objective
 from curvspace.threads import one_at_a_time

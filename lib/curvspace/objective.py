@@ -11,21 +11,22 @@ from __future__ import annotations
 import copy
 import fnmatch
 import glob
-import math
-import pickle
-import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from curvspace.arithmetic import in_own_arithmetic
 from curvspace.batches import as_pairs, could_be_one_example, layout, one_example
 from curvspace.curvature.derivatives import Matrix, compare_derivatives
+from curvspace.curvature.determinism import (
+    require_deterministic_loss,
+    require_deterministic_outputs,
+)
 from curvspace.curvature.differences import DifferenceHessianOperator
 from curvspace.curvature.fingerprint import fingerprint, values_mark
 from curvspace.curvature.fisher import EmpiricalFisherOperator
@@ -38,23 +39,21 @@ from curvspace.curvature.operators import (
     HessianOperator,
     zero_gauss_newton,
 )
-from curvspace.curvature.split import SAMPLE, cache_friendly_size, cut, seem_independent, spread, within_memory
+from curvspace.curvature.split import cache_friendly_size, cut, seem_independent, spread, within_memory
+from curvspace.differentiation import without_graph
 from curvspace.errors import refuse_options
-from curvspace.functional import Batched, in_own_arithmetic, tensors_in, without_graph
-from curvspace.losses import Loss, get_loss, options_of, plain_globals
+from curvspace.inputs import Batched, tensors_in
+from curvspace.losses import Loss, get_loss
+from curvspace.losses.recognised import options_of, plain_globals
 from curvspace.outputs import output_tensors
-from curvspace.seeds import replayed_randomness
 from curvspace.threads import one_at_a_time
 
 Result = TypeVar("Result")
+
 Operator = TypeVar("Operator", bound=CurvatureOperator)
 
 SPLIT_ABOVE = 256
 """Batches up to this size are never cut for the processor's caches: finding the best size would not pay."""
-
-
-SEEDS = 32
-"""Draws on which a model that draws is tried: what they do not change may be drawn."""
 
 
 class Objective:
@@ -415,60 +414,13 @@ class Objective:
 
     @torch.inference_mode(False)
     def _require_deterministic(self, matrix: Matrix = None) -> None:
-        """Evaluate a few examples twice: a product with a kept graph would hide that the model draws at random.
-
-        All of a batch where the model does not treat examples one by one.
-        """
+        """A product with a kept graph would hide that the model or the loss draws at random."""
         if not self._given:
             return
-        batch = self._given[0]
-        if batch.size > SAMPLE and seem_independent(self.function, batch.inputs, batch.size, batch.flags):
-            batch = batch.examples(slice(0, SAMPLE // 2))
-        point = self._point()
-        name = type(self.function.model).__name__
-
-        def evaluated() -> list[Tensor]:
-            outputs = point._outputs(batch)
-            return output_tensors(outputs) or [point.loss_of(outputs, batch)]  # of a form that only the loss knows
-
-        self._require_no_draws(evaluated, point, batch, name, f"{batch.size} examples of batch 0")
+        require_deterministic_outputs(self._point(), self._given[0])
         if not self.loss_function.closed_form:
-            self._within_memory(self._require_deterministic_loss)
+            self._within_memory(lambda batches: require_deterministic_loss(self._point(), batches[0]))
         compare_derivatives(self.function, self.loss_function, self._given[0], matrix)
-
-    def _require_deterministic_loss(self, batches: list[Batch]) -> None:
-        """Evaluate the loss twice on the same outputs: of all the first batch, as it may be no mean of parts."""
-        point, batch = self._point(), batches[0]
-        outputs = without_graph(lambda: point.outputs(batch))
-        name = f"the loss {self.loss_function.name}"
-        self._require_no_draws(
-            lambda: [point.loss_of_outputs(outputs, batch)], point, batch, name, f"{batch.size} outputs of batch 0"
-        )
-
-    def _require_no_draws(
-        self, evaluate: Callable[[], list[Tensor]], point: Point, batch: Batch, what: str, where: str
-    ) -> None:
-        """Two evaluations with different draws agree; where any are made, many do: a draw may seldom matter."""
-        first, drawn = self._drawn_anew(0, evaluate, point, batch)
-        for seed in range(1, SEEDS if drawn else 2):
-            again, _ = self._drawn_anew(seed, evaluate, point, batch)
-            for a, b in zip(first, again, strict=True):
-                _require_same(a, b, what, where)
-
-    def _drawn_anew(
-        self, seed: int, evaluate: Callable[[], list[Tensor]], point: Point, batch: Batch
-    ) -> tuple[list[Tensor], bool]:
-        """What is evaluated with draws from this seed, and whether any were made that the policy does not replay."""
-        function, device = self.function, self.function.device
-
-        def watched() -> tuple[list[Tensor], bool]:
-            with function.policy_in_force(), function.at(point.parameters, point.constants, batch.index):
-                before = _generators(device)
-                found = evaluate()
-                return found, function.dropout_seed is None and _generators(device) != before
-
-        with replayed_randomness(device, seed):  # an evaluation alone leaves the generators as they were
-            return without_graph(watched)
 
 
 def _untied(function: FrozenModel, patterns: str | Sequence[str]) -> list[str]:
@@ -481,23 +433,3 @@ def _untied(function: FrozenModel, patterns: str | Sequence[str]) -> list[str]:
         tied = [glob.escape(own) for name, own in others if fnmatch.fnmatchcase(name, pattern)]
         found += tied if tied and not fnmatch.filter(function.names, pattern) else [*tied, pattern]
     return found
-
-
-def _generators(device: torch.device) -> list[Any]:
-    """The states of the generators that a model may draw from."""
-    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-    others = pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002  the one that a model would use
-    return [*(bytes(state.numpy()) for state in states), others]
-
-
-def _require_same(a: Tensor, b: Tensor, what: str, where: str) -> None:
-    if not (a.numel() or b.numel()):
-        return
-    if not (a.is_floating_point() or a.is_complex()):
-        a, b = a.double(), b.double()
-    a, b = a.detach(), b.detach()
-    difference = float((a - b).abs().max()) if a.shape == b.shape else math.inf
-    if difference > 1e3 * torch.finfo(a.dtype).eps * float(a.abs().max()):
-        raise RuntimeError(
-            f"{what} is not deterministic: two evaluations of the same {where} differ by {difference:.1e}"
-        )

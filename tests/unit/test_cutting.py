@@ -15,7 +15,7 @@ from curvspace import LossScanner, Objective, class_gradients
 from curvspace.curvature import split
 from curvspace.curvature.class_gradients import split_pass, splits_exactly, vjp_pass
 from curvspace.curvature.split import SAMPLE
-from curvspace.functional import batch_flags, take
+from curvspace.inputs import batch_flags, take
 from curvspace.optim import class_gradient_newton
 
 N = 300  # above the size from which a CPU cuts

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from curvspace import device as device_module
+from curvspace.arithmetic import _PRODUCTS, arithmetic, full_float32, reproducible
 from curvspace.curvature.frozen import _only_device
 from curvspace.curvature.memory import default_budget
-from curvspace.device import _PRODUCTS, arithmetic, claim, full_float32, reproducible, use, visible
+from curvspace.device import claim, use, visible
 from curvspace.errors import UserError
 from curvspace.optim.base import _require_alike
 

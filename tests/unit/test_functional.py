@@ -9,20 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+from curvspace.differentiation import pull_back
 from curvspace.functional import (
     add_to_parameters,
     assign_parameters,
-    batch_size,
-    call,
     call_with,
     flatten,
     parameter_vector,
-    preserved_buffers,
-    pull_back,
-    select,
     trainable_parameters,
     unflatten,
 )
+from curvspace.inputs import batch_size, call, select
+from curvspace.preserved import preserved_buffers
 from curvspace.seeds import replayed_randomness, seed_generators
 
 

@@ -24,7 +24,7 @@ from curvspace.curvature import (
     projected_gauss_newton,
     spectral_density,
 )
-from curvspace.functional import tensors_in
+from curvspace.inputs import tensors_in
 from curvspace.landscape import LossScanner
 from curvspace.monitor import CurvatureMonitor
 from tests.unit.architectures import CASES

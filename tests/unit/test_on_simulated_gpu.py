@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.peers import arpack_on_ours
 from benchmarks.rows import _accuracy
 from curvspace import LossScanner, Objective, class_gradients, eigsh, spectral_density
+from curvspace.arithmetic import full_float32
 from curvspace.curvature import (
     SubspaceTracker,
     cross_class_gradients,
@@ -29,7 +30,6 @@ from curvspace.curvature import (
 from curvspace.curvature.class_gradients import split_pass, vjp_pass
 from curvspace.datasets import DataSet, Split
 from curvspace.denormals import is_flushing
-from curvspace.device import full_float32
 from curvspace.landscape import fit_quadratic, line_search
 from curvspace.monitor import CurvatureMonitor
 from curvspace.optim import CurveBall, FirstOrder, NegativeCurvature, build

@@ -24,7 +24,7 @@ from curvspace.datasets.catalogue import EMBEDDED, KNOWN, MADE_HERE, source_name
 from curvspace.datasets.store import Arrays
 from curvspace.device import use
 from curvspace.errors import UserError, refuse_text
-from curvspace.functional import batch_size, take
+from curvspace.inputs import batch_size, take
 from curvspace.seeds import derived_seed, replayed_randomness
 from curvspace.training import tensor_file
 from curvspace.training.record import RunRecord, data_options

@@ -10,8 +10,9 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from curvspace.arithmetic import arithmetic
 from curvspace.cli import common
-from curvspace.device import arithmetic, use
+from curvspace.device import use
 from curvspace.errors import UserError
 
 

@@ -23,19 +23,11 @@ from curvspace.curvature.layerwise import LayerRecorder, add_class_gradients, ag
 from curvspace.curvature.split import REMEMBERED, independent
 from curvspace.denormals import flushed_on
 from curvspace.errors import refuse_options
-from curvspace.functional import (
-    Batched,
-    Inputs,
-    batch_flags,
-    batch_size,
-    call,
-    flatten,
-    preserved_buffers,
-    take,
-    trainable_parameters,
-)
+from curvspace.functional import flatten, trainable_parameters
+from curvspace.inputs import Batched, Inputs, batch_flags, batch_size, call, take
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import joined, logits
+from curvspace.preserved import preserved_buffers
 from curvspace.threads import one_at_a_time
 
 Algorithm = Literal["auto", "split", "vjp"]

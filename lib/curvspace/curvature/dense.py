@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvspace.arithmetic import own_arithmetic
 from curvspace.curvature.krylov import SymmetricOperator
 from curvspace.curvature.linearisation import GaussNewtonLinearisation, OutputCurvature
 from curvspace.curvature.operators import GaussNewtonOperator
-from curvspace.functional import flatten, own_arithmetic
+from curvspace.functional import flatten
 from curvspace.threads import one_at_a_time
 
 MAX_DENSE = 5_000

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from curvspace.arithmetic import in_own_arithmetic
 from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator, plain_operator
-from curvspace.functional import in_own_arithmetic
 
 MARGIN = 5
 """Standard deviations that the grid reaches beyond the outermost nodes."""

@@ -27,7 +27,8 @@ from curvspace.curvature.linearisation import (
 )
 from curvspace.curvature.memory import free_memory
 from curvspace.curvature.split import _may_index_examples, spread
-from curvspace.functional import tensors_in, without_graph
+from curvspace.differentiation import without_graph
+from curvspace.inputs import tensors_in
 from curvspace.losses import Loss
 from curvspace.outputs import pack
 

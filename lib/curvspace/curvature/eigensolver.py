@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from curvspace.arithmetic import in_own_arithmetic
 from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator, plain_operator
 from curvspace.curvature.memory import free_memory
-from curvspace.functional import in_own_arithmetic
 from curvspace.inner import inner, norm
 
 Which = Literal["LA", "SA", "LM", "BE"]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.weak import WeakIdKeyDictionary
 
-from curvspace.functional import Inputs, version_of
+from curvspace.inputs import Inputs
+from curvspace.tensors import version_of
 
 ENTRIES = 20_000
 """Values that are looked at for one key, at most."""

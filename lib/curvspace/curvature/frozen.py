@@ -9,32 +9,22 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import parametrize
 
-from curvspace.device import full_float32, require_float64
-from curvspace.functional import (
-    Inputs,
-    call,
-    map_tensors,
-    modules_within,
-    ordinary,
-    preserved_attributes,
-    require_second_derivatives,
-    substituted,
-    tensors_in,
-    trainable_parameters,
-    unwrapped,
-)
+from curvspace.arithmetic import full_float32, require_float64
+from curvspace.curvature.as_written import _without_cached_weights, as_written, plain_kernels
+from curvspace.differentiation import require_second_derivatives
+from curvspace.functional import trainable_parameters, unwrapped
+from curvspace.inputs import Inputs, call, map_tensors, tensors_in
+from curvspace.preserved import modules_within, preserved_attributes, substituted
 from curvspace.seeds import replayed_randomness
+from curvspace.tensors import ordinary
 from curvspace.threads import ALONE
 
 BatchNorm = Literal["batch", "running"] | None
@@ -323,80 +313,3 @@ def _normalises_by_batch(module: nn.Module, training: bool) -> bool:
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         return False
     return training or module.running_mean is None
-
-
-@contextmanager
-def as_written() -> Iterator[None]:
-    """Checkpointed and compiled parts of a model run as they are written, which all derivatives need."""
-    with ALONE, without_checkpointing(), _without_compilation():
-        yield
-
-
-@contextmanager
-def _without_cached_weights() -> Iterator[None]:
-    """Parametrised weights are those of the parameters in force: inside ``parametrize.cached()`` others may be kept."""
-    saved = parametrize._cache_enabled, parametrize._cache
-    parametrize._cache_enabled, parametrize._cache = 0, {}
-    try:
-        yield
-    finally:
-        parametrize._cache_enabled, parametrize._cache = saved
-
-
-@contextmanager
-def plain_kernels(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Attention and recurrent layers among the modules by the kernels that have all derivatives.
-
-    cuDNN's recurrent layers have no second derivatives, no forward-mode rule, and in evaluation mode no first ones.
-    """
-    with ALONE, sdpa_kernel(SDPBackend.MATH):
-        cudnn, fast_path = torch.backends.cudnn.enabled, torch.backends.mha.get_fastpath_enabled()
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            if any(isinstance(m, nn.RNNBase) for m in modules):
-                torch.backends.cudnn.enabled = False
-            yield
-        finally:
-            torch.backends.cudnn.enabled = cudnn
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-@contextmanager
-def without_checkpointing() -> Iterator[None]:
-    """Activations are kept: recomputing them would call the module outside of the evaluation, as it is then."""
-    checkpoint = sys.modules.get("torch.utils.checkpoint")
-    generators = [name for name in vars(checkpoint or object) if name.startswith("_checkpoint_without_reentrant_gen")]
-    stand_ins: dict[str, Any] = dict.fromkeys(generators, _nothing_around)
-    if hasattr(checkpoint, "CheckpointFunction"):
-        stand_ins["CheckpointFunction"] = _PlainCall
-    saved = {name: getattr(checkpoint, name) for name in stand_ins}
-    try:
-        for name, value in stand_ins.items():
-            setattr(checkpoint, name, value)
-        yield
-    finally:
-        for name, value in saved.items():
-            setattr(checkpoint, name, value)
-
-
-def _nothing_around(*_: Any, **__: Any) -> Iterator[None]:
-    """What a checkpointed call does before and after it: nothing."""
-    yield
-
-
-class _PlainCall:
-    """Stands in for ``torch.utils.checkpoint.CheckpointFunction``."""
-
-    @staticmethod
-    def apply(function: Any, preserve: bool, *inputs: Any) -> Any:
-        return function(*inputs)
-
-
-@contextmanager
-def _without_compilation() -> Iterator[None]:
-    """Compiled parts run as written: what the compiler makes has no second derivatives."""
-    if "torch._dynamo.eval_frame" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield

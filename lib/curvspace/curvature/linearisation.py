@@ -23,20 +23,14 @@ from torch import Tensor
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.memory import is_out_of_memory
 from curvspace.curvature.second_order import SecondOrderLayers
-from curvspace.functional import (
-    Inputs,
-    flatten,
-    left_alone,
-    modules_within,
-    pull_back,
-    require_second_derivatives,
-    take,
-    tensors_in,
-    version_of,
-)
+from curvspace.differentiation import pull_back, require_second_derivatives
+from curvspace.functional import flatten
 from curvspace.inner import inner, norm
+from curvspace.inputs import Inputs, take, tensors_in
 from curvspace.losses import Loss
 from curvspace.outputs import pack
+from curvspace.preserved import left_alone, modules_within
+from curvspace.tensors import version_of
 
 Tensors = Sequence[Tensor]
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from curvspace.functional import dense_parts, version_of
+from curvspace.tensors import dense_parts, version_of
 
 Result = TypeVar("Result")
 

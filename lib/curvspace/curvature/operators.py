@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvspace.arithmetic import in_own_arithmetic
 from curvspace.curvature.linearisation import (
     Batch,
     GaussNewtonLinearisation,
@@ -26,7 +27,8 @@ from curvspace.curvature.linearisation import (
 )
 from curvspace.curvature.memory import default_budget, is_out_of_memory, let_go, with_kept_bytes
 from curvspace.curvature.split import within_memory
-from curvspace.functional import in_own_arithmetic, ordinary, unflatten
+from curvspace.functional import unflatten
+from curvspace.tensors import ordinary
 from curvspace.threads import one_at_a_time
 
 Engine = Literal["auto", "linearize", "recompute"]

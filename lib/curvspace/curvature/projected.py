@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvspace.arithmetic import own_arithmetic
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.linearisation import Batch, GaussNewtonLinearisation, JacobianLinearisation, Point
-from curvspace.functional import Inputs, batch_size, flatten, ordinary, own_arithmetic, unflatten
+from curvspace.functional import flatten, unflatten
+from curvspace.inputs import Inputs, batch_size
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import logits
+from curvspace.tensors import ordinary
 from curvspace.threads import one_at_a_time
 
 

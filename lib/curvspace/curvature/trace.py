@@ -14,8 +14,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from curvspace.arithmetic import in_own_arithmetic
 from curvspace.curvature.krylov import SymmetricOperator, plain_operator
-from curvspace.functional import in_own_arithmetic
 from curvspace.inner import inner
 from curvspace.subspace import orthonormal_basis
 

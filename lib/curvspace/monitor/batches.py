@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvspace.batches import as_pairs
-from curvspace.functional import Inputs, batch_size, tuple_like
+from curvspace.inputs import Inputs, batch_size, tuple_like
 
 Pair = tuple[Inputs, Tensor]
 

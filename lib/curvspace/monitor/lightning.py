@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from curvspace.functional import Inputs
+from curvspace.inputs import Inputs
 from curvspace.losses import Loss
 from curvspace.monitor.batches import FirstBatches, Pair, unpacked
 from curvspace.monitor.follow import CurvatureMonitor

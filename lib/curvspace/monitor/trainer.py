@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from curvspace.functional import Inputs
+from curvspace.inputs import Inputs
 from curvspace.losses import Loss
 from curvspace.monitor.batches import FirstBatches, own_loss, unpacked, with_labels
 from curvspace.monitor.follow import CurvatureMonitor

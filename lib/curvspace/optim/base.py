@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvspace.curvature.frozen import as_written, without_checkpointing
+from curvspace.arithmetic import require_float64
+from curvspace.curvature.as_written import as_written, without_checkpointing
 from curvspace.denormals import flushed_on
-from curvspace.device import require_float64
-from curvspace.functional import Inputs, trainable_parameters
+from curvspace.functional import trainable_parameters
+from curvspace.inputs import Inputs
 from curvspace.losses import Loss, get_loss
 from curvspace.optim.ranks import Ranks
 

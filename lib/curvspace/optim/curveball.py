@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curvspace.functional import Inputs
 from curvspace.inner import inner
+from curvspace.inputs import Inputs
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer, require, require_count, require_flag, require_numbers
 from curvspace.optim.forward_mode import ForwardMode, Linearised, linearise

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.errors import refuse_text
-from curvspace.functional import Inputs, call
+from curvspace.inputs import Inputs, call
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer, require
 

@@ -27,20 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from curvspace.curvature.frozen import as_written, plain_kernels
+from curvspace.curvature.as_written import as_written, plain_kernels
 from curvspace.curvature.linearisation import random_like
 from curvspace.curvature.memory import is_out_of_memory
 from curvspace.curvature.second_order import SecondOrderLayers
-from curvspace.functional import (
-    Inputs,
-    call,
-    call_with,
-    flatten,
-    pull_back,
-    require_second_derivatives,
-    trainable_parameters,
-)
+from curvspace.differentiation import pull_back, require_second_derivatives
+from curvspace.functional import call_with, flatten, trainable_parameters
 from curvspace.inner import inner, norm
+from curvspace.inputs import Inputs, call
 from curvspace.optim.draws import random_state, randomness_from, set_random_state
 from curvspace.outputs import pack
 

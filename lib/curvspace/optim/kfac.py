@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvspace.functional import Inputs, call, flatten, unflatten
+from curvspace.functional import flatten, unflatten
 from curvspace.inner import norm
+from curvspace.inputs import Inputs, call
 from curvspace.losses import CrossEntropy, Loss
 from curvspace.optim.base import ModelOptimizer, require, require_count, require_numbers
 from curvspace.outputs import logits

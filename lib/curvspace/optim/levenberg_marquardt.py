@@ -16,15 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.curvature.dense import MAX_DENSE, dense_matrix
-from curvspace.functional import (
-    Inputs,
-    add_to_parameters,
-    assign_parameters,
-    call,
-    parameter_vector,
-    trainable_parameters,
-)
+from curvspace.functional import add_to_parameters, assign_parameters, parameter_vector, trainable_parameters
 from curvspace.inner import norm
+from curvspace.inputs import Inputs, call
 from curvspace.losses import Loss
 from curvspace.objective import Objective
 from curvspace.optim.base import ModelOptimizer, require, require_numbers

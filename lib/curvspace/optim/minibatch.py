@@ -21,23 +21,17 @@ from curvspace.curvature.class_gradients import (
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.operators import CurvatureOperator
 from curvspace.curvature.projected import projected_gauss_newton
-from curvspace.functional import (
-    Inputs,
-    batch_size,
-    call,
-    flatten,
-    preserved_buffers,
-    select,
-    trainable_parameters,
-    without_graph,
-)
+from curvspace.differentiation import without_graph
+from curvspace.functional import flatten, trainable_parameters
 from curvspace.inner import inner
+from curvspace.inputs import Inputs, batch_size, call, select
 from curvspace.losses import Loss
 from curvspace.objective import Objective
 from curvspace.optim.base import Costs
 from curvspace.optim.draws import random_state
 from curvspace.optim.ranks import Ranks
 from curvspace.outputs import logits
+from curvspace.preserved import preserved_buffers
 from curvspace.seeds import replayed_randomness
 
 Curvature = Literal["gauss-newton", "hessian"]

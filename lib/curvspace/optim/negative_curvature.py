@@ -19,18 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvspace.curvature.frozen import plain_kernels
+from curvspace.curvature.as_written import plain_kernels
 from curvspace.curvature.second_order import SecondOrderLayers
-from curvspace.functional import (
-    Inputs,
-    add_to_parameters,
-    call,
-    flatten,
-    pull_back,
-    require_second_derivatives,
-    unflatten,
-)
+from curvspace.differentiation import pull_back, require_second_derivatives
+from curvspace.functional import add_to_parameters, flatten, unflatten
 from curvspace.inner import inner, norm
+from curvspace.inputs import Inputs, call
 from curvspace.losses import Loss
 from curvspace.optim.base import require, require_count, require_numbers
 from curvspace.optim.first_order import FirstOrder, laid_out_as

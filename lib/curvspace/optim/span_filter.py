@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.curvature.class_gradients import class_gradients, number_of_classes, require_part_exact
-from curvspace.functional import Inputs, batch_size, flatten, select, trainable_parameters, unflatten
+from curvspace.functional import flatten, trainable_parameters, unflatten
+from curvspace.inputs import Inputs, batch_size, select
 from curvspace.optim.base import copied, require, require_count, require_numbers
 from curvspace.optim.bases import Basis, ClassGradients, MeanDirections, PastUpdates, RandomDirections
 from curvspace.optim.first_order import FirstOrder, LossLike

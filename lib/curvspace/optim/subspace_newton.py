@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curvspace.functional import Inputs, add_to_parameters
+from curvspace.functional import add_to_parameters
 from curvspace.inner import norm
+from curvspace.inputs import Inputs
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer, copied, require, require_count
 from curvspace.optim.bases import Basis

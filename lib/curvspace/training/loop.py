@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from curvspace.datasets import DataSet, Split
 from curvspace.datasets.augment import crop_flip
-from curvspace.functional import call
+from curvspace.inputs import call
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer
 from curvspace.seeds import derived_seed, seed_generators

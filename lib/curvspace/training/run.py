@@ -17,7 +17,7 @@ import torch
 
 from curvspace import datasets
 from curvspace.errors import UserError, values_refused
-from curvspace.functional import call
+from curvspace.inputs import call
 from curvspace.losses import Loss
 from curvspace.optim import registry
 from curvspace.optim.base import ModelOptimizer

@@ -20,8 +20,8 @@ from curvspace.curvature.class_gradients import class_curvatures
 from curvspace.curvature.frozen import BatchNorm
 from curvspace.datasets import DataSet
 from curvspace.errors import UserError
-from curvspace.functional import call
 from curvspace.inner import inner, norm
+from curvspace.inputs import call
 from curvspace.subspace import cosine_assignment, gradient_fraction, orthonormal_basis, principal_angles, union_rank
 from papers.common.runs import tidy
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import pandas as pd
 
+from curvspace.arithmetic import arithmetic
 from curvspace.cli import common
-from curvspace.device import arithmetic, use
+from curvspace.device import use
 from curvspace.errors import UserError
 from curvspace.files import write_record, writing
 from curvspace.training.record import RunRecord

@@ -18,7 +18,7 @@ from scipy.stats import qmc
 from torch import nn
 
 from curvspace.datasets import DataSet
-from curvspace.functional import call
+from curvspace.inputs import call
 from curvspace.optim import registry
 from curvspace.seeds import derived_seed
 from curvspace.training.loop import fit

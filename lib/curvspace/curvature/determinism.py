@@ -1,0 +1,102 @@
+"""Whether a model and its loss give the same numbers twice, without which no curvature of theirs means anything."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvspace.curvature.linearisation import Batch, Point
+from curvspace.curvature.split import SAMPLE, seem_independent
+from curvspace.differentiation import without_graph
+from curvspace.outputs import output_tensors
+from curvspace.seeds import replayed_randomness
+
+SEEDS = 32
+"""Draws on which a model that draws is tried: what they do not change may be drawn."""
+
+
+def require_deterministic_outputs(point: Point, batch: Batch) -> None:
+    """Evaluate a few examples several times, or all of the batch where the model does not treat them one by one.
+
+    Raises
+    ------
+    RuntimeError
+        If two evaluations differ.
+    """
+    if batch.size > SAMPLE and seem_independent(point.function, batch.inputs, batch.size, batch.flags):
+        batch = batch.examples(slice(0, SAMPLE // 2))
+
+    def evaluated() -> list[Tensor]:
+        outputs = point._outputs(batch)
+        return output_tensors(outputs) or [point.loss_of(outputs, batch)]  # of a form that only the loss knows
+
+    name = type(point.function.model).__name__
+    _require_no_draws(evaluated, point, batch, name, f"{batch.size} examples of batch 0")
+
+
+def require_deterministic_loss(point: Point, batch: Batch) -> None:
+    """Evaluate the loss several times on the same outputs: of all the batch, as it may be no mean of parts.
+
+    Raises
+    ------
+    RuntimeError
+        If two evaluations differ.
+    """
+    outputs = without_graph(lambda: point.outputs(batch))
+    name = f"the loss {point.loss.name}"
+    _require_no_draws(
+        lambda: [point.loss_of_outputs(outputs, batch)], point, batch, name, f"{batch.size} outputs of batch 0"
+    )
+
+
+def _require_no_draws(evaluate: Callable[[], list[Tensor]], point: Point, batch: Batch, what: str, where: str) -> None:
+    """Two evaluations with different draws agree; where any are made, many do: a draw may seldom matter."""
+    first, drawn = _drawn_anew(0, evaluate, point, batch)
+    for seed in range(1, SEEDS if drawn else 2):
+        again, _ = _drawn_anew(seed, evaluate, point, batch)
+        for a, b in zip(first, again, strict=True):
+            _require_same(a, b, what, where)
+
+
+def _drawn_anew(
+    seed: int, evaluate: Callable[[], list[Tensor]], point: Point, batch: Batch
+) -> tuple[list[Tensor], bool]:
+    """What is evaluated with draws from this seed, and whether any were made that the policy does not replay."""
+    function, device = point.function, point.function.device
+
+    def watched() -> tuple[list[Tensor], bool]:
+        with function.policy_in_force(), function.at(point.parameters, point.constants, batch.index):
+            before = _generators(device)
+            found = evaluate()
+            return found, function.dropout_seed is None and _generators(device) != before
+
+    with replayed_randomness(device, seed):  # an evaluation alone leaves the generators as they were
+        return without_graph(watched)
+
+
+def _generators(device: torch.device) -> list[Any]:
+    """The states of the generators that a model may draw from."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    others = pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002  the one that a model would use
+    return [*(bytes(state.numpy()) for state in states), others]
+
+
+def _require_same(a: Tensor, b: Tensor, what: str, where: str) -> None:
+    a, b = (t.detach() if t.is_floating_point() or t.is_complex() else t.double() for t in (a, b))
+    if a.shape != b.shape:
+        difference, size = math.inf, 0.0
+    else:
+        finite = a.isfinite() | b.isfinite()
+        a, b = a[finite], b[finite]
+        difference, size = (float(t.abs().max()) if t.numel() else 0.0 for t in (a - b, a))
+    if not difference <= 1e3 * torch.finfo(a.dtype).eps * size:
+        raise RuntimeError(
+            f"{what} is not deterministic: two evaluations of the same {where} differ by {difference:.1e}"
+        )
