@@ -9,7 +9,7 @@ from torch import nn
 
 from curvspace import class_gradients
 from curvspace.curvature import cross_class_gradients
-from curvspace.curvature.class_gradients import split_pass, vjp_pass
+from curvspace.curvature.class_pass import split_pass, vjp_pass
 
 C = 4
 
@@ -95,7 +95,8 @@ def test_cross_class_gradients_contain_the_class_gradients(norm):
 @pytest.mark.parametrize(
     ("y", "message"),
     [
-        (torch.tensor([0, 1, 4]), r"targets must be in 0\.\.3, got 0\.\.4"),
+        (torch.tensor([0, 1, 4]), r"targets must be in 0\.\.3, got 0\.\.4$"),
+        (torch.tensor([0, 1, -100]), r"targets must be in 0\.\.3, got -100\.\.1; leave out examples without a class"),
         (torch.tensor([0.0, 1.0, 2.0]), "integer targets"),
         (torch.tensor([0, 1]), "3 inputs has 2 targets"),
     ],

@@ -13,7 +13,8 @@ from torch import nn
 
 from curvspace import LossScanner, Objective, class_gradients
 from curvspace.curvature import split
-from curvspace.curvature.class_gradients import split_pass, splits_exactly, vjp_pass
+from curvspace.curvature.class_batches import splits_exactly
+from curvspace.curvature.class_pass import split_pass, vjp_pass
 from curvspace.curvature.split import SAMPLE
 from curvspace.inputs import batch_flags, take
 from curvspace.optim import class_gradient_newton

@@ -23,7 +23,7 @@ def as_written() -> Iterator[None]:
 
 
 @contextmanager
-def _without_cached_weights() -> Iterator[None]:
+def without_cached_weights() -> Iterator[None]:
     """Parametrised weights are those of the parameters in force: inside ``parametrize.cached()`` others may be kept."""
     saved = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}

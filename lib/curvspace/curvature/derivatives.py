@@ -26,7 +26,7 @@ from curvspace.curvature.linearisation import (
     Point,
 )
 from curvspace.curvature.memory import free_memory
-from curvspace.curvature.split import _may_index_examples, spread
+from curvspace.curvature.split import may_index_examples, spread
 from curvspace.differentiation import without_graph
 from curvspace.inputs import tensors_in
 from curvspace.losses import Loss
@@ -166,7 +166,7 @@ def _few(function: FrozenModel, loss: Loss, batch: Batch) -> tuple[Point, Batch]
     flags = batch.flags[: len(tensors_in(batch.inputs))]
     enough = free_memory(function.device) > 100 * function.size
     on_cpu = function.device.type == "cpu"
-    if not enough or (function.size > LARGEST if on_cpu else _may_index_examples(batch.inputs, flags)):
+    if not enough or (function.size > LARGEST if on_cpu else may_index_examples(batch.inputs, flags)):
         return None
     few = batch.examples(spread(batch.size, min(EXAMPLES, batch.size)))
     return Point.here(function.in_dtype(torch.float64), loss), replace(few, weight=1.0)

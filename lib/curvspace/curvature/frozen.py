@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from curvspace.arithmetic import full_float32, require_float64
-from curvspace.curvature.as_written import _without_cached_weights, as_written, plain_kernels
+from curvspace.curvature.as_written import as_written, plain_kernels, without_cached_weights
 from curvspace.differentiation import require_second_derivatives
 from curvspace.functional import trainable_parameters, unwrapped
 from curvspace.inputs import Inputs, call, map_tensors, tensors_in
@@ -249,7 +249,7 @@ class FrozenModel:
             if self.device.type == "cuda":
                 stack.enter_context(full_float32(self.device))
             stack.enter_context(as_written())
-            stack.enter_context(_without_cached_weights())
+            stack.enter_context(without_cached_weights())
             stack.enter_context(plain_kernels(m for m, _ in self._modes))
             try:
                 for module, mode in changed:

@@ -166,7 +166,7 @@ def _tried_on_all(function: FrozenModel, inputs: Inputs, size: int, flags: Seque
 
 
 def _tried(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[bool]) -> bool | None:
-    if not any(flags) or (function.device.type != "cpu" and _may_index_examples(inputs, flags)):
+    if not any(flags) or (function.device.type != "cpu" and may_index_examples(inputs, flags)):
         return False  # an index out of bounds would cost the whole device context
     for n in dict.fromkeys((min(SAMPLE, size), 2)):
         few = take(inputs, spread(size, n), flags)
@@ -247,7 +247,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * a.abs().max()) if a.numel() else True
 
 
-def _may_index_examples(inputs: Inputs, flags: Sequence[bool]) -> bool:
+def may_index_examples(inputs: Inputs, flags: Sequence[bool]) -> bool:
     """Whether integer inputs could be positions of examples: those of one dimension, or not cut with the batch."""
     whole_numbers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     return any(

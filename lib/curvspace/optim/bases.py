@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from curvspace.curvature.class_gradients import class_curvatures, number_of_classes
+from curvspace.curvature.class_batches import number_of_classes
+from curvspace.curvature.class_gradients import class_curvatures
 from curvspace.curvature.frozen import BatchNorm
 from curvspace.errors import refuse_old
 from curvspace.functional import trainable_parameters

@@ -22,7 +22,7 @@ MomentumOn = Literal["step", "cospace"]
 Cospace = Literal["sgd", "adam"]
 
 
-def _outside(cospace: Cospace, lr: float, momentum: float) -> Outside:
+def outside_step(cospace: Cospace, lr: float, momentum: float) -> Outside:
     require(cospace in ("sgd", "adam"), "cospace", cospace, '"sgd" or "adam"')
     return Adam(lr, (momentum, 0.999)) if cospace == "adam" else GradientDescent(lr, momentum)
 
@@ -119,7 +119,7 @@ def rayleigh_ritz_newton(
         model,
         basis=basis,
         inside=RayleighRitzNewton(rule, scale, curvature, fraction, curvature_gamma, trust_radius),
-        outside=_outside(cospace, lr, momentum),
+        outside=outside_step(cospace, lr, momentum),
         loss=loss,
         momentum_on=momentum_on,
         refresh_every=refresh_every,
@@ -200,4 +200,4 @@ def bulk_sgd(
         basis = ClassGradients(orthonormal=True, num_classes=k, **options)
     else:
         basis = TopEigenvectors(k, refresh_every=refresh_every, **options)
-    return SubspaceNewton(model, basis, Drop(), _outside(cospace, lr, momentum), loss, refresh_every=refresh_every)
+    return SubspaceNewton(model, basis, Drop(), outside_step(cospace, lr, momentum), loss, refresh_every=refresh_every)

@@ -10,14 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curvspace.curvature.class_gradients import (
-    ClassPass,
-    class_gradients,
-    require_part_exact,
-    split_pass,
-    splits_exactly,
-    vjp_pass,
-)
+from curvspace.curvature.class_batches import require_part_exact, splits_exactly
+from curvspace.curvature.class_gradients import class_gradients
+from curvspace.curvature.class_pass import ClassPass, split_pass, vjp_pass
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.operators import CurvatureOperator
 from curvspace.curvature.projected import projected_gauss_newton

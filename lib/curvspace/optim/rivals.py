@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from curvspace.optim.base import require, require_count
 from curvspace.optim.bases import MeanDirections, PrincipalUpdates
-from curvspace.optim.configurations import Cospace, LossLike, _outside
+from curvspace.optim.configurations import Cospace, LossLike, outside_step
 from curvspace.optim.drop import Drop
 from curvspace.optim.eigenbases import ExtremeEigenvectors, TopEigenvectors
 from curvspace.optim.inside import MomentumNewton, Scale
@@ -59,7 +59,7 @@ def fosi(
         model,
         basis,
         MomentumNewton(alpha, momentum=None, averaged=cospace == "adam"),
-        Rescaled(_outside(cospace, lr, momentum), within=0.0, outside=factor),
+        Rescaled(outside_step(cospace, lr, momentum), within=0.0, outside=factor),
         loss,
         refresh_every=refresh_every,
         first_refresh=warmup - 1,
@@ -112,7 +112,7 @@ def bsfa(
     span of the whole vector of parameters here; the paper also does it block by block. Until more than k steps are
     known at a refresh there is no Q, and v is taken as it is.
     """
-    rule = Rescaled(_outside(cospace, lr, momentum), within=dominant, outside=bulk, whole=True)
+    rule = Rescaled(outside_step(cospace, lr, momentum), within=dominant, outside=bulk, whole=True)
     return SubspaceNewton(model, PrincipalUpdates(k, window, centred), Drop(), rule, loss, refresh_every=refresh_every)
 
 
@@ -132,7 +132,7 @@ def gradient_centralisation(
     ball, or Adam with ``cospace="adam"``) is given :math:`\Phi(g)`, and its step is taken as it is. With any other
     optimiser, and at no cost: :class:`~curvspace.optim.span_filter.SpanFilter`.
     """
-    rule = Rescaled(_outside(cospace, lr, momentum), within=1.0)
+    rule = Rescaled(outside_step(cospace, lr, momentum), within=1.0)
     return SubspaceNewton(model, MeanDirections(), Drop(), rule, loss, refresh_every=10**9)
 
 

@@ -26,7 +26,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from curvspace.curvature.class_gradients import class_gradients, number_of_classes, require_part_exact
+from curvspace.curvature.class_batches import number_of_classes, require_part_exact
+from curvspace.curvature.class_gradients import class_gradients
 from curvspace.functional import flatten, trainable_parameters, unflatten
 from curvspace.inputs import Inputs, batch_size, select
 from curvspace.optim.base import copied, require, require_count, require_numbers

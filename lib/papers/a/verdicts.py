@@ -10,8 +10,9 @@ import pandas as pd
 from papers.a.readings import STATEMENTS, score
 from papers.a.tables import crossovers
 from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, UNTESTED, Case, Outcome, Untested, exact, judge, number
+from papers.common.rows import Where, cases_of, converged, pick
 from papers.common.runs import Tables
-from papers.common.verdicts import Where, cases_of, converged, pick, proportion
+from papers.common.verdicts import proportion
 
 ORDER = (HOLDS, INCONCLUSIVE, UNTESTED, FAILS)
 

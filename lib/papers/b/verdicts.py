@@ -19,8 +19,9 @@ from papers.common.outcomes import (
     exact,
     judge,
 )
+from papers.common.rows import cases_of, pick, results
 from papers.common.runs import Tables
-from papers.common.verdicts import cases_of, compare, pick, results
+from papers.common.verdicts import compare
 
 
 def preserved(

@@ -21,8 +21,8 @@ from papers.common.outcomes import (
     judge,
     number,
 )
+from papers.common.rows import Where, cases_of, pick, results
 from papers.common.runs import Tables
-from papers.common.verdicts import Where, cases_of, pick, results
 
 
 def cell(

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from papers.common.outcomes import FAILS, Case, Outcome, Ratio, Untested, estimate, estimate_ratio, judge
+from papers.common.rows import cases_of, converged, pick
 from papers.common.runs import Tables
-from papers.common.verdicts import cases_of, converged, pick, proportion, spearman, threshold
+from papers.common.verdicts import proportion, spearman, threshold
 
 EIGEN = ("LA", "SA")
 NO_GAIN = {

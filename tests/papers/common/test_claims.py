@@ -12,7 +12,8 @@ import pytest
 
 from papers.a import verdicts as claims_a
 from papers.common import verdicts as claims
-from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Case, Estimate, Outcome, Untested
+from papers.common.outcomes import FAILS, HOLDS, INCONCLUSIVE, Case, Estimate, Outcome, Untested, number
+from papers.common.rows import STATISTICS
 
 SEEDS = range(5)
 
@@ -130,9 +131,7 @@ def test_a_count_must_be_exact() -> None:
 
 def test_statistics_follow_the_steps_not_the_rows() -> None:
     table = pd.DataFrame({"seed": 0, "step": [2, 0, 1], "value": [5.0, 1.0, 3.0]})
-    picked = {
-        s: claims.threshold({"t": table}, statistic=s, at_least=0).cases[0].estimate.value for s in claims.STATISTICS
-    }
+    picked = {s: claims.threshold({"t": table}, statistic=s, at_least=0).cases[0].estimate.value for s in STATISTICS}
     assert (picked["first"], picked["last"], picked["late_mean"]) == (1.0, 5.0, 4.0)
     assert picked["sd_of_changes"] == 0.0
 
@@ -499,4 +498,4 @@ def test_a_ratio_with_a_diverged_side_is_said_in_words(ratios: list[float], text
     ("value", "text"), [(0.12345, "0.123"), (12345.0, "12,300"), (1234567.0, "1,230,000"), (math.inf, "diverged")]
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert claims.number(value) == text
+    assert number(value) == text
