@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
 C, D = 4, 5
+
+
+class Fn(nn.Module):
+    """A function of this module and its inputs; modules and parameters by name."""
+
+    def __init__(self, f: Callable[..., Any], **parts: Any):
+        super().__init__()
+        self.f = f
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *x: Any, **named: Any) -> Any:
+        return self.f(self, *x, **named)
+
+
+def mlp() -> nn.Sequential:
+    """Of 43 parameters in four tensors, from 4 inputs to 3 classes."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def minibatch(n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and classes for :func:`mlp`."""
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, 4, generator=g).double(), torch.randint(3, (n,), generator=g)
 
 
 def linear_softmax(seed: int = 0) -> nn.Module:

@@ -1,0 +1,164 @@
+"""What autograd returns is not always the derivative of the loss, and not always differentiable: said, or an error."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from curvspace import Objective
+from tests.unit.backward_passes import by_hand
+from tests.unit.oracles import central_difference
+from tests.unit.small_networks import minibatch
+
+
+def _clipped(h):
+    h.register_hook(lambda g: g.clamp(-0.01, 0.01))
+    return h
+
+
+def _shut(h):
+    with torch.no_grad():
+        return h.tanh()
+
+
+class _Middle(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.first, self.f, self.last = nn.Linear(4, 5), f, nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.f(self.first(x))))
+
+
+OWN_DERIVATIVES = {
+    "reversed": by_hand(lambda x: x.view_as(x), lambda g, x: -g),
+    "detached norm": lambda h: h / h.detach().norm(dim=1, keepdim=True),
+    "straight through": lambda h: h + (h.round() - h).detach(),
+    "hook": _clipped,
+    "no_grad": _shut,
+}
+HONEST = {
+    "smooth": torch.sin,
+    "kinks": F.relu,
+    "jumps": lambda h: h * (h > 0.3),
+    "rounded": lambda h: h.float().double(),
+}
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton", "empirical_fisher"])
+@pytest.mark.parametrize("name", [*OWN_DERIVATIVES, *HONEST])
+def test_a_gradient_that_is_no_derivative_is_said_once(name, matrix):
+    torch.manual_seed(0)
+    model = _Middle((OWN_DERIVATIVES | HONEST)[name]).double()
+    objective = Objective(model, [minibatch()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        getattr(objective, matrix)(), getattr(objective, matrix)()
+    assert sum("not the derivative of the loss" in str(w.message) for w in caught) == (name in OWN_DERIVATIVES)
+
+
+class _Fused(torch.autograd.Function):
+    """A loss that computes its gradient in the forward pass, as fused kernels do."""
+
+    @staticmethod
+    def forward(ctx, z, y):
+        ctx.gradient = (z.softmax(1) - F.one_hot(y, 3)) / len(z)
+        return F.cross_entropy(z, y)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.gradient, None
+
+
+def _cube(x):
+    return x**3
+
+
+def _under_no_grad(g, x):
+    with torch.no_grad():
+        return 3 * x**2 * g
+
+
+def _implicit(h):
+    """The fixed point z of tanh(0.3 z W + h), whose cotangent a hook solves for."""
+    w = torch.linspace(-1, 1, 25).view(5, 5).to(h)
+    with torch.no_grad():
+        z = torch.zeros_like(h)
+        for _ in range(60):
+            z = torch.tanh(0.3 * z @ w + h)
+    z = torch.tanh(0.3 * z @ w + h)
+    if z.requires_grad:
+        here = z.detach().requires_grad_()
+        there = torch.tanh(0.3 * here @ w + h.detach())
+
+        def solve(g):
+            found = g
+            for _ in range(60):
+                found = g + torch.autograd.grad(there, here, found, retain_graph=True)[0]
+            return found
+
+        z.register_hook(solve)
+    return z
+
+
+NOT_DIFFERENTIABLE = {  # function, and for which matrices that matters
+    "constant": (by_hand(_cube, lambda g, x: 3 * x.detach() ** 2 * g), ["hessian"]),
+    "no_grad": (by_hand(_cube, _under_no_grad), ["hessian", "gauss_newton", "empirical_fisher"]),
+    "numpy": (
+        by_hand(_cube, lambda g, x: torch.from_numpy(3 * x.detach().numpy() ** 2 * g.detach().numpy())),
+        ["hessian", "gauss_newton", "empirical_fisher"],
+    ),
+    "implicit": (_implicit, ["hessian", "gauss_newton", "empirical_fisher"]),
+    "fused loss": (torch.sin, ["hessian", "gauss_newton"]),
+}
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton", "empirical_fisher"])
+@pytest.mark.parametrize("name", NOT_DIFFERENTIABLE)
+def test_a_backward_pass_that_autograd_cannot_differentiate(name, matrix):
+    torch.manual_seed(0)
+    f, wrong = NOT_DIFFERENTIABLE[name]
+    model, (x, y) = _Middle(f).double(), minibatch()
+    objective = Objective(model, [(x, y)], _Fused.apply if name == "fused loss" else "cross_entropy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if matrix not in wrong:
+            getattr(objective, matrix)()
+            return
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"_Middle with the loss .* is off by .* of the difference of first"):
+                getattr(objective, matrix)()
+        if name == "fused loss":
+            objective = Objective(model, [(x, y)])
+        v = torch.ones(objective.num_parameters).double()
+        expected = central_difference(model, [(x, y)], "cross_entropy", v)
+        torch.testing.assert_close(objective.hessian_by_differences() @ v, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"scale_grad_by_freq": True}, "scale_grad_by_freq"), ({"max_norm": 0.5}, "max_norm"), ({"padding_idx": 0}, None)],
+)
+def test_embeddings_whose_gradient_is_no_derivative(options, said):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, **options), nn.Flatten(), nn.Linear(9, 3)).double()
+    batch = torch.tensor([[1, 1, 1], [1, 2, 3], [0, 1, 4], [2, 2, 0]]), torch.tensor([0, 1, 2, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Objective(model, [batch], parameters="2.*").hessian()
+        if said is None:
+            Objective(model, [batch]).hessian()
+            return
+        with pytest.raises(ValueError, match=f"the embedding '0' has {said}"):
+            Objective(model, [batch]).hessian()
+
+
+def test_two_parameters_in_one_memory_are_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model[2].weight = nn.Parameter(model[0].weight.data)
+    with pytest.warns(RuntimeWarning, match=r"'0.weight' and '2.weight' lie in the same memory"):
+        Objective(model, [minibatch()]).hessian()
