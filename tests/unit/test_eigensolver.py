@@ -17,6 +17,8 @@ from curvspace import Objective, eigsh
 from curvspace.curvature import dense_matrix
 from curvspace.curvature.eigensolver import _degree, _WantedPairs
 from curvspace.curvature.krylov import KrylovBasis
+from tests.unit.backward_passes import by_hand
+from tests.unit.small_networks import Fn
 
 
 def _symmetric(n: int, seed: int = 0) -> torch.Tensor:
@@ -359,31 +361,15 @@ def test_the_curvature_of_a_network_that_has_fitted_its_data_is_rounding(dtype, 
         assert ((pairs.values.double() - expected).abs() <= terms + 1e-3 * expected.abs()).all()
 
 
-class WrongSquare(torch.autograd.Function):
-    """x², whose second derivative lacks symmetry: that of the sum in each entry of a row is taken from the next."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * g * (x + x.roll(1, -1) - x.roll(1, -1).detach())
-
-
 @pytest.mark.parametrize("width", [1.0, 1e2, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_wrong_second_derivative_is_found_however_well_the_data_are_fitted(dtype, width):
-    class Wrong(nn.Sequential):
-        def forward(self, x):
-            return super().forward(WrongSquare.apply(self.scale * x))
-
+    """Of x², which lacks symmetry: that of the sum in each entry of a row is taken from the next."""
+    wrong = by_hand(torch.square, lambda g, x: 2 * g * (x + x.roll(1, -1) - x.roll(1, -1).detach()))
     torch.manual_seed(0)
-    model = Wrong(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    model.scale = nn.Parameter(torch.randn(4))
-    model[2].weight.data.mul_(width)
+    layers = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    layers[2].weight.data.mul_(width)
+    model = Fn(lambda s, x: s.layers(wrong(s.scale * x)), scale=nn.Parameter(torch.randn(4)), layers=layers)
     x = torch.randn(20, 4)
     y = model(x).detach().argmax(1)
     y[0] = (y[0] + 1) % 3

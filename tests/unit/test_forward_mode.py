@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call, jvp
 
 from curvspace.functional import trainable_parameters
 from curvspace.optim.forward_mode import DoubleBackward, ForwardMode, Linearisation, linearise
+from tests.unit.backward_passes import OnceTanh
 
 
 class Residual(nn.Module):
@@ -266,22 +266,10 @@ def test_lost_tangents_are_an_error() -> None:
         ForwardMode(model, torch.randn(6, 4), zeros(model))
 
 
-class OnceSquare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(a)
-        return a * a
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        return 2 * ctx.saved_tensors[0] * g
-
-
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_a_function_that_is_once_differentiable_is_named(place: int) -> None:
     layers = [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)]
-    model = nn.Sequential(*layers[:place], Called(OnceSquare.apply), *layers[place:])
+    model = nn.Sequential(*layers[:place], Called(OnceTanh.apply), *layers[place:])
     if place == 0:  # no parameter before it: nothing is missing
         x = torch.randn(8, 4)
         J, tangents = reverse_jacobian(model, x), [torch.randn_like(p) for p in model.parameters()]

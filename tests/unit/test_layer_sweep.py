@@ -17,19 +17,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from curvspace import Objective
 from curvspace.curvature import dense_matrix
 from tests.unit.oracles import central_difference, dense_gauss_newton, trainable
-
-
-class Fn(nn.Module):
-    """A function of itself and the input; modules and parameters by name."""
-
-    def __init__(self, f: Callable[..., Tensor], **parts: nn.Module | nn.Parameter):
-        super().__init__()
-        self.f = f
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.f(self, x)
+from tests.unit.small_networks import Fn
 
 
 def _vector(layer: Callable[[int], nn.Module]) -> nn.Module:

@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from curvspace.functional import assign_parameters, parameter_vector
 from curvspace.optim.first_order import FirstOrder
 from curvspace.optim.negative_curvature import NegativeCurvature
+from tests.unit.backward_passes import OnceTanh
+from tests.unit.small_networks import Fn
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -130,27 +131,10 @@ def test_the_curvature_of_every_layer_is_that_of_central_differences(name):
         torch.testing.assert_close(averages[0], 0.1 * model[0](x).mean(0))
 
 
-class OnceSquare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a):
-        ctx.save_for_backward(a)
-        return a * a
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
-
-
-class Square(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return OnceSquare.apply(x)
-
-
 @pytest.mark.parametrize("place", [1, 2, 3])
 def test_a_function_without_second_derivative_is_refused_at_every_step(place):
     layers = [nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)]
-    model = nn.Sequential(*layers[:place], Square(), *layers[place:]).double()
+    model = nn.Sequential(*layers[:place], Fn(lambda s, x: OnceTanh.apply(x)), *layers[place:]).double()
     optimizer = NegativeCurvature(model, torch.optim.SGD, lr=0.1)
     before = parameter_vector(model)
     for _ in range(2):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvspace import Objective
-from tests.unit.test_cutting import Fn
+from tests.unit.small_networks import Fn
 
 N = 24
 

@@ -15,45 +15,13 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from curvspace import Objective, class_gradients
-from tests.unit.test_variants_of_curvature import NoSecondDerivative
+from tests.unit.backward_passes import OnceTanh, by_hand
+from tests.unit.small_networks import Fn, minibatch, mlp
 
 PAGE = Path(__file__).parents[2] / "docs" / "situations.md"
 N = 40
 WEIGHT = torch.tensor([0.2, 1.0, 3.0]).double()
-
-
-class Fn(nn.Module):
-    def __init__(self, f: Callable[..., Any], **parts: Any):
-        super().__init__()
-        self.f = f
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *x: Any, **named: Any) -> Any:
-        return self.f(self, *x, **named)
-
-
-class InNumPy(torch.autograd.Function):
-    """x², with a backward pass that leaves no graph."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        return torch.from_numpy(2 * x.detach().numpy() * g.detach().numpy())
-
-
-def _mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-
-
-def _data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(N, 4, generator=generator).double(), torch.randint(3, (N,), generator=generator)
+IN_NUMPY = by_hand(torch.square, lambda g, x: torch.from_numpy(2 * x.detach().numpy() * g.detach().numpy()))
 
 
 def _head(f: Callable[..., Any], **parts: Any) -> nn.Module:
@@ -96,7 +64,7 @@ def _check(model: nn.Module, batch: Any, loss: Any, value: Callable[[], Tensor],
 
 def _loss(loss: Any, targets: Tensor | None = None, **options: Any) -> Callable[[], None]:
     def run() -> None:
-        (x, y), model = _data(), _mlp()
+        (x, y), model = minibatch(N), mlp()
         y = y if targets is None else targets
         own = loss if callable(loss) else F.cross_entropy
         known = y if y.is_floating_point() else y.long()
@@ -107,14 +75,14 @@ def _loss(loss: Any, targets: Tensor | None = None, **options: Any) -> Callable[
 
 def _model(f: Callable[..., Any], *more: Any, loss: Any = F.cross_entropy, **parts: Any) -> Callable[[], None]:
     def run() -> None:
-        (x, y), model = _data(), _head(f, **parts)
+        (x, y), model = minibatch(N), _head(f, **parts)
         _check(model, ((x, *more), y), loss, lambda: loss(model(x, *more), y))
 
     return run
 
 
 def _penalised(held: bool) -> None:
-    (x, y), model = _data(), _mlp()
+    (x, y), model = minibatch(N), mlp()
     parameters = list(model.parameters())
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
@@ -124,7 +92,7 @@ def _penalised(held: bool) -> None:
 
 
 def _overwritten() -> None:
-    (x, y), model = _data(), _mlp()
+    (x, y), model = minibatch(N), mlp()
     H = Objective(model, (x, y)).hessian()
     H @ torch.ones(43).double()
     x.mul_(2)
@@ -132,34 +100,34 @@ def _overwritten() -> None:
 
 
 def _complex() -> None:
-    Objective(_head(lambda s, x: s.h(x), w=nn.Parameter(torch.zeros(2, dtype=torch.complex128))), _data())
+    Objective(_head(lambda s, x: s.h(x), w=nn.Parameter(torch.zeros(2, dtype=torch.complex128))), minibatch(N))
 
 
 def _compiled() -> None:
-    (x, y), model = _data(), _mlp()
+    (x, y), model = minibatch(N), mlp()
     _check(torch.compile(model, backend="aot_eager"), (x, y), "cross_entropy", lambda: F.cross_entropy(model(x), y))
 
 
 def _mapping() -> None:
-    (x, y), model = _data(), _head(lambda s, x: {"logits": s.h(x), "hidden": x})
+    (x, y), model = minibatch(N), _head(lambda s, x: {"logits": s.h(x), "hidden": x})
     _check(model, [{"x": x, "labels": y}], "cross_entropy", lambda: F.cross_entropy(model(x)["logits"], y))
 
 
 def _list() -> None:
     model = _head(lambda s, x: F.linear(x, *s.ws))
     model.ws = list(model.parameters())
-    Objective(model, _data()).gradient()
+    Objective(model, minibatch(N)).gradient()
 
 
 def _shared() -> None:
-    (x, y), model = _data(), _head(lambda s, x: s.h(torch.tanh(s.b(x))), a=nn.Linear(4, 4))
+    (x, y), model = minibatch(N), _head(lambda s, x: s.h(torch.tanh(s.b(x))), a=nn.Linear(4, 4))
     model.b = model.a
     _check(model, (x, y), "cross_entropy", lambda: F.cross_entropy(model(x), y))
     assert isinstance(model.b.weight, nn.Parameter)
 
 
 SOFT = torch.randn(N, 3, generator=torch.Generator().manual_seed(3)).double().softmax(1)
-IGNORED = torch.where(torch.arange(N) % 3 == 0, -100, _data()[1])
+IGNORED = torch.where(torch.arange(N) % 3 == 0, -100, minibatch(N)[1])
 
 
 def _counted() -> None:
@@ -170,7 +138,7 @@ def _counted() -> None:
 
     model = _head(f)
     model.notes = {"calls": 0, "log": []}
-    objective = Objective(model, _data())
+    objective = Objective(model, minibatch(N))
     objective.hessian() @ objective.gradient()
     assert model.notes == {"calls": 0, "log": []}
 
@@ -178,7 +146,7 @@ def _counted() -> None:
 def _unseen() -> None:
     model = _head(lambda s, x: s.h(s.held[1](s.held[0](x))))
     model.held = [norm := nn.BatchNorm1d(4).double(), nn.Dropout(0.5)]
-    x, y = _data()
+    x, y = minibatch(N)
     objective, plain = (
         Objective(m, (z, y), batch_norm="running") for m, z in ((model, x), (model.h, x / (1 + 1e-5) ** 0.5))
     )
@@ -202,12 +170,15 @@ def _clipped() -> None:
             z.register_hook(lambda g: g.clamp(-0.01, 0.01))
         return z
 
-    Objective(_head(f), _data()).gauss_newton() @ torch.ones(15).double()
+    Objective(_head(f), minibatch(N)).gauss_newton() @ torch.ones(15).double()
 
 
 def _among_many() -> None:
     """More in test_cutting.py."""
-    (x, y), model = (t.repeat(10, *[1] * (t.ndim - 1)) for t in _data()), _head(lambda s, x: s.h(x - x[:100].mean(0)))
+    (x, y), model = (
+        (t.repeat(10, *[1] * (t.ndim - 1)) for t in minibatch(N)),
+        _head(lambda s, x: s.h(x - x[:100].mean(0))),
+    )
     _check(model, (x, y), "cross_entropy", lambda: F.cross_entropy(model(x), y))
     assert len(Objective(model, (x, y)).batches) == 1
 
@@ -220,7 +191,7 @@ SITUATIONS: dict[str, Callable[[], Any]] = {
     ),
     "ignored labels": _loss(nn.CrossEntropyLoss(), IGNORED, microbatch=7),
     "class probabilities as targets": _loss(nn.CrossEntropyLoss(), SOFT, microbatch=7),
-    "uint8 or int32 labels": _loss("cross_entropy", _data()[1].to(torch.uint8)),
+    "uint8 or int32 labels": _loss("cross_entropy", minibatch(N)[1].to(torch.uint8)),
     "a loss over pairs of examples": _loss(lambda z, y: F.cross_entropy(z, y) + torch.pdist(z).mean()),
     '`reduction="none"`': _loss(nn.CrossEntropyLoss(reduction="none")),
     "a penalty on `model.parameters()` in the loss": lambda: _penalised(False),
@@ -260,21 +231,21 @@ SITUATIONS: dict[str, Callable[[], Any]] = {
     "complex parameters": _complex,
     "a model under `torch.compile`": _compiled,
     "outputs in a mapping, batches in a mapping": _mapping,
-    "outputs in a tuple, loss by name": lambda: Objective(_head(lambda s, x: (s.h(x), x)), _data()).loss(),
+    "outputs in a tuple, loss by name": lambda: Objective(_head(lambda s, x: (s.h(x), x)), minibatch(N)).loss(),
     "outputs in a tuple, loss a callable": _model(lambda s, x: (s.h(x), x), loss=lambda o, y: F.cross_entropy(o[0], y)),
-    "a batch of three tensors": lambda: Objective(_mlp(), [(*_data(), _data()[1])]),
-    "one example without a batch dimension": lambda: Objective(_mlp(), (_data()[0][0], _data()[1][0])),
+    "a batch of three tensors": lambda: Objective(mlp(), [(*minibatch(N), minibatch(N)[1])]),
+    "one example without a batch dimension": lambda: Objective(mlp(), (minibatch(N)[0][0], minibatch(N)[1][0])),
     "a function that can be differentiated once": lambda: (
-        Objective(_head(lambda s, x: NoSecondDerivative.apply(s.h(x))), _data()).hessian() @ torch.ones(15).double()
+        Objective(_head(lambda s, x: OnceTanh.apply(s.h(x))), minibatch(N)).hessian() @ torch.ones(15).double()
     ),
     "a backward pass that autograd cannot differentiate: in NumPy, by a kernel, a solve in a hook": lambda: Objective(
-        _head(lambda s, x: InNumPy.apply(s.h(x))), _data()
+        _head(lambda s, x: IN_NUMPY(s.h(x))), minibatch(N)
     ).hessian(),
     "a model that draws random numbers": lambda: Objective(
-        _head(lambda s, x: s.h(x + torch.rand(4))), _data()
+        _head(lambda s, x: s.h(x + torch.rand(4))), minibatch(N)
     ).hessian(),
     "class gradients split where examples interact": lambda: class_gradients(
-        _head(lambda s, x: s.h(x - x.mean(0))), *_data(), 3, algorithm="split"
+        _head(lambda s, x: s.h(x - x.mean(0))), *minibatch(N), 3, algorithm="split"
     ),
 }
 

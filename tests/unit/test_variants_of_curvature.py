@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from curvspace import Objective, eigsh
 from curvspace.curvature import dense_matrix, preconditioned
+from tests.unit.backward_passes import OnceTanh
+from tests.unit.small_networks import Fn
 
 WEIGHT = torch.tensor([0.2, 1.0, 3.0]).double()
 
@@ -71,23 +73,6 @@ def test_operators_refresh(engine):
     assert not torch.allclose(H @ v, old)
 
 
-class NoSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return grad * (1 - ctx.saved_tensors[0].tanh() ** 2)
-
-
-class OnceDifferentiable(nn.Module):
-    def forward(self, x):
-        return NoSecondDerivative.apply(x)
-
-
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-8), (torch.float32, 1e-3)])
 def test_differences_of_gradients(dtype, close):
     model, x, y = _problem()
@@ -95,7 +80,7 @@ def test_differences_of_gradients(dtype, close):
     torch.manual_seed(1)
     V = torch.randn(exact.shape[0], 3).double()
     expected = exact @ V
-    model[1] = OnceDifferentiable()
+    model[1] = Fn(lambda s, x: OnceTanh.apply(x))
     with pytest.raises(RuntimeError, match="once_differentiable"):
         Objective(model, (x, y)).hessian() @ V
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -103,7 +88,7 @@ def test_differences_of_gradients(dtype, close):
     plain, v = nn.Linear(4, 3).double(), torch.ones(15).double()
     for kind in ("hessian", "gauss_newton"):  # in the loss
         with pytest.raises(RuntimeError, match="once_differentiable"):
-            getattr(Objective(plain, (x, y), lambda z, y: NoSecondDerivative.apply(z).square().mean()), kind)() @ v
+            getattr(Objective(plain, (x, y), lambda z, y: OnceTanh.apply(z).square().mean()), kind)() @ v
     H = Objective(model, (x, y), dtype=dtype).hessian_by_differences()
     found = H @ V
     error = (found.double() - expected).norm(dim=0) / expected.norm(dim=0)
