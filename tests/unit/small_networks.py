@@ -36,6 +36,13 @@ def minibatch(n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 4, generator=g).double(), torch.randint(3, (n,), generator=g)
 
 
+def sorted_minibatch(n: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
+    """The classes one after the other, inputs by class: parts differ. A CPU cuts batches of more than 256."""
+    g, y = torch.Generator().manual_seed(1), torch.zeros(n, dtype=torch.int64)
+    y[-n // 4 :] = 1 + torch.arange(n // 4) % 2
+    return torch.randn(n, 4, generator=g).double() + y[:, None], y
+
+
 def linear_softmax(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Linear(D, C).double()
