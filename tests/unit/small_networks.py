@@ -53,11 +53,19 @@ def small_network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Modul
     return nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, C)).to(dtype)
 
 
-def batches(count: int, n: int = 24, seed: int = 3, classes: int = C) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def deep_network() -> nn.Module:
+    """Three layers in float32, so one hidden matrix."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, C))
+
+
+def batches(
+    count: int, n: int = 24, seed: int = 3, classes: int = C, dtype: torch.dtype = torch.float64
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     g = torch.Generator().manual_seed(seed)
     return [
         (
-            torch.randn(n, D, generator=g, dtype=torch.float64),
+            torch.randn(n, D, generator=g, dtype=torch.float64).to(dtype),
             torch.randint(0, classes, (n,), generator=g),
         )
         for _ in range(count)
