@@ -47,6 +47,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
+def reproducible() -> Iterator[None]:
+    """All digits of float32 and the same kernels twice, as in a run."""
+    from curvspace.arithmetic import reproducible
+
+    with reproducible():
+        yield
+
+
+@pytest.fixture
 def torchs_own_precision() -> Iterator[None]:
     """What a test says of TF32 is taken back."""
     yield

@@ -86,3 +86,16 @@ def central_difference(model: nn.Module, batches: list[Any], loss: str, v: Tenso
         return (gradient_at(step) - gradient_at(-step)) / (2 * step)
 
     return (4 * slope(h) - slope(2 * h)) / 3
+
+
+@torch.no_grad()
+def jacobian_product(model: nn.Module, x: Tensor, v: Tensor, h: float = 1e-5) -> Tensor:
+    """J v by central differences of the outputs."""
+    parameters = trainable(model)
+    parts = [part.view_as(p) for part, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
+    outputs = []
+    for t in (h, -h):
+        torch._foreach_add_(parameters, parts, alpha=t)
+        outputs.append(model(x))
+        torch._foreach_sub_(parameters, parts, alpha=t)
+    return (outputs[0] - outputs[1]) / (2 * h)

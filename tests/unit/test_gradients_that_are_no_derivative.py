@@ -7,12 +7,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from curvspace import Objective
+from curvspace.curvature import dense_matrix
 from tests.unit.backward_passes import by_hand
-from tests.unit.oracles import central_difference
-from tests.unit.small_networks import minibatch
+from tests.unit.oracles import central_difference, dense_gauss_newton, jacobian_product
+from tests.unit.small_networks import Fn, minibatch
 
 
 def _clipped(h):
@@ -162,3 +163,48 @@ def test_two_parameters_in_one_memory_are_named():
     model[2].weight = nn.Parameter(model[0].weight.data)
     with pytest.warns(RuntimeWarning, match=r"'0.weight' and '2.weight' lie in the same memory"):
         Objective(model, [minibatch()]).hessian()
+
+
+def test_a_backward_pass_with_another_derivative_at_zero():
+    torch.manual_seed(0)
+    model, x, y = Fn(lambda s, x: s.layer(x).logcumsumexp(1), layer=nn.Linear(4, 6)).double(), *minibatch(9)
+    G = Objective(model, (x, y)).gauss_newton()
+    v = torch.randn(30).double()
+    jv, p = jacobian_product(model, x, v), model(x).detach().softmax(1)
+    assert float(v @ (G @ v)) == pytest.approx(
+        float((jv * (p * jv - p * (p * jv).sum(1, keepdim=True))).sum() / 9), rel=1e-6
+    )
+    torch.testing.assert_close(dense_matrix(G), dense_gauss_newton(model, [(x, y)], "cross_entropy"))
+
+
+@pytest.mark.parametrize(
+    ("hook", "linear"),
+    [
+        (lambda g: g, True),
+        (lambda g: g / g.norm(), False),
+        (lambda g: g.clamp(-0.1, 0.1), False),
+        (lambda g: 2 * g.abs().sqrt(), False),
+    ],
+)
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_backward_pass_that_is_not_linear(hook, linear, together):
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        h = s.a(x)
+        if h.requires_grad:
+            h.register_hook(hook)
+        return s.b(torch.tanh(h))
+
+    torch.manual_seed(1)
+    objective = Objective(Fn(forward, a=nn.Linear(4, 5), b=nn.Linear(5, 3)).double(), minibatch(9))
+    V = torch.randn(objective.num_parameters, 3).double()
+
+    def product() -> Tensor:
+        G = objective.gauss_newton()
+        G.vectors_at_once = together
+        return G @ V
+
+    if linear:
+        assert (V * product()).sum() > 0
+        return
+    with pytest.raises(RuntimeError, match="the backward pass of Fn is not linear"):
+        product()
