@@ -47,6 +47,19 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
+def gpu() -> Iterator[None]:
+    """The simulated one."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a real one is there")
+    from tests.unit.simulated_gpu import simulated_gpu
+
+    with simulated_gpu():
+        yield
+
+
+@pytest.fixture
 def reproducible() -> Iterator[None]:
     """All digits of float32 and the same kernels twice, as in a run."""
     from curvspace.arithmetic import reproducible

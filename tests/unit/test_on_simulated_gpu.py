@@ -7,7 +7,7 @@ torch's GPU kernels: see ``make gpu-check``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,10 +29,9 @@ from curvspace.curvature import (
 )
 from curvspace.curvature.class_pass import split_pass, vjp_pass
 from curvspace.datasets import DataSet, Split
-from curvspace.denormals import is_flushing
 from curvspace.landscape import fit_quadratic, line_search
 from curvspace.monitor import CurvatureMonitor
-from curvspace.optim import CurveBall, FirstOrder, NegativeCurvature, build
+from curvspace.optim import FirstOrder, build
 from curvspace.optim.registry import KINDS
 from curvspace.subspace import cosine_assignment, gradient_fraction, principal_angles, union_rank
 from curvspace.training.loop import fit
@@ -96,15 +95,6 @@ def agree(device: torch.device, quantity: Callable[[Place], Any]) -> None:
     same(expected, found, 1e-6 if simulated else 1e-3)
 
 
-@pytest.fixture
-def gpu() -> Iterator[None]:
-    """The simulated one."""
-    if torch.cuda.is_available():
-        pytest.skip("a real one is there")
-    with present():
-        yield
-
-
 def moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(moved(v, device) for v in value)
@@ -125,9 +115,6 @@ def test_the_simulation_refuses_what_a_gpu_refuses(gpu):
     simulated_gpu.waits.clear()
     assert float(x.sum()) == pytest.approx(sum(x.cpu().flatten().tolist()), rel=1e-5)
     assert sum(simulated_gpu.waits.values()) == 2
-
-
-# --- curvature ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_norm", ["running", "batch"])
@@ -248,8 +235,6 @@ def test_the_matrix_that_an_optimiser_sees(device):
     agree(device, quantity)
 
 
-# --- optimisers -----------------------------------------------------------------------------------------------------
-
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in KINDS if kind not in ("muon", "span-filter", "levenberg-marquardt", "dominant-sgd")),
     ("class-gradient-newton", {"orthonormal": False, "sequential": True, "estimate": "gauss-newton"}),
@@ -358,81 +343,3 @@ def test_training(device, kind):
         return [{k: v for k, v in row.items() if k not in ("wall_s", "seconds")} for row in state.rows]
 
     agree(device, quantity)
-
-
-# --- what surrounds a computation on a GPU --------------------------------------------------------------------------
-
-
-SEEN: list[tuple[bool, str, str, bool]] = []
-"""Of each call of a :class:`Spy`; what a model itself keeps of an evaluation is undone."""
-
-
-class Spy(nn.Module):
-    """Notes under which of torch's settings it is called, and by which a gradient comes back."""
-
-    def __init__(self, recurrent: bool = False):
-        super().__init__()
-        SEEN.clear()
-        self.inner: nn.Module = nn.GRU(3, 4, batch_first=True) if recurrent else nn.Linear(3, 4)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.note(x)
-        z = self.inner(x)
-        z = z[0][:, -1] if isinstance(z, tuple) else z
-        if z.requires_grad:
-            z.register_hook(self.note)
-        return self.head(z)
-
-    def note(self, of: Tensor) -> None:
-        backends = torch.backends
-        matmul, conv = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
-        if of.dtype == torch.float32:  # some checks are in float64
-            SEEN.append((backends.cudnn.enabled, matmul, conv, is_flushing()))
-
-
-WORK: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
-    "loss": lambda m, x, y: Objective(m, (x, y)).loss(),
-    "gradient": lambda m, x, y: Objective(m, (x, y)).gradient(),
-    "hessian": lambda m, x, y: (lambda H: H @ x.new_ones(H.shape[0]))(Objective(m, (x, y)).hessian()),
-    "gauss-newton": lambda m, x, y: (lambda G: G @ x.new_ones(G.shape[0]))(Objective(m, (x, y)).gauss_newton()),
-    "class gradients": lambda m, x, y: class_gradients(m, x, y, 3),
-    "projected": lambda m, x, y: projected_gauss_newton(
-        m, x, y, "cross_entropy", x.new_ones(sum(p.numel() for p in m.parameters()), 1)
-    ),
-    "scan": lambda m, x, y: LossScanner(Objective(m, (x, y))),
-}
-
-
-def _batch(recurrent: bool) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(6, *([2] if recurrent else []), 3, generator=g), torch.randint(0, 3, (6,), generator=g)
-
-
-@pytest.mark.parametrize("work", WORK)
-def test_curvature_has_all_digits_of_float32_though_tf32_is_on(gpu, work, torchs_own_precision):
-    """torch has it on for convolutions unless told otherwise."""
-    torch.set_float32_matmul_precision("high")
-    model = on_gpu(Spy())
-    WORK[work](model, *on_gpu(_batch(False)))
-    assert {(matmul, conv) for _, matmul, conv, _ in SEEN} == {("ieee", "ieee")}
-    assert all(enabled for enabled, *_ in SEEN)
-    assert not any(flushing for *_, flushing in SEEN), "the host's threads were set, one after the other, for nothing"
-    assert torch.get_float32_matmul_precision() == "high"
-    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
-STEPS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
-    "CurveBall": lambda m, x, y: CurveBall(m).step(x, y),
-    "NegativeCurvature": lambda m, x, y: NegativeCurvature(m, lr=0.1).step(x, y),
-}
-
-
-@pytest.mark.parametrize("work", [*WORK, *STEPS])
-def test_recurrent_layers_have_all_derivatives(gpu, work):
-    """cuDNN's have no second ones, no forward-mode rule, and in evaluation mode not even first ones."""
-    model = on_gpu(Spy(recurrent=True))
-    {**WORK, **STEPS}[work](model, *on_gpu(_batch(True)))
-    forward = [enabled for enabled, *_ in SEEN]
-    assert not forward[0]
-    assert torch.backends.cudnn.enabled
