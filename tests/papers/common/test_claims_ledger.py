@@ -13,7 +13,7 @@ from curvspace.errors import UserError
 from papers import registry
 from papers.cli import claims as command
 from papers.common import claims as binding
-from papers.common import ledger, verdicts
+from papers.common import ledger
 from papers.common.outcomes import UNTESTED, VERDICTS
 from papers.common.study import Artefact, Measure, Run, Study
 
@@ -291,10 +291,3 @@ def test_one_claim_reads_the_papers_numbers_from_any_depth(tmp_path: Path) -> No
     assert first.statement == "0.20, then 0.94"
     assert second.options == {"around": 0.36, "tolerance": 0.1}
     assert third.statement == "as {it} stands"
-
-
-@pytest.mark.parametrize(("value", "expected"), [(0.4, "holds"), (0.5, "fails"), (0.45, "inconclusive")])
-def test_a_range_can_be_a_number_and_its_tolerance(value: float, expected: str) -> None:
-    table = pd.DataFrame({"value": [value]})
-    outcome = verdicts.threshold({"": table}, around=0.36, tolerance=0.1, margin=0.02)
-    assert outcome.verdict == expected

@@ -1,4 +1,4 @@
-"""Verdicts on tables that bring their own intervals."""
+"""Verdicts on tables that bring their own intervals: bounds, ratios, the best variant of a method."""
 
 from __future__ import annotations
 
