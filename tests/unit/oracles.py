@@ -5,7 +5,7 @@ Written without the package's own pure functions: the model is used in place, on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+LossLike = str | Callable[[Tensor, Tensor], Tensor]
 
-def mean_loss(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
+
+def mean_loss(outputs: Tensor, targets: Tensor, loss: LossLike) -> Tensor:
+    if callable(loss):
+        return loss(outputs, targets)
     if loss == "cross_entropy":
         return F.cross_entropy(outputs, targets)
     return 0.5 * ((outputs - targets) ** 2).sum(1).mean()
@@ -28,7 +32,7 @@ def evaluate(model: nn.Module, inputs: Any) -> Tensor:
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
-def total_loss(model: nn.Module, batches: list[Any], loss: str) -> Tensor:
+def total_loss(model: nn.Module, batches: list[Any], loss: LossLike) -> Tensor:
     n = sum(len(y) for _, y in batches)
     return sum(mean_loss(evaluate(model, x), y, loss) * (len(y) / n) for x, y in batches)  # type: ignore[return-value]
 
@@ -40,7 +44,7 @@ def flat_gradient(value: Tensor, parameters: list[Tensor], keep: bool = False) -
     )
 
 
-def dense_hessian(model: nn.Module, batches: list[Any], loss: str) -> Tensor:
+def dense_hessian(model: nn.Module, batches: list[Any], loss: LossLike) -> Tensor:
     """Row i is the gradient of the i-th entry of the gradient."""
     parameters = trainable(model)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
@@ -49,7 +53,7 @@ def dense_hessian(model: nn.Module, batches: list[Any], loss: str) -> Tensor:
     return torch.stack(rows)
 
 
-def dense_gauss_newton(model: nn.Module, batches: list[Any], loss: str) -> Tensor:
+def dense_gauss_newton(model: nn.Module, batches: list[Any], loss: LossLike) -> Tensor:
     """Sum over batches of J' H_L J with the Jacobian row by row and the loss's Hessian by double backward."""
     parameters = trainable(model)
     n = sum(len(y) for _, y in batches)
@@ -66,36 +70,33 @@ def dense_gauss_newton(model: nn.Module, batches: list[Any], loss: str) -> Tenso
 
 
 @torch.no_grad()
-def central_difference(model: nn.Module, batches: list[Any], loss: str, v: Tensor, h: float = 1e-4) -> Tensor:
-    """H v by central differences of the gradient, extrapolated once (error O(h^4))."""
+def derivative_along(parameters: list[Tensor], quantity: Callable[[], Tensor], v: Tensor, h: float = 1e-4) -> Tensor:
+    """Of a quantity of the parameters, along v: central differences, extrapolated once (error O(h^4))."""
+    start = [p.clone() for p in parameters]
+    parts = [part.view_as(p) for part, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
 
-    def gradient_at(t: float) -> Tensor:
-        start = 0
-        for p in trainable(model):
-            p.add_(v[start : start + p.numel()].view_as(p), alpha=t)
-            start += p.numel()
-        with torch.enable_grad():
-            g = flat_gradient(total_loss(model, batches, loss), trainable(model))
-        start = 0
-        for p in trainable(model):
-            p.sub_(v[start : start + p.numel()].view_as(p), alpha=t)
-            start += p.numel()
-        return g
+    def at(t: float) -> Tensor:
+        torch._foreach_add_(parameters, parts, alpha=t)
+        found = quantity()
+        torch._foreach_copy_(parameters, start)
+        return found
 
     def slope(step: float) -> Tensor:
-        return (gradient_at(step) - gradient_at(-step)) / (2 * step)
+        return (at(step) - at(-step)) / (2 * step)
 
     return (4 * slope(h) - slope(2 * h)) / 3
 
 
-@torch.no_grad()
-def jacobian_product(model: nn.Module, x: Tensor, v: Tensor, h: float = 1e-5) -> Tensor:
+def central_difference(model: nn.Module, batches: list[Any], loss: LossLike, v: Tensor, h: float = 1e-4) -> Tensor:
+    """H v by central differences of the gradient."""
+
+    @torch.enable_grad()
+    def gradient() -> Tensor:
+        return flat_gradient(total_loss(model, batches, loss), trainable(model))
+
+    return derivative_along(trainable(model), gradient, v, h)
+
+
+def jacobian_product(model: nn.Module, x: Any, v: Tensor, h: float = 1e-4) -> Tensor:
     """J v by central differences of the outputs."""
-    parameters = trainable(model)
-    parts = [part.view_as(p) for part, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
-    outputs = []
-    for t in (h, -h):
-        torch._foreach_add_(parameters, parts, alpha=t)
-        outputs.append(model(x))
-        torch._foreach_sub_(parameters, parts, alpha=t)
-    return (outputs[0] - outputs[1]) / (2 * h)
+    return derivative_along(trainable(model), lambda: evaluate(model, x), v, h)

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.multiprocessing as mp
-from torch import nn
 
 from curvspace import Objective, eigsh
-
-
-def _problem():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    return model, torch.randn(11, 4).double(), torch.randint(3, (11,))
+from tests.unit.small_networks import minibatch, mlp
 
 
 def _worker(rank: int, address: str, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    model, x, y = _problem()
+    model, (x, y) = mlp(), minibatch(11)
     shard = slice(0, 7) if rank == 0 else slice(7, 11)
     objective = Objective(model, [(x[shard], y[shard])], group=torch.distributed.group.WORLD)
     alone = Objective(model, [(x[shard], y[shard])])  # joins no group unasked
@@ -37,7 +31,7 @@ def _worker(rank: int, address: str, folder: str) -> None:
 
 def test_shards_on_two_ranks_are_one_objective(tmp_path):
     mp.spawn(_worker, args=(f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
-    model, x, y = _problem()
+    model, (x, y) = mlp(), minibatch(11)
     objective = Objective(model, [(x, y)])
     expected = objective.hessian() @ torch.eye(objective.num_parameters).double()
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]

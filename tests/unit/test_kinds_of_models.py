@@ -39,7 +39,7 @@ class Derivative(nn.Module):
 def test_a_model_that_takes_derivatives_in_its_inputs(kind, n):
     torch.manual_seed(0)
     model = Derivative(kind).double()
-    x, y = torch.randn(n, 4).double(), torch.randint(3, (n,))
+    x, y = minibatch(n)
     objective = Objective(model, [(x, y)])
     theta = parameter_vector(model)
     v = torch.randn(len(theta), generator=torch.Generator().manual_seed(1)).double()
@@ -58,18 +58,6 @@ def test_a_model_that_takes_derivatives_in_its_inputs(kind, n):
     torch.testing.assert_close(by_differences, product, rtol=1e-6, atol=1e-7)
 
 
-class FunctionalSlope(nn.Module):
-    """Outputs made of a network's derivative in its inputs, by ``torch.func``."""
-
-    def __init__(self, transform):
-        super().__init__()
-        self.transform = transform
-        self.energy, self.head = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(self.transform(lambda z: self.energy(z).sum(), x))
-
-
 TRANSFORMS = {
     "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(x),
     "grad": lambda f, x: torch.func.grad(f)(x),
@@ -81,8 +69,12 @@ TRANSFORMS = {
 @pytest.mark.parametrize("n", [12, 300])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_model_that_uses_functional_transforms(transform, n):
+    """Its outputs are made of a network's derivative in its inputs."""
     torch.manual_seed(0)
-    model = FunctionalSlope(TRANSFORMS[transform]).double()
+    energy = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+    model = Fn(
+        lambda s, x: s.head(TRANSFORMS[transform](lambda z: s.energy(z).sum(), x)), energy=energy, head=nn.Linear(4, 3)
+    ).double()
     x, y = minibatch(n)
     objective = Objective(model, [(x, y)])
     v = torch.randn(objective.num_parameters, generator=torch.Generator().manual_seed(1)).double()
@@ -91,20 +83,14 @@ def test_a_model_that_uses_functional_transforms(transform, n):
     torch.testing.assert_close(objective.gauss_newton() @ v, kept)
 
 
-class Holder(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x)
-
-
 SCRIPTED = {
     "script": (lambda m, x: torch.jit.script(m), "it was compiled by torch.jit.script"),
     "trace": (torch.jit.trace, "it was compiled by torch.jit.script or torch.jit.trace"),
     "one module": (lambda m, x: nn.Sequential(torch.jit.script(m)), "its module '0' was compiled"),
-    "a module in a module": (lambda m, x: Holder(nn.Sequential(torch.jit.script(m[0]), *m[1:])), "'inner.0'"),
+    "a module in a module": (
+        lambda m, x: Fn(lambda s, x: s.inner(x), inner=nn.Sequential(torch.jit.script(m[0]), *m[1:])),
+        "'inner.0'",
+    ),
 }
 
 

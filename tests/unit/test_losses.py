@@ -16,6 +16,7 @@ from curvspace.curvature import projected_gauss_newton
 from curvspace.functional import flatten
 from curvspace.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError, SquaredError, TorchLoss, get_loss
 from curvspace.outputs import logits, pack
+from tests.unit.oracles import central_difference
 from tests.unit.small_networks import minibatch, mlp
 
 W = torch.tensor([0.1, 2.0, 5.0], dtype=torch.float64)
@@ -389,13 +390,5 @@ def test_any_callable_is_a_loss():
     model, (x, y) = mlp(), minibatch(6)
     objective = Objective(model, [(x, y)], focal)
     v = torch.randn(objective.num_parameters).double()
-    h = 1e-5
-    vector = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-    def gradient_at(theta):
-        torch.nn.utils.vector_to_parameters(theta, model.parameters())
-        return Objective(model, [(x, y)], focal).gradient()
-
-    difference = (gradient_at(vector + h * v) - gradient_at(vector - h * v)) / (2 * h)
-    torch.nn.utils.vector_to_parameters(vector, model.parameters())
-    torch.testing.assert_close(objective.hessian() @ v, difference, rtol=1e-6, atol=1e-8)
+    expected = central_difference(model, [(x, y)], focal, v)
+    torch.testing.assert_close(objective.hessian() @ v, expected, rtol=1e-6, atol=1e-8)
