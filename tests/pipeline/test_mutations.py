@@ -108,6 +108,6 @@ def test_options_that_a_factory_hands_on_are_those_of_whom_it_hands_them():
         config = deepcopy(smoke())
         config["optimizers"]["updates-filtered"][option] = value
         (line,) = said(config)
-        assert f"updates-filtered.{option}" in line or option in line
+        assert f"updates-filtered.{option}" in line
     config["optimizers"]["updates-filtered"] = {**smoke()["optimizers"]["updates-filtered"], "gain": 0.5, "beta": 0.9}
     assert said(config) == []

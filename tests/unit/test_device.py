@@ -69,7 +69,7 @@ def gpus(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
-def test_requests(gpus, count):
+def test_a_requested_device_is_there_or_named(gpus, count):
     gpus(count)
     with use("cpu") as device:
         assert device.type == "cpu"

@@ -45,7 +45,7 @@ def test_flatten_and_unflatten_are_inverse():
         unflatten(torch.zeros(10), like)
 
 
-def test_assign_and_add():
+def test_parameters_are_assigned_and_added_to():
     model = _model()
     theta = parameter_vector(model)
     v = torch.arange(float(len(theta)))

@@ -123,7 +123,7 @@ def test_grid_is_symmetric_and_bad_ranges_are_refused():
         LossScanner(Objective(Point(1.0), [(torch.zeros(1, 1), torch.zeros(1, 1))], lambda z, _: z.sum()), "fast")
 
 
-def test_plane():
+def test_losses_on_a_plane():
     scanner = scanner_of(bowl, 0.5, -1.0)
     s, t = [-0.5, 0.0, 0.25], [0.0, 1.0]
     expected = [[bowl(torch.tensor([0.5 + a, -1.0 + b])) for b in t] for a in s]

@@ -175,7 +175,7 @@ def test_names_callables_and_what_is_recognised():
         (lambda: logits((torch.zeros(1), torch.zeros(1))), "outputs are a tuple without one tensor or .logits"),
     ],
 )
-def test_errors(make, message):
+def test_wrong_losses_targets_and_outputs_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

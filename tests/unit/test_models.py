@@ -44,7 +44,9 @@ def count(model: nn.Module) -> int:
         ("vgg-f", {}, (3, 224, 224), 100, 57_147_236),  # 0.2 GB and over a second: the only one of its size here
     ],
 )
-def test_size(kind: str, options: dict[str, Any], input_shape: tuple[int, ...], num_classes: int, parameters: int):
+def test_number_of_parameters(
+    kind: str, options: dict[str, Any], input_shape: tuple[int, ...], num_classes: int, parameters: int
+):
     assert count(build(kind, options, input_shape, num_classes)) == parameters
 
 

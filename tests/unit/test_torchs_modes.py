@@ -22,23 +22,12 @@ from curvspace.landscape import LossScanner
 from curvspace.monitor import CurvatureMonitor
 from tests.unit.small_networks import minibatch, mlp
 
-
-def test_inference_mode():
-    torch.manual_seed(0)
-    model, (x, y), v = nn.Linear(4, 3).double(), minibatch(), torch.ones(15).double()
-    expected = Objective(model, (x, y)).hessian() @ v
-    with torch.inference_mode():
-        objective = Objective(model, (x + 0, y))
-        assert objective.loss() > 0
-        torch.testing.assert_close(objective.hessian() @ v, expected)
-        torch.testing.assert_close(objective.gauss_newton() @ v, expected)
-        assert class_gradients(model, x, y, 3)[0].any()
-        frozen = nn.Linear(4, 3).double()
-    with pytest.raises(ValueError, match="requires_grad=True"):
-        Objective(frozen.requires_grad_(False), (x, y))
-
-
 COMPUTATIONS: dict[str, Callable[[Objective], Any]] = {
+    "loss": lambda o: o.loss(),
+    "gradient": lambda o: o.gradient(),
+    "Hessian": lambda o: o.hessian() @ torch.ones(o.num_parameters).double(),
+    "Gauss-Newton": lambda o: o.gauss_newton() @ torch.ones(o.num_parameters).double(),
+    "class gradients": lambda o: class_gradients(o.model, *minibatch(9), 3)[0],
     "eigsh": lambda o: eigsh(o.hessian(), 2).values,
     "Gauss-Newton eigsh": lambda o: eigsh(o.gauss_newton(), 2).values,
     "differences": lambda o: o.hessian_by_differences() @ torch.ones(o.num_parameters).double(),
@@ -56,16 +45,26 @@ COMPUTATIONS: dict[str, Callable[[Objective], Any]] = {
 
 
 @pytest.mark.parametrize("n", [9, 300])
-@pytest.mark.parametrize("inside", ["nothing", "batch", "batch and model"])
+@pytest.mark.parametrize("inside", ["nothing", "inputs", "batch", "batch and model"])
 @pytest.mark.parametrize("name", COMPUTATIONS)
 def test_every_computation_leaves_inference_mode(name, inside, n):
     model, batch = mlp(), minibatch(n)
     expected = COMPUTATIONS[name](Objective(model, batch))
     with torch.inference_mode():
         model = mlp() if inside == "batch and model" else model
-        batch = minibatch(n) if inside != "nothing" else batch
+        if inside == "inputs":
+            batch = minibatch(n)[0], batch[1]
+        elif inside != "nothing":
+            batch = minibatch(n)
         found = COMPUTATIONS[name](Objective(model, batch))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_frozen_model_made_in_inference_mode_has_nothing_to_differentiate_in():
+    with torch.inference_mode():
+        model = nn.Linear(4, 3).double().requires_grad_(False)
+    with pytest.raises(ValueError, match="requires_grad=True"):
+        Objective(model, minibatch())
 
 
 def test_curvature_inside_autocast_is_that_of_the_parameters_type():

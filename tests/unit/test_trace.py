@@ -32,7 +32,7 @@ def test_beats_the_plain_estimator_where_a_few_eigenvalues_dominate():
     assert sum(abs(t.value - exact) < 3 * t.standard_error for t in ours) >= 18
 
 
-def test_bad_budget():
+def test_too_few_products_are_refused():
     with pytest.raises(ValueError, match="at least 6 products, got 3"):
         hutchpp(torch.eye(4), 3)
 

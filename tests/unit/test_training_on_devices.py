@@ -108,7 +108,6 @@ def test_a_run_diverges_at_the_step_at_which_it_does_on_the_cpu(device, digits_d
     assert [record.status for record in found] == ["diverged", "diverged"]
     assert found[0].steps == found[1].steps
     assert len(found[0].metrics) == len(found[1].metrics)
-    assert found[1].metrics["eval_train_loss"].notna().iloc[-1] or found[1].status == "diverged"
 
 
 @pytest.mark.parametrize(
