@@ -104,9 +104,8 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def know(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[Arrays, Known]]:
     """Make the tiny arrays the ones that are expected under a name."""
-    import source_files as files
-
     from curvspace.datasets.catalogue import KNOWN
+    from tests.unit import source_files as files
 
     def register(name: str) -> tuple[Arrays, Known]:
         arrays, known = files.tiny(name)

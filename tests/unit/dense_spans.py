@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from small_networks import C
 from torch import Tensor, nn
 
 from curvspace.functional import flatten
+from tests.unit.small_networks import C
 
 KINDS = ("mean-directions", "class-gradients", "past-updates", "random-directions")
 

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from small_networks import C, D, batches, linear_softmax
 
 from curvspace.optim import ClassGradients, DiagonalNewton, Drop, GradientDescent, SubspaceNewton, class_gradient_newton
+from tests.unit.small_networks import C, D, batches, linear_softmax
 
 PRINTED = {"dampening": 0.0, "orthonormal": False}
 """Heavy-ball momentum, unit class gradients as they are."""

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import oracles
 import pytest
 import torch
 import users_code
@@ -14,6 +13,7 @@ from torch import nn
 
 from curvspace.cli import options
 from curvspace.seeds import derived_seed
+from tests.unit import oracles
 from tests.unit.command_line import HERE, WORDS, found, run
 
 

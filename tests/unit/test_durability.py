@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import faults
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,6 +23,7 @@ from curvspace.training import lock, run, tensor_file
 from curvspace.training.record import RunRecord
 from curvspace.training.run import train
 from curvspace.training.spec import RunSpec
+from tests.unit import faults
 
 STEPS = 4
 

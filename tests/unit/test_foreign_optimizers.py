@@ -6,11 +6,11 @@ import io
 
 import pytest
 import torch
-from small_networks import C, batches, deep_network, small_network
 from torch import nn
 
 from curvspace.functional import parameter_vector
 from curvspace.optim import FirstOrder, build
+from tests.unit.small_networks import C, batches, deep_network, small_network
 
 TORCH = [
     "Adadelta",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import odd_layers
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -13,6 +12,7 @@ from torch.func import functional_call, jvp
 
 from curvspace.functional import trainable_parameters
 from curvspace.optim.forward_mode import DoubleBackward, ForwardMode, Linearisation, linearise
+from tests.unit import odd_layers
 from tests.unit.backward_passes import OnceTanh
 
 

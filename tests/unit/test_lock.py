@@ -9,10 +9,10 @@ import threading
 import time
 from pathlib import Path
 
-import faults
 import pytest
 
 from curvspace.training import lock
+from tests.unit import faults
 
 
 @pytest.fixture(autouse=True)

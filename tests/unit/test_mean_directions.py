@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_networks import C, batches, small_network
 from torch import nn
 
 from curvspace.functional import parameter_vector, trainable_parameters
@@ -21,6 +20,7 @@ from curvspace.optim import (
 )
 from curvspace.optim.mean_directions import joint_span, mean_span, transposed_groups
 from curvspace.optim.span import orthonormal_span
+from tests.unit.small_networks import C, batches, small_network
 
 SHAPES = [(4, 3, 2, 2), (4,), (5, 6), (5, 1), (2, 3, 4), (), (3, 1, 2)]
 

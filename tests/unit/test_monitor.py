@@ -9,7 +9,6 @@ import random
 from pathlib import Path
 
 import numpy as np
-import oracles
 import pandas as pd
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from curvspace.monitor import CSVSink, CurvatureMonitor, TensorBoardSink, WandbSink
 from curvspace.monitor.budget import Budget
+from tests.unit import oracles
 
 
 def network(norm: bool = False) -> nn.Sequential:

@@ -7,7 +7,6 @@ import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import odd_layers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from curvspace import optim
 from curvspace.functional import parameter_vector
 from curvspace.optim.base import ModelOptimizer
 from curvspace.optim.kfac import KFAC
+from tests.unit import odd_layers
 
 C = 3
 MAKE: dict[str, Callable[[nn.Module], ModelOptimizer]] = {

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from oracles import dense_hessian, flat_gradient, mean_loss, trainable
-from small_networks import C, batches, small_network
 from torch import Tensor, nn
 
 from curvspace.functional import assign_parameters, parameter_vector
 from curvspace.losses import get_loss
 from curvspace.optim import bsfa, build, fosi, gradient_centralisation, nudged_sgd
 from curvspace.optim.kfac import KFAC, _OwnLabels
+from tests.unit.oracles import dense_hessian, flat_gradient, mean_loss, trainable
+from tests.unit.small_networks import C, batches, small_network
 
 EXACT = {"tol": 1e-10, "max_products": 4000}
 

@@ -11,12 +11,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import source_files as files
 
 from curvspace.datasets import prepare, sources
 from curvspace.datasets.catalogue import KNOWN
 from curvspace.datasets.obtain import DataUnavailable
 from curvspace.datasets.store import Arrays
+from tests.unit import source_files as files
 
 
 def program(folder: Path, name: str, script: str) -> None:

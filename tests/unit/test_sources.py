@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import source_files as files
 import torch
 
 from curvspace.cli.data import main
@@ -24,6 +23,7 @@ from curvspace.datasets.formats import read_idx, unpack
 from curvspace.datasets.imagefolder import imagefolder
 from curvspace.datasets.obtain import DataUnavailable
 from curvspace.datasets.store import Arrays, WrongData, load_raw
+from tests.unit import source_files as files
 
 FORMATS: dict[str, tuple[str, Callable[[Path, Arrays], None]]] = {
     "idx": ("mnist", files.write_idx),

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import C, batches, small_network
 from torch import Tensor, nn
 
 from curvspace.functional import flatten, parameter_vector
@@ -24,7 +23,7 @@ from tests.unit.dense_spans import (
     projector,
     sgd,
 )
-from tests.unit.small_networks import Fn
+from tests.unit.small_networks import C, Fn, batches, small_network
 
 
 @pytest.mark.parametrize("spans", [KINDS[:1], KINDS[1:2], KINDS[:2], KINDS[1::-1], KINDS[:3]], ids=str)

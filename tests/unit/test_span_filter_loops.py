@@ -7,7 +7,6 @@ import io
 
 import pytest
 import torch
-from small_networks import C, batches, small_network
 from torch import Tensor, nn
 
 from curvspace.functional import flatten, parameter_vector
@@ -24,6 +23,7 @@ from tests.unit.dense_spans import (
     projector,
     sgd,
 )
+from tests.unit.small_networks import C, batches, small_network
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW", "NAdam", "RMSprop"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_networks import C, D, batches, linear_softmax, small_network
 from torch import nn
 
 from curvspace import Objective, class_gradients
@@ -33,6 +32,7 @@ from curvspace.optim import (
 )
 from curvspace.optim.base import Costs
 from curvspace.optim.minibatch import Minibatch
+from tests.unit.small_networks import C, D, batches, linear_softmax, small_network
 
 BASES = {
     "class gradients": lambda: ClassGradients(0.9, orthonormal=True),

@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from small_networks import C, D, batches, linear_softmax, small_network
 from torch import nn
 
 from curvspace.functional import flatten, parameter_vector
@@ -36,6 +35,7 @@ from curvspace.optim import (
     low_rank_newton,
     rayleigh_ritz_newton,
 )
+from tests.unit.small_networks import C, D, batches, linear_softmax, small_network
 
 SPANS = ("class-gradients", "past-updates", "mean-directions")
 CONFIGURATIONS = {

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_networks import C, batches, deep_network, small_network
 from torch import nn
 
 from curvspace.functional import parameter_vector
 from curvspace.optim import FirstOrder, NegativeCurvature, SpanFilter, build
+from tests.unit.small_networks import C, batches, deep_network, small_network
 
 
 def test_a_ready_optimiser_of_another_model_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import oracles
 import pandas as pd
 import pytest
 import torch
@@ -15,6 +14,7 @@ from papers.b import measures as paper_b
 from papers.b import measures_spectra as spectra_b
 from papers.b import tables as tables_b
 from papers.common.context import Context
+from tests.unit import oracles
 
 EXAMPLES = 80
 CLASSES = 10

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from oracles import dense_hessian
 from scipy import stats
 
 from curvspace.errors import UserError
@@ -17,6 +16,7 @@ from curvspace.training.spec import RunSpec
 from papers.common.context import Context
 from papers.d import measures as paper_d
 from papers.d import tables as tables_d
+from tests.unit.oracles import dense_hessian
 
 FRACTION = 0.25
 
