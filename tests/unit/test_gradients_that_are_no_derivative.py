@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from curvspace import Objective
 from curvspace.curvature import dense_matrix
+from curvspace.optim import CurveBall
 from tests.unit.backward_passes import by_hand
 from tests.unit.oracles import central_difference, dense_gauss_newton, jacobian_product
 from tests.unit.small_networks import Fn, minibatch
@@ -177,25 +179,32 @@ def test_a_backward_pass_with_another_derivative_at_zero():
     torch.testing.assert_close(dense_matrix(G), dense_gauss_newton(model, [(x, y)], "cross_entropy"))
 
 
-@pytest.mark.parametrize(
-    ("hook", "linear"),
-    [
-        (lambda g: g, True),
-        (lambda g: g / g.norm(), False),
-        (lambda g: g.clamp(-0.1, 0.1), False),
-        (lambda g: 2 * g.abs().sqrt(), False),
-    ],
-)
-@pytest.mark.parametrize("together", [1, 3])
-def test_a_backward_pass_that_is_not_linear(hook, linear, together):
+def _hooked(hook: Callable[[Tensor], Tensor]) -> nn.Module:
     def forward(s: nn.Module, x: Tensor) -> Tensor:
         h = s.a(x)
         if h.requires_grad:
             h.register_hook(hook)
         return s.b(torch.tanh(h))
 
-    torch.manual_seed(1)
-    objective = Objective(Fn(forward, a=nn.Linear(4, 5), b=nn.Linear(5, 3)).double(), minibatch(9))
+    return Fn(forward, a=nn.Linear(4, 5), b=nn.Linear(5, 3)).double()
+
+
+NOT_LINEAR = {
+    "normalised": lambda g: g / g.norm(),
+    "clipped": lambda g: g.clamp(-0.1, 0.1),
+    "root": lambda g: 2 * g.abs().sqrt(),
+    "positive": lambda g: g.relu(),
+    "size": lambda g: g.abs(),
+}
+LINEAR = {"same": lambda g: g, "reversed": lambda g: -g, "rolled": lambda g: g.roll(1, 0)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("name", [*NOT_LINEAR, *LINEAR])
+def test_a_backward_pass_that_is_not_linear(name, together, seed):
+    torch.manual_seed(seed)
+    objective = Objective(_hooked((NOT_LINEAR | LINEAR)[name]), minibatch(9))
     V = torch.randn(objective.num_parameters, 3).double()
 
     def product() -> Tensor:
@@ -203,8 +212,17 @@ def test_a_backward_pass_that_is_not_linear(hook, linear, together):
         G.vectors_at_once = together
         return G @ V
 
-    if linear:
-        assert (V * product()).sum() > 0
+    if name in LINEAR:
+        gram = V.T @ product()
+        torch.testing.assert_close(gram, gram.T)
         return
     with pytest.raises(RuntimeError, match="the backward pass of Fn is not linear"):
         product()
+
+
+@pytest.mark.parametrize("name", NOT_LINEAR)
+def test_curveball_refuses_a_backward_pass_that_is_not_linear(name):
+    torch.manual_seed(0)
+    model = _hooked(NOT_LINEAR[name])
+    with pytest.raises(RuntimeError, match="the backward pass of Fn is not linear"):
+        CurveBall(model).step(*minibatch(9))

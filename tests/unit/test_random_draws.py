@@ -55,3 +55,26 @@ def test_a_layer_that_some_draws_leave_out(draw, effect):
         return
     with pytest.raises(RuntimeError, match="Fn is not deterministic"):
         objective.hessian()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_layer_that_some_draws_break(value):
+    def forward(s, x):
+        z = s.head(x)
+        return z.masked_fill(torch.rand(()) > 0.3, value)
+
+    with pytest.raises(RuntimeError, match="Fn is not deterministic"):
+        Objective(Fn(forward, head=nn.Linear(4, 3)).double(), [minibatch()]).hessian()
+
+
+def test_outputs_without_finite_entries_are_no_draws():
+    """A class that is ruled out by a logit of minus infinity."""
+
+    def forward(s, x):
+        z = s.head(x)
+        return torch.cat([z, z.new_full((len(z), 1), -float("inf"))], dim=1)
+
+    model, (x, y) = Fn(forward, head=nn.Linear(4, 3)).double(), minibatch()
+    v = torch.ones(15).double()
+    expected = Objective(model.head, (x, y)).hessian() @ v
+    torch.testing.assert_close(Objective(model, (x, y)).hessian() @ v, expected)

@@ -234,7 +234,7 @@ def _second_derivative_off(point: Point, batch: Batch, matrix: Matrix) -> tuple[
         found = GaussNewtonLinearisation(line.at(0.0), batch, diverged=True)
         off = _jacobian_off(line, batch, found)
         if off is not None:
-            found.jacobian.require_doubling()
+            found.jacobian.require_linear()
             return "the derivative of the outputs (J v, from the derivative of the backward pass)", off
         off = _loss_off(line, batch, found) if matrix == "Gauss-Newton" else None
         return None if off is None else ("the second derivative of the loss in the outputs", off)

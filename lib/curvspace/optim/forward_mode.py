@@ -19,7 +19,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from curvspace.curvature.as_written import as_written, plain_kernels
-from curvspace.curvature.linearisation import random_like
+from curvspace.curvature.linearisation import random_like, require_linear
 from curvspace.curvature.memory import is_out_of_memory
 from curvspace.curvature.second_order import SecondOrderLayers
 from curvspace.differentiation import pull_back, require_second_derivatives
@@ -76,7 +76,7 @@ class Linearised:
         Raises
         ------
         RuntimeError
-            If forward-mode products are not the transpose of the backward ones.
+            If forward-mode products are not the transpose of the backward ones, or these are no linear map.
         ValueError
             If a layer has no second derivative where it is needed.
         """
@@ -192,6 +192,7 @@ class DoubleBackward(Linearised):
             require_second_derivatives(self._pulled, "")
         except RuntimeError as error:
             raise self._no_derivatives(error) from error
+        require_linear(self.pull, self._u.detach(), self.model)
 
     def _no_derivatives(self, error: Exception) -> ValueError:
         return ValueError(
