@@ -93,10 +93,13 @@ def _require_same(a: Tensor, b: Tensor, what: str, where: str) -> None:
     if a.shape != b.shape:
         difference, size = math.inf, 0.0
     else:
-        finite = a.isfinite() | b.isfinite()
-        a, b = a[finite], b[finite]
-        difference, size = (float(t.abs().max()) if t.numel() else 0.0 for t in (a - b, a))
+        difference = _largest((a - b)[a.isfinite() | b.isfinite()])
+        size = _largest(a[a.isfinite()])
     if not difference <= 1e3 * torch.finfo(a.dtype).eps * size:
         raise RuntimeError(
             f"{what} is not deterministic: two evaluations of the same {where} differ by {difference:.1e}"
         )
+
+
+def _largest(entries: Tensor) -> float:
+    return float(entries.abs().max()) if entries.numel() else 0.0
