@@ -22,7 +22,7 @@ def parts(root: Path = ROOT) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for package, base in (("curvspace", root / "lib"), ("papers", root / "lib"), ("workflow", root)):
         for file in sorted((base / package).rglob("*.py")):
-            if file.name != "__init__.py":
+            if file.name != "__init__.py" and "study_template" not in file.parts:
                 name = ".".join(file.relative_to(base).with_suffix("").parts)
                 needed = {_part(n) for n in code.imports(name) if not code.is_index(n)}
                 found.setdefault(_part(name), set()).update(needed - {_part(name)})
