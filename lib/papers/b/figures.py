@@ -196,6 +196,7 @@ def gradient_by_eigenvector(tables: Tables, style: Style, steps: Sequence[int]) 
         drawn.append(part)
     for axis in axes[-1]:
         axis.set_xlabel("eigenvector i, largest eigenvalue first")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[:, 0]:
         axis.set_ylabel("cᵢ²")
     axes[0, 0].set(yscale="log", ylim=(1e-4, 1))

@@ -48,11 +48,14 @@ def _bulk(axis: Axes, values: np.ndarray, density: pd.DataFrame, parameters: int
 
 
 def _numbered(axis: Axes, values: np.ndarray) -> None:
-    """Ticks at the eigenvalues that stand out, numbered from the largest."""
-    low = axis.get_ylim()[0]
+    """Ticks at the eigenvalues that stand out, numbered from the largest where there is room."""
+    low, (left, right) = axis.get_ylim()[0], axis.get_xlim()
     axis.plot(values, np.full(len(values), 2 * low), "|", color="C3", markersize=10)
+    free = np.inf
     for i, value in enumerate(values, start=1):
-        axis.annotate(str(i), (value, 4 * low), ha="center", fontsize="x-small", color="C3")
+        if free - value > 0.05 * (right - left):
+            axis.annotate(str(i), (value, 4 * low), ha="center", fontsize="x-small", color="C3")
+            free = value
 
 
 def right_edge(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
@@ -92,12 +95,15 @@ def eigenvector_entries(tables: Tables, style: Style) -> tuple[Figure, pd.DataFr
     for axis, step in zip(axes.flat, steps, strict=False):
         part = table[table["step"] == step]
         for tensor, entries in part.groupby("tensor", sort=False):
-            axis.scatter(
-                _place(entries), entries["value"], s=2, color=colours[tensor], label=_name(entries), rasterized=True
-            )
+            row = entries.iloc[0]
+            look = {"color": colours[tensor], "label": f"layer {row['layer']} {row['part']}", "rasterized": True}
+            axis.scatter(_place(entries), entries["value"], s=2, **look)
+            place = {"x": row["tensor_rank"] + 0.5, "y": 0.99, "transform": axis.get_xaxis_transform()}
+            axis.text(**place, s=f"{row['tensor_norm']:.2f}", ha="center", va="top", fontsize="x-small")
+        axis.margins(y=0.12)
         axis.set_title(f"step {step}: λ₁ = {part['eigenvalue'].iloc[0]:.3g}", fontsize="small")
     for axis in axes[-1]:
-        axis.set_xlabel("place in the parameter vector\n(each tensor drawn equally wide)")
+        axis.set_xlabel("place in the parameter vector\n(tensors equally wide; above: norms)")
         axis.set_xticks([])
     for axis in axes[:, 0]:
         axis.set_ylabel("entry of v₁")
@@ -110,11 +116,6 @@ def _place(entries: pd.DataFrame) -> pd.Series:
     """Place of entries with every tensor one unit wide: a bias would vanish beside a weight matrix."""
     offset = entries["entry"] - entries["entry"].min()
     return entries["tensor_rank"] + offset / entries["tensor_size"]
-
-
-def _name(entries: pd.DataFrame) -> str:
-    row = entries.iloc[0]
-    return f"layer {row['layer']} {row['part']} (norm {row['tensor_norm']:.2f})"
 
 
 def last_layer_entries(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -251,10 +252,36 @@ def _spread(name: str, count: int) -> list[Colour]:
     return [tuple(colour[:3]) for colour in matplotlib.colormaps[name](np.linspace(0.05, 0.92, count))]
 
 
+def fit_titles(figure: Figure) -> None:
+    """Titles no wider than their panel's share of the figure: lines that are too long are broken at a comma."""
+    spans = [(axes.title, axes.get_subplotspec()) for axes in figure.axes]
+    shares = [(title, len(spec.colspan) / spec.get_gridspec().ncols) for title, spec in spans if spec is not None]
+    titles = [(title, 0.95 * share) for title, share in shares]  # labels beside a panel move its middle
+    for title, share in [*titles, *((text, 1.0) for text in figure.texts)]:
+        while title.get_window_extent().width > share * figure.bbox.width:
+            broken = _broken(title.get_text())
+            if broken == title.get_text():
+                break
+            title.set_text(broken)
+
+
+def _broken(text: str) -> str:
+    """A text whose longest line is broken at the comma or semicolon nearest to its middle; the same if it has none."""
+    lines = text.split("\n")
+    longest = max(range(len(lines)), key=lambda i: len(lines[i]))
+    line = lines[longest]
+    places = [match.end() for match in re.finditer("[,;] ", line)]
+    if places:
+        place = min(places, key=lambda i: abs(i - len(line) / 2))
+        lines[longest : longest + 1] = [line[: place - 1], line[place:]]
+    return "\n".join(lines)
+
+
 def save(figure: Figure, table: pd.DataFrame, out: Path, dpi: int) -> list[Path]:
     """Writes the CSV ``out`` and beside it .png and .pdf; returns the three paths, PNG first."""
     out.parent.mkdir(parents=True, exist_ok=True)
     plain_ticks(figure)
+    fit_titles(figure)
     png, pdf, csv = (out.with_suffix(suffix) for suffix in (".png", ".pdf", ".csv"))
     figure.savefig(png, dpi=dpi, metadata={"Software": None})
     figure.set_layout_engine("none")  # the PDF in the PNG's layout, not computed again

@@ -157,12 +157,17 @@ def test_eigenvector_figures_show_their_steps():
         ):
             for _ in range(size):
                 where = {"tensor": name, "tensor_rank": rank, "layer": layer, "part": part, "tensor_size": size}
-                rows.append({"step": step, **where, "tensor_norm": 0.5, "entry": entry, "value": 0.1 * entry})
+                rows.append({"step": step, **where, "tensor_norm": 0.1 * step, "entry": entry, "value": 0.1 * entry})
                 entry += 1
     table = pd.DataFrame(rows).assign(**IDENTITY, **{**SCALE, "parameters": 14}, eigenvalue=2.0)
     figure, drawn = spectra_b.eigenvector_entries({"entries": table}, Style())
     assert len(drawn) == len(table)
     assert "entries shown" not in figure.get_suptitle(), "all entries are there"
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 4, "a tensor has one entry for all steps"
+    assert [[text.get_text() for text in axis.texts] for axis in figure.axes[:3]] == [
+        [n] * 4 for n in ("0.00", "0.50", "0.90")
+    ]
     _, drawn = spectra_b.last_layer_entries({"entries": table}, Style())
     assert set(drawn["step"]) == {0, 9}
     assert set(drawn["tensor"]) == {"2.weight", "2.bias"}

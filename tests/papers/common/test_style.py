@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import colorsys
+import itertools
 
 import pytest
 
-from papers.common.style import Style, legend_below, palette_colours, plain_ticks
+from papers.common.style import Style, fit_titles, legend_below, palette_colours, plain_ticks
 
 
 def test_few_names_have_the_palette_and_many_have_its_hues_again_with_dashes():
@@ -62,3 +63,28 @@ def test_ticks_that_a_figure_has_chosen_stay():
     axes[0, 0].set_xticks([1, 3], ["one", "three"])
     plain_ticks(figure)
     assert [tick.get_text() for tick in axes[0, 0].get_xticklabels()] == ["one", "three"]
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("size", ["short", "long", "one word"])
+def test_titles_stay_within_their_panel(columns, size):
+    words = {
+        "short": "a, b\nP = 3",
+        "long": "a network of some name, a data set with a name; 60,000 examples, one more thing\nP = 3, k = 10",
+        "one word": "word" * 40,
+    }
+    style = Style()
+    with style.applied():
+        figure, axes = style.panels(1, columns)
+        for axis in axes.flat:
+            axis.set_title(words[size])
+        figure.suptitle(words[size])
+        fit_titles(figure)
+        figure.draw_without_rendering()
+        boxes = [axis.title.get_window_extent() for axis in axes.flat]
+    texts = [title.get_text() for title in (*(axis.title for axis in axes.flat), *figure.texts)]
+    assert {text.replace("\n", " ") for text in texts} == {words[size].replace("\n", " ")}
+    assert [text == words[size] for text in texts[:columns]] == [size != "long"] * columns
+    if size != "one word":
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+        assert boxes[-1].x1 <= figure.bbox.width
