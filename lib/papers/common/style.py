@@ -280,6 +280,9 @@ def _broken(text: str) -> str:
 def save(figure: Figure, table: pd.DataFrame, out: Path, dpi: int) -> list[Path]:
     """Writes the CSV ``out`` and beside it .png and .pdf; returns the three paths, PNG first."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    for axes in figure.axes:
+        if not (axes.has_data() or axes.texts or axes.get_title()):  # of a grid with more places than panels
+            axes.remove()
     plain_ticks(figure)
     fit_titles(figure)
     png, pdf, csv = (out.with_suffix(suffix) for suffix in (".png", ".pdf", ".csv"))
