@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.inputs import Inputs, call
-from curvspace.preserved import substituted
+from curvspace.module_state import substituted
 from curvspace.threads import one_at_a_time
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.arithmetic import in_own_arithmetic
-from curvspace.batches import as_pairs, could_be_one_example, layout, one_example
+from curvspace.batches import Batched, as_pairs, could_be_one_example, layout, one_example
 from curvspace.curvature.derivatives import Matrix, compare_derivatives
 from curvspace.curvature.determinism import (
     require_deterministic_loss,
@@ -42,7 +42,7 @@ from curvspace.curvature.operators import (
 from curvspace.curvature.split import cache_friendly_size, cut, seem_independent, spread, within_memory
 from curvspace.differentiation import without_graph
 from curvspace.errors import refuse_options
-from curvspace.inputs import Batched, tensors_in
+from curvspace.inputs import tensors_in
 from curvspace.losses import Loss, get_loss
 from curvspace.losses.recognised import options_of, plain_globals
 from curvspace.outputs import output_tensors

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvspace import Objective, class_gradients
+from curvspace.batches import batch_flags, take
 from curvspace.curvature import split
 from curvspace.curvature.class_batches import splits_exactly
 from curvspace.curvature.class_pass import split_pass, vjp_pass
 from curvspace.curvature.split import SAMPLE
-from curvspace.inputs import batch_flags, take
 from tests.unit.small_networks import Fn, mlp, sorted_minibatch
 
 N = 300  # above the size from which a CPU cuts

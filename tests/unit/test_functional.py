@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from curvspace.batches import batch_size, select
 from curvspace.differentiation import pull_back
 from curvspace.functional import (
     add_to_parameters,
@@ -19,8 +20,8 @@ from curvspace.functional import (
     trainable_parameters,
     unflatten,
 )
-from curvspace.inputs import batch_size, call, select
-from curvspace.preserved import preserved_buffers
+from curvspace.inputs import call
+from curvspace.module_state import preserved_buffers
 from curvspace.seeds import replayed_randomness, seed_generators
 
 

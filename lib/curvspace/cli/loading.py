@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace import Objective, datasets, models
-from curvspace.batches import as_pairs, layout
+from curvspace.batches import as_pairs, batch_size, layout, take
 from curvspace.cli.common import load_function, set_threads
 from curvspace.cli.options import Subject, parsed
 from curvspace.curvature.frozen import FrozenModel
@@ -24,7 +24,6 @@ from curvspace.datasets.catalogue import EMBEDDED, KNOWN, MADE_HERE, source_name
 from curvspace.datasets.store import Arrays
 from curvspace.device import use
 from curvspace.errors import UserError, refuse_text
-from curvspace.inputs import batch_size, take
 from curvspace.seeds import derived_seed, replayed_randomness
 from curvspace.training import tensor_file
 from curvspace.training.record import RunRecord, data_options

@@ -9,13 +9,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from curvspace.batches import Batched, batch_flags, batch_size, take
 from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.layerwise import LayerRecorder, add_class_gradients, agrees_with_autograd, moves_examples
 from curvspace.curvature.split import REMEMBERED, independent
-from curvspace.inputs import Batched, Inputs, batch_flags, batch_size, call, take
+from curvspace.inputs import Inputs, call
+from curvspace.module_state import preserved_buffers
 from curvspace.outputs import logits
-from curvspace.preserved import preserved_buffers
 
 
 def splits_exactly(

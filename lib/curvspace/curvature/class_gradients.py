@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from curvspace.batches import Batched, take
 from curvspace.curvature.class_batches import (
     add_layer_by_layer,
     by_class,
@@ -29,7 +30,7 @@ from curvspace.curvature.split import independent
 from curvspace.denormals import flushed_on
 from curvspace.errors import refuse_options
 from curvspace.functional import flatten
-from curvspace.inputs import Batched, Inputs, take
+from curvspace.inputs import Inputs
 from curvspace.threads import one_at_a_time
 
 Algorithm = Literal["auto", "split", "vjp"]

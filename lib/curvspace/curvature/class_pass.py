@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvspace.batches import Batched
 from curvspace.curvature.class_batches import (
     add_layer_by_layer,
     by_class,
@@ -24,7 +25,7 @@ from curvspace.curvature.class_batches import (
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.layerwise import LayerRecorder
 from curvspace.functional import flatten, trainable_parameters
-from curvspace.inputs import Batched, Inputs, call
+from curvspace.inputs import Inputs, call
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import joined, logits
 

@@ -22,7 +22,7 @@ from curvspace.curvature.as_written import as_written, plain_kernels, without_ca
 from curvspace.differentiation import require_second_derivatives
 from curvspace.functional import trainable_parameters, unwrapped
 from curvspace.inputs import Inputs, call, map_tensors, tensors_in
-from curvspace.preserved import modules_within, preserved_attributes, substituted
+from curvspace.module_state import modules_within, preserved_attributes, substituted
 from curvspace.seeds import replayed_randomness
 from curvspace.tensors import ordinary
 from curvspace.threads import ALONE

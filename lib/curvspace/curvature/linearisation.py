@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvspace.batches import take
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.memory import is_out_of_memory
 from curvspace.curvature.second_order import SecondOrderLayers
 from curvspace.differentiation import pull_back, require_second_derivatives
 from curvspace.functional import flatten
 from curvspace.inner import norm
-from curvspace.inputs import Inputs, take, tensors_in
+from curvspace.inputs import Inputs, tensors_in
 from curvspace.losses import Loss
+from curvspace.module_state import left_alone, modules_within
 from curvspace.outputs import pack
-from curvspace.preserved import left_alone, modules_within
 from curvspace.tensors import version_of
 
 Tensors = Sequence[Tensor]

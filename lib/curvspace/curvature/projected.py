@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.arithmetic import own_arithmetic
+from curvspace.batches import batch_size
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.linearisation import Batch, GaussNewtonLinearisation, JacobianLinearisation, Point
 from curvspace.functional import flatten, unflatten
-from curvspace.inputs import Inputs, batch_size
+from curvspace.inputs import Inputs
 from curvspace.losses import Loss, get_loss
 from curvspace.outputs import logits
 from curvspace.tensors import ordinary

@@ -17,12 +17,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from curvspace.batches import has_uncut_examples, take
 from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.linearisation import Batch, Point
 from curvspace.curvature.memory import default_budget, is_out_of_memory, let_go, with_kept_bytes
 from curvspace.differentiation import without_graph
-from curvspace.inputs import Inputs, has_uncut_examples, take, tensors_in
+from curvspace.inputs import Inputs, tensors_in
 from curvspace.losses import Loss
 from curvspace.outputs import joined, map_outputs, output_tensors, real_tensors, rows, with_leaves
 
@@ -80,7 +81,7 @@ def cut(point: Point, batches: Sequence[Batch], size: int) -> list[Batch] | None
 
 
 def independent(function: FrozenModel, inputs: Inputs, size: int, flags: Sequence[bool]) -> bool:
-    """Whether the model treats ``size`` examples one by one; ``flags`` as in :func:`~curvspace.inputs.take`.
+    """Whether the model treats ``size`` examples one by one; ``flags`` as in :func:`~curvspace.batches.take`.
 
     So it seems on a few (:func:`seem_independent`), and the outputs of all agree to rounding with those of a few and of
     the rest apart: what passes between examples may need many of them (a capacity, a queue, groups, an outlier).

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from curvspace.batches import batch_size
 from curvspace.differentiation import pull_back, require_second_derivatives
-from curvspace.inputs import batch_size
+from curvspace.module_state import left_alone
 from curvspace.outputs import logits
-from curvspace.preserved import left_alone
 
 Reduction = Literal["mean", "sum"]
 

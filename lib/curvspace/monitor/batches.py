@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvspace.batches import as_pairs
-from curvspace.inputs import Inputs, batch_size, tuple_like
+from curvspace.batches import as_pairs, batch_size
+from curvspace.inputs import Inputs, tuple_like
 
 Pair = tuple[Inputs, Tensor]
 

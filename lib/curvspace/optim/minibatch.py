@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from curvspace.batches import batch_size, select
 from curvspace.curvature.class_batches import require_part_exact, splits_exactly
 from curvspace.curvature.class_gradients import class_gradients
 from curvspace.curvature.class_pass import ClassPass, split_pass, vjp_pass
@@ -19,14 +20,14 @@ from curvspace.curvature.projected import projected_gauss_newton
 from curvspace.differentiation import without_graph
 from curvspace.functional import flatten, trainable_parameters
 from curvspace.inner import inner
-from curvspace.inputs import Inputs, batch_size, call, select
+from curvspace.inputs import Inputs, call
 from curvspace.losses import Loss
+from curvspace.module_state import preserved_buffers
 from curvspace.objective import Objective
 from curvspace.optim.base import Costs
 from curvspace.optim.draws import random_state
 from curvspace.optim.ranks import Ranks
 from curvspace.outputs import logits
-from curvspace.preserved import preserved_buffers
 from curvspace.seeds import replayed_randomness
 
 Curvature = Literal["gauss-newton", "hessian"]

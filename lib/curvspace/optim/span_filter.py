@@ -26,10 +26,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from curvspace.batches import batch_size, select
 from curvspace.curvature.class_batches import number_of_classes, require_part_exact
 from curvspace.curvature.class_gradients import class_gradients
 from curvspace.functional import flatten, trainable_parameters, unflatten
-from curvspace.inputs import Inputs, batch_size, select
+from curvspace.inputs import Inputs
 from curvspace.optim.base import copied, require, require_count, require_numbers
 from curvspace.optim.bases import Basis, ClassGradients, MeanDirections, PastUpdates, RandomDirections
 from curvspace.optim.first_order import FirstOrder, LossLike
