@@ -1,17 +1,22 @@
-"""The forms in which a user may give batches, made one: pairs (inputs, targets)."""
+"""The forms in which a user may give batches, made one: pairs (inputs, targets); how many examples a batch has, and
+which of its tensors have them along their first dimension."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from curvspace.inputs import Inputs, map_tensors, tensors_in, tuple_like
+from curvspace.inputs import Inputs, all_plain, map_tensors, mapping_like, sequence_like, tensors_in
+
+Batched = Collection[int | str] | None
+"""Which inputs have the batch as their first dimension, by position or name; ``None``: those of that length."""
 
 LABELS = ("labels", "label", "targets", "target")
 """Keys under which a mapping may hold its targets."""
@@ -90,25 +95,191 @@ def layout(index: int, inputs: Inputs, targets: Any, batched: Batched) -> tuple[
     ValueError
         If the batch is empty, or inputs and targets do not fit together.
     """
-    if all(t.ndim == 0 for t in tensors_in(targets)):
+    lengths = _lengths(targets)
+    if not lengths:
         raise ValueError(
             f"the targets of batch {index} have no batch dimension; give one example as (x[None], y[None]), "
             "a data set through a DataLoader"
         )
-    n = batch_size(targets)
+    fitting = _numbers_of_examples(inputs, targets, batched)
+    n = fitting[0] if fitting else lengths[0]
     if n == 0:
         raise ValueError(f"batch {index} is empty")
-    flags = batch_flags(inputs, n, batched)
-    if batched is None and not any(flags):
-        found = tensors_in(inputs)
-        if not found:  # an object that the model knows
-            return n, (*flags, *batch_flags(targets, n))
-        rows = found[0].shape[0] if found[0].ndim else "no"
+    if not fitting and batched is None:
+        rows = next((n for entry in _entries(inputs) for n in _lengths(entry)), "no")
         raise ValueError(
             f"batch {index} has {rows} inputs but {n} targets; if no input has the examples along its first dimension, "
             "pass batched=(); a list or tuple is several inputs, model(*x): one that is a single input is (x,)"
         )
-    return n, (*flags, *batch_flags(targets, n))
+    return n, (*batch_flags(inputs, n, batched), *batch_flags(targets, n))
+
+
+def require_known_sizes(
+    pairs: Sequence[tuple[Inputs, Any]], batched: Batched, weight: Callable[[Any, int], float]
+) -> None:
+    """Raise ``ValueError`` where several batches' weights depend on which length is the number of examples, and that
+    is not certain."""
+    found = [[n for n in _numbers_of_examples(x, y, batched) if n] for x, y in pairs]
+    for i, ((_, y), numbers) in enumerate(zip(pairs, found, strict=True)):
+        if len({weight(y, n) for n in numbers}) > 1 and any(others != numbers for others in found):
+            raise ValueError(
+                f"batch {i}: its number of examples may be {' or '.join(map(str, numbers))}, by which batches are put "
+                "together; say which inputs have the examples along their first dimension (batched=[0]), or give as "
+                "targets tensors that all have them"
+            )
+
+
+def _numbers_of_examples(inputs: Inputs, targets: Any, batched: Batched) -> list[int]:
+    """What the number of examples may be: lengths of the targets that inputs have too, where they are to have it.
+
+    Targets of one entry an example (a list of mappings, or of tensors of different lengths) are as many as these are,
+    where that fits the inputs.
+    """
+    lengths = _lengths(targets)
+    chosen = {k: v for k, v in _by_key(inputs).items() if batched is None or k in batched}
+    there = {n for entry in chosen.values() for n in (*_lengths(entry), *_entries_of_a_list(entry))}
+    if not there and not batched:  # an object that the model knows, or inputs said to be of no length
+        there = set(lengths)
+    if _one_an_example(targets) and len(targets) in there:
+        return [len(targets)]
+    return [n for n in lengths if n in there]
+
+
+def number_of_examples(inputs: Inputs, targets: Any) -> int:
+    """How many examples a batch has: by targets and inputs where they agree, else by the targets."""
+    fitting = _numbers_of_examples(inputs, targets, None)
+    return fitting[0] if fitting else batch_size(targets)
+
+
+def fit(inputs: Inputs, targets: Any) -> bool:
+    """Whether some input has as many examples as there are targets, or none is a tensor."""
+    return bool(_numbers_of_examples(inputs, targets, None))
+
+
+def _lengths(value: Any) -> list[int]:
+    """First dimensions of the tensors in it, each once; before them of a list of one entry an example its length."""
+    if isinstance(value, PackedSequence):
+        return [len(value.data)]
+    rows = [t.size(0) for t in tensors_in(value) if t.ndim]
+    return list(dict.fromkeys([len(value), *rows] if _one_an_example(value) else rows))
+
+
+def _entries_of_a_list(value: Any) -> list[int]:
+    """How many examples a list as one input may have, or packed sequences."""
+    if isinstance(value, PackedSequence):
+        return [int(value.batch_sizes[0])]
+    return [len(value)] if isinstance(value, list) else []
+
+
+def _one_an_example(value: Any) -> bool:
+    """Whether a list seems to have an entry an example: mappings, numbers, or tensors of different lengths."""
+    if not isinstance(value, list) or not value:
+        return False
+    if all(isinstance(entry, Mapping) for entry in value):
+        return True
+    if all(isinstance(entry, Tensor) for entry in value):
+        return len({t.size(0) if t.ndim else None for t in value}) > 1 or value[0].ndim == 0
+    return all(isinstance(entry, int | float) for entry in value)
+
+
+def _by_key(inputs: Inputs) -> dict[Any, Any]:
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    return dict(
+        enumerate(inputs if isinstance(inputs, list | tuple) and not isinstance(inputs, PackedSequence) else [inputs])
+    )
+
+
+def _entries(inputs: Inputs) -> list[Any]:
+    return list(_by_key(inputs).values())
+
+
+def batch_size(value: Any) -> int:
+    """Number of examples among inputs or targets: of a list of one entry an example its length, else the first
+    dimension of the first tensor that has one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such tensor.
+    """
+    lengths = _lengths(value)
+    if not lengths:
+        raise ValueError("a batch holds no tensor with a first dimension, so its number of examples is unknown")
+    return lengths[0]
+
+
+def batch_flags(value: Any, size: int, batched: Batched = None) -> tuple[bool, ...]:
+    """Which tensors of inputs (or targets) have ``size`` examples along their first dimension, in order.
+
+    Those in the entries that ``batched`` names by position or key; without it, those whose first dimension is ``size``
+    and that are dense (a sparse one has a row an example where it joins examples: a graph; nested ones are not cut).
+
+    Raises
+    ------
+    ValueError
+        If there is no such entry, or it is not ``size`` long, or no tensor.
+    """
+    if batched is None:
+        return tuple(_is_dense(t) and t.ndim > 0 and t.shape[0] == size for t in tensors_in(value))
+    entries = _by_key(value)
+    unknown = [key for key in batched if key not in entries]
+    if unknown:
+        raise ValueError(f"batched names {unknown[0]!r}, but the inputs are {list(entries)}")
+    flags: list[bool] = []
+    for key, entry in entries.items():
+        if key in batched and has_uncut_examples(entry, size):
+            raise ValueError(f"batched names {key!r}, which holds what is no tensor: only tensors are cut, make it one")
+        for t in tensors_in(entry):
+            if key in batched and (t.ndim == 0 or t.size(0) != size):
+                raise ValueError(f"batched names {key!r} of shape {tuple(t.shape)}, but there are {size} targets")
+            flags.append(key in batched and not t.is_nested)
+    return tuple(flags)
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.layout is torch.strided and not t.is_nested
+
+
+def take(value: Any, index: Tensor | slice, flags: Sequence[bool]) -> Any:
+    """The examples ``index`` of inputs or targets: tensors with a flag are cut, the others (masks, scalars) stay."""
+    remaining = iter(flags)
+
+    def one(t: Tensor) -> Tensor:
+        if not next(remaining):
+            return t
+        return t[index.to(t.device) if isinstance(index, Tensor) else index]
+
+    return map_tensors(one, value)
+
+
+def has_uncut_examples(value: Any, size: int) -> bool:
+    """Whether inputs or targets hold something of each of ``size`` examples that :func:`take` leaves whole: what is no
+    tensor (a list of lengths, an array), or a list of one entry an example."""
+    if isinstance(value, Tensor):
+        return value.is_nested and value.size(0) == size
+    if isinstance(value, str | bytes) or getattr(value, "ndim", 1) == 0:
+        return False
+    if isinstance(value, Sized) and len(value) == size and (not tensors_in(value) or _one_an_example(value)):
+        return True
+    if all_plain(value):
+        return False
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(has_uncut_examples(entry, size) for entry in entries)
+
+
+def select(value: Any, index: Tensor | slice, *, size: int | None = None, batched: Batched = None) -> Any:
+    """The examples ``index`` of inputs (or targets) of ``size`` examples, by default that of the first tensor.
+
+    Raises
+    ------
+    ValueError
+        If something of each example cannot be cut.
+    """
+    n = batch_size(value) if size is None else size
+    if has_uncut_examples(value, n):
+        raise ValueError(f"of a batch of {n} examples a part cannot be taken: only tensors are cut, no lists")
+    return take(value, index, batch_flags(value, n, batched))
 
 
 def could_be_one_example(inputs: Inputs, targets: Any) -> bool:
@@ -156,89 +327,11 @@ def _pair(index: int, batch: Any) -> tuple[Inputs, Any]:
 
 
 def _as_tensors(value: Any) -> Any:
-    """NumPy arrays as tensors, also inside tuples and mappings."""
-    if isinstance(value, np.ndarray):
+    """NumPy arrays of numbers as tensors, also inside tuples and mappings."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return torch.as_tensor(value, device="cpu")
     if isinstance(value, Mapping):
-        return {k: _as_tensors(v) for k, v in value.items()}
+        return mapping_like(value, {k: _as_tensors(v) for k, v in value.items()})
     if isinstance(value, list | tuple):
-        return tuple_like(value, (_as_tensors(v) for v in value))
+        return sequence_like(value, (_as_tensors(v) for v in value))
     return value
-
-
-Batched = Collection[int | str] | None
-"""Which inputs have the batch as their first dimension, by position or name; ``None``: those of that length."""
-
-
-def batch_size(value: Any) -> int:
-    """Number of examples: the first dimension of the first tensor that has one, among inputs or targets.
-
-    Raises
-    ------
-    ValueError
-        If there is no such tensor.
-    """
-    for tensor in tensors_in(value):
-        if tensor.ndim:
-            return tensor.shape[0]
-    raise ValueError("a batch holds no tensor with a first dimension, so its number of examples is unknown")
-
-
-def batch_flags(value: Any, size: int, batched: Batched = None) -> tuple[bool, ...]:
-    """Which tensors of inputs (or targets) have ``size`` examples along their first dimension, in order.
-
-    Those in the entries that ``batched`` names by position or key; without it, those whose first dimension is ``size``
-    and that are not sparse (a sparse one has a row an example where it joins examples: a graph).
-
-    Raises
-    ------
-    ValueError
-        If there is no such entry, or it is not ``size`` long, or no tensor.
-    """
-    if batched is None:
-        return tuple(t.layout is torch.strided and t.ndim > 0 and t.shape[0] == size for t in tensors_in(value))
-    entries = dict(value) if isinstance(value, Mapping) else dict(enumerate(value if _is_sequence(value) else [value]))
-    unknown = [key for key in batched if key not in entries]
-    if unknown:
-        raise ValueError(f"batched names {unknown[0]!r}, but the inputs are {list(entries)}")
-    flags: list[bool] = []
-    for key, entry in entries.items():
-        if key in batched and has_uncut_examples(entry, size):
-            raise ValueError(f"batched names {key!r}, which holds what is no tensor: only tensors are cut, make it one")
-        for t in tensors_in(entry):
-            if key in batched and (t.ndim == 0 or t.shape[0] != size):
-                raise ValueError(f"batched names {key!r} of shape {tuple(t.shape)}, but there are {size} targets")
-            flags.append(key in batched)
-    return tuple(flags)
-
-
-def take(value: Any, index: Tensor | slice, flags: Sequence[bool]) -> Any:
-    """The examples ``index`` of inputs or targets: tensors with a flag are cut, the others (masks, scalars) stay."""
-    remaining = iter(flags)
-
-    def one(t: Tensor) -> Tensor:
-        if not next(remaining):
-            return t
-        return t[index.to(t.device) if isinstance(index, Tensor) else index]
-
-    return map_tensors(one, value)
-
-
-def has_uncut_examples(value: Any, size: int) -> bool:
-    """Whether inputs hold something of each of ``size`` examples that is no tensor (a list of lengths, an array), which
-    :func:`take` leaves whole."""
-    if isinstance(value, Tensor | str | bytes) or getattr(value, "ndim", 1) == 0:
-        return False
-    if isinstance(value, Sized) and len(value) == size and not tensors_in(value):
-        return True
-    entries = value.values() if isinstance(value, Mapping) else value if _is_sequence(value) else ()
-    return any(has_uncut_examples(entry, size) for entry in entries)
-
-
-def select(value: Any, index: Tensor | slice, *, size: int | None = None, batched: Batched = None) -> Any:
-    """The examples ``index`` of inputs (or targets) of ``size`` examples, by default that of the first tensor."""
-    return take(value, index, batch_flags(value, batch_size(value) if size is None else size, batched))
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, list | tuple)

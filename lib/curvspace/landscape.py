@@ -8,7 +8,8 @@ of :math:`|t|`, and on a quadratic the best :math:`\alpha` is one over the curva
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -139,8 +140,8 @@ class _InDouble(Loss):
     def outputs(self, raw: Any) -> Any:
         return self.inner.outputs(raw)
 
-    def modules(self) -> list[nn.Module]:
-        return self.inner.modules()
+    def at_rest(self, apart_from: Collection[nn.Module] = ()) -> AbstractContextManager[None]:
+        return self.inner.at_rest(apart_from)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         z = _double(outputs) if isinstance(outputs, Tensor) else outputs

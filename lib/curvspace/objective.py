@@ -9,7 +9,6 @@ their mean divides by (labels that count, class weights, entries). Then L is the
 from __future__ import annotations
 
 import copy
-import fnmatch
 import glob
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.arithmetic import in_own_arithmetic
-from curvspace.batches import Batched, as_pairs, could_be_one_example, layout, one_example
+from curvspace.batches import Batched, as_pairs, could_be_one_example, layout, one_example, require_known_sizes
 from curvspace.curvature.derivatives import Matrix, compare_derivatives
 from curvspace.curvature.determinism import (
     require_deterministic_loss,
@@ -30,7 +29,7 @@ from curvspace.curvature.determinism import (
 from curvspace.curvature.differences import DifferenceHessianOperator
 from curvspace.curvature.fingerprint import fingerprint, values_mark
 from curvspace.curvature.fisher import EmpiricalFisherOperator
-from curvspace.curvature.frozen import BatchNorm, FrozenModel
+from curvspace.curvature.frozen import BatchNorm, FrozenModel, untied
 from curvspace.curvature.linearisation import Batch, Point, mean_gradient
 from curvspace.curvature.operators import (
     CurvatureOperator,
@@ -39,10 +38,18 @@ from curvspace.curvature.operators import (
     HessianOperator,
     zero_gauss_newton,
 )
-from curvspace.curvature.split import cache_friendly_size, cut, seem_independent, spread, within_memory
+from curvspace.curvature.split import (
+    cache_friendly_size,
+    cut,
+    require_examples_first,
+    seem_independent,
+    spread,
+    within_memory,
+)
 from curvspace.differentiation import without_graph
 from curvspace.errors import refuse_options
 from curvspace.inputs import tensors_in
+from curvspace.loss_state import require_no_reference
 from curvspace.losses import Loss, get_loss
 from curvspace.losses.recognised import options_of, plain_globals
 from curvspace.outputs import output_tensors
@@ -116,7 +123,7 @@ class Objective:
         self.model = model
         self.function = FrozenModel(model, batch_norm, dropout_seed, dtype)
         if parameters is not None:
-            self.function = self.function.restricted(_untied(self.function, parameters))
+            self.function = self.function.restricted(untied(self.function, parameters))
         self._loss = loss
         self._loss_function = get_loss(loss)
         self.engine: Engine = engine
@@ -132,9 +139,12 @@ class Objective:
             size, flags = layout(i, x, y, batched)
             self._all.append(Batch(x, y, 0.0, i, size, flags))
         self.num_examples = int(self._summed(self._scalar(sum(b.size for b in self._all))))
+        if len(self._all) > 1 or group is not None:
+            require_known_sizes([(b.inputs, b.targets) for b in self._all], batched, self._loss_function.weight)
         self._weighed = (*self._weighed_for(), self._weigh(self._local_weights()))
         if batched is None:
             self._require_batches()
+            require_examples_first(self.function, self._given, self._loss_function)
 
     @property
     def device(self) -> torch.device:
@@ -209,7 +219,7 @@ class Objective:
         ), held
 
     def _local_weights(self) -> list[float]:
-        return [self._loss_function.weight(b.targets) for b in self._all]
+        return [self._loss_function.weight(b.targets, b.size) for b in self._all]
 
     def _weigh(self, weights: list[float]) -> list[Batch]:
         self._weights, self._parts = weights, None
@@ -323,7 +333,7 @@ class Objective:
         parts = self._apart()
         options = (self.engine, self.memory_budget, self.group)
         operator = EmpiricalFisherOperator(self._point(), parts, *options, examples=self.num_examples)
-        return self._following(operator, self._apart)
+        return self._following(operator, apart=True)
 
     def _apart(self) -> list[Batch]:
         """The batches, where the model and the loss treat examples one by one; tried on some of them."""
@@ -347,7 +357,7 @@ class Objective:
     def part(self, parameters: str | Sequence[str]) -> Objective:
         """The same loss as a function of some of the parameters, by name or pattern (``"head.*"``)."""
         other = copy.copy(self)
-        other.function = self.function.restricted(_untied(self.function, parameters))
+        other.function = self.function.restricted(untied(self.function, parameters))
         return other
 
     @one_at_a_time
@@ -363,21 +373,26 @@ class Objective:
             groups.setdefault(".".join(path if depth is None else path[:depth]), []).append(name)
         return {block: self.part([glob.escape(name) for name in names]) for block, names in groups.items()}
 
-    def _following(self, operator: Operator, batches: Callable[[], list[Batch]] | None = None) -> Operator:
+    def _following(self, operator: Operator, apart: bool = False) -> Operator:
         """The operator, which a refresh gives this objective's loss and batches, weighed and cut, as they then are."""
-        weights = [b.weight for b in operator.batches]
-
-        def present() -> list[Batch]:
-            nonlocal weights
-            found = self.batches if batches is None else batches()
-            operator.point = replace(operator.point, loss=self.loss_function)
-            if [b.weight for b in found] != weights:
-                weights = [b.weight for b in found]
-                operator._take(found)
-            return found
-
-        operator.given = present
+        operator.source = self._present_apart if apart else self._present
         return operator
+
+    def _present(self) -> tuple[Loss, list[Batch]]:
+        return self.loss_function, self.batches
+
+    def _present_apart(self) -> tuple[Loss, list[Batch]]:
+        return self.loss_function, self._apart()
+
+    def __copy__(self) -> Objective:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which has a copy of the model."""
+        require_no_reference(self._loss, self.model, "objective")
+        return {**vars(self), "_parts": None}
 
     def _point(self) -> Point:
         return Point.here(self.function, self.loss_function)
@@ -421,15 +436,3 @@ class Objective:
         if not self.loss_function.closed_form:
             self._within_memory(lambda batches: require_deterministic_loss(self._point(), batches[0]))
         compare_derivatives(self.function, self.loss_function, self._given[0], matrix)
-
-
-def _untied(function: FrozenModel, patterns: str | Sequence[str]) -> list[str]:
-    """The patterns, and for a tied parameter's second name (``"head.weight"``) its first (``"embed.weight"``)."""
-    first = {id(p): name for name, p in function.model.named_parameters()}
-    names = [(name, first[id(p)]) for name, p in function.model.named_parameters(remove_duplicate=False)]
-    others = [(name, own) for name, own in names if name != own and own in function.names]
-    found: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        tied = [glob.escape(own) for name, own in others if fnmatch.fnmatchcase(name, pattern)]
-        found += tied if tied and not fnmatch.filter(function.names, pattern) else [*tied, pattern]
-    return found

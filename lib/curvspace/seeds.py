@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -44,3 +48,10 @@ def replayed_randomness(device: torch.device, seed: int | None = None) -> Iterat
         if seed is not None:
             seed_generators(seed, device)
         yield
+
+
+def generator_states(device: torch.device) -> list[Any]:
+    """The states of the generators that a model may draw from."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    others = pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002  the one that a model would use
+    return [*(bytes(state.numpy()) for state in states), others]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +88,96 @@ def _overwritten() -> None:
     H @ torch.ones(43).double()
     x.mul_(2)
     H @ torch.ones(43).double()
+
+
+def _added() -> None:
+    (x, y), model = minibatch(N), mlp()
+    objective = Objective(model, (x, y))
+    model.append(nn.Linear(3, 3).double())
+    objective.loss()
+
+
+def _exchanged() -> None:
+    (x, y), model = minibatch(N), mlp()
+    objective = Objective(model, (x, y))
+    model[0] = nn.Linear(4, 5).double()
+    assert objective.loss() == F.cross_entropy(model(x), y).item()
+
+
+def _copied() -> None:
+    model = mlp()
+    operator = Objective(model, minibatch(N)).hessian()
+    product = operator @ torch.ones(43).double()
+    copied = pickle.loads(pickle.dumps(operator))
+    model[0].weight.data.mul_(2)
+    operator.refresh()
+    torch.testing.assert_close(copied @ torch.ones(43).double(), product)
+
+
+def _copied_penalty() -> None:
+    model = mlp()
+    copy.deepcopy(Objective(model, minibatch(N), lambda z, y: F.cross_entropy(z, y) + model[0].weight.square().sum()))
+
+
+def _keeping() -> None:
+    (x, y), model, calls, scale = minibatch(N), mlp(), [], 1.0
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        nonlocal scale
+        scale *= 2
+        calls.append(len(y))
+        return scale * F.cross_entropy(z, y)
+
+    _check(model, (x, y), loss, lambda: 2 * F.cross_entropy(model(x), y))
+    assert not calls
+
+
+def _writers() -> None:
+    (x, _), model = minibatch(N), _head(lambda s, x: s.h(x.mul_(2)))
+    y = torch.randn(N, 3).double()
+    _check(
+        model,
+        (x, y),
+        lambda z, y: (z - y.mul_(2)).square().mean(),
+        lambda: (s := (model.h(2 * x) - 2 * y)).mul(s).mean(),
+    )
+
+
+def _looks_at_parameters() -> None:
+    p = nn.Parameter(torch.rand(3))
+    p.doubled = True  # type: ignore[attr-defined]
+    _model(lambda s, x: s.h(x) * (2 * s.p if isinstance(s.p, nn.Parameter) and hasattr(s.p, "doubled") else 1), p=p)()
+
+
+def _boxes(z: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+    return torch.stack([(a - t["boxes"]).square().sum() for a, t in zip(z, targets, strict=True)]).sum() / len(targets)
+
+
+def _detection() -> None:
+    (x, _), model = minibatch(N), mlp()
+    targets = [{"boxes": torch.randn(1 + i % 3, 3).double()} for i in range(N)]
+    batches = [(x, targets), (x[:5], targets[:5])]
+    parts = [(n / (N + 5), b) for n, b in zip((N, 5), batches, strict=True)]
+    _check(model, batches, _boxes, lambda: torch.stack([w * _boxes(model(x), t) for w, (x, t) in parts]).sum())
+
+
+def _unequal() -> None:
+    (x, y), model = minibatch(N), _head(lambda s, a, x: s.h(x) * a.sum())
+    parts = [((torch.ones(3), x[:n]), (torch.ones(3).double(), y[:n])) for n in (N, 5)]
+    Objective(model, parts, lambda z, y: F.cross_entropy(z, y[1], y[0]))
+
+
+def _time_first() -> None:
+    model = Fn(lambda s, x: s.h(s.rnn(x)[0]), rnn=nn.RNN(4, 4), h=nn.Linear(4, 3)).double()
+    parts = [(torch.randn(6, n, 4).double(), torch.randint(3, (6, n))) for n in (9, 5)]
+    Objective(model, parts, lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()))
+
+
+def _nested() -> None:
+    model = _head(lambda s, x: torch.stack([s.h(t).tanh().mean(0) for t in x.unbind()]))
+    x = torch.nested.nested_tensor([torch.randn(1 + i % 3, 4).double() for i in range(N)], layout=torch.jagged)
+    y = minibatch(N)[1]
+    _check(model, (x, y), F.cross_entropy, lambda: F.cross_entropy(model(x), y))
 
 
 def _complex() -> None:
@@ -185,6 +277,7 @@ SITUATIONS: dict[str, Callable[[], Any]] = {
     '`reduction="none"`': _loss(nn.CrossEntropyLoss(reduction="none")),
     "a penalty on `model.parameters()` in the loss": lambda: _penalised(False),
     "a penalty on a list of parameters made before": lambda: _penalised(True),
+    "a loss that keeps statistics, counters or a log: a module, an object, variables around a function": _keeping,
     "statistics that the model computes itself": _model(lambda s, x: s.h(x - x.mean(0))),
     "an edge list beside node features": _model(
         lambda s, x, e: s.h(x.index_add(0, e[1], x[e[0]])), torch.randint(N, (2, 90))
@@ -213,10 +306,16 @@ SITUATIONS: dict[str, Callable[[], Any]] = {
     "embeddings with sparse gradients": _model(
         lambda s, x: s.h(s.e((x[:, 0] > 0).long())), e=nn.Embedding(2, 4, sparse=True)
     ),
+    "a model that writes into its inputs, a loss that writes into its targets": _writers,
+    "a forward that looks at the types or attributes of its parameters": _looks_at_parameters,
     "an activation changed in place that its derivative needs": _model(
         lambda s, x: s.h(x).sigmoid().mul_(2).sigmoid_().mul_(2)
     ),
     "a batch overwritten between two products": _overwritten,
+    "a list of targets, one mapping an example (boxes)": _detection,
+    "nested tensors, packed sequences": _nested,
+    "batches of several sizes with shared tensors among inputs and targets": _unequal,
+    "batches of several sizes with time along the first dimension": _time_first,
     "complex parameters": _complex,
     "a model under `torch.compile`": _compiled,
     "outputs in a mapping, batches in a mapping": _mapping,
@@ -224,6 +323,10 @@ SITUATIONS: dict[str, Callable[[], Any]] = {
     "outputs in a tuple, loss a callable": _model(lambda s, x: (s.h(x), x), loss=lambda o, y: F.cross_entropy(o[0], y)),
     "a batch of three tensors": lambda: Objective(mlp(), [(*minibatch(N), minibatch(N)[1])]),
     "one example without a batch dimension": lambda: Objective(mlp(), (minibatch(N)[0][0], minibatch(N)[1][0])),
+    "a layer added, frozen or let loose after the objective was made": _added,
+    "a layer exchanged for another one of its size": _exchanged,
+    "a copy of an operator, by `copy`, `pickle` or `torch.save`": _copied,
+    "a copy of an objective whose loss reads the model by a variable": _copied_penalty,
     "a function that can be differentiated once": lambda: (
         Objective(_head(lambda s, x: OnceTanh.apply(s.h(x))), minibatch(N)).hessian() @ torch.ones(15).double()
     ),
@@ -256,7 +359,9 @@ def test_situation(situation):
         SITUATIONS[situation]()
         return
     kind, message = re.fullmatch(r"`(\w+)`: (.*)", outcome).groups()
-    with pytest.raises({"ValueError": ValueError, "RuntimeError": RuntimeError}[kind]) as caught:
+    with pytest.raises(
+        {"ValueError": ValueError, "RuntimeError": RuntimeError, "TypeError": TypeError}[kind]
+    ) as caught:
         SITUATIONS[situation]()
     assert message.strip("“”") in str(caught.value)
     assert "\n" not in str(caught.value)

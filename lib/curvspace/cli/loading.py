@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace import Objective, datasets, models
-from curvspace.batches import as_pairs, batch_size, layout, take
+from curvspace.batches import as_pairs, batch_size, layout, select, take
 from curvspace.cli.common import load_function, set_threads
 from curvspace.cli.options import Subject, parsed
 from curvspace.curvature.frozen import FrozenModel
@@ -238,10 +238,10 @@ def limited(
     room = examples
     for i, batch in enumerate(islice(batches, count)):
         ((x, y),) = as_pairs([batch])
-        n, flags = layout(i, x, y, None)
+        n, _ = layout(i, x, y, None)
         if room is not None and n > room:
             cuts.append((x, y, room))
-            (x, y), n = take((x, y), slice(0, room), flags), room
+            (x, y), n = select((x, y), slice(0, room), size=n), room
         kept.append((x, y))
         if room is not None and (room := room - n) == 0:
             break

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from curvspace.batches import Batched, batch_flags, batch_size, take
+from curvspace.batches import Batched, batch_flags, batch_size, fit, number_of_examples, take
 from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.layerwise import LayerRecorder, add_class_gradients, agrees_with_autograd, moves_examples
@@ -20,26 +20,34 @@ from curvspace.outputs import logits
 
 
 def splits_exactly(
-    model: nn.Module, x: Inputs, y: Tensor, *, batched: Batched = None, batch_norm: BatchNorm = None
+    model: nn.Module, x: Inputs, y: Any, *, batched: Batched = None, batch_norm: BatchNorm = None
 ) -> bool:
     """Whether the model treats the examples one by one, so that a batch may be split by class, or a part of it taken.
 
     Tried once for a model and its modes, on a few examples; see :func:`~curvspace.curvature.split.independent`.
     """
-    n = y.shape[0]
+    n = number_of_examples(x, y)
     return n == 1 or independent(FrozenModel(model, batch_norm), x, n, batch_flags(x, n, batched))
 
 
-def require_part_exact(
-    model: nn.Module, x: Inputs, y: Tensor, fraction: float, *, batch_norm: BatchNorm = None
-) -> None:
+def require_part_exact(model: nn.Module, x: Inputs, y: Any, fraction: float, *, batch_norm: BatchNorm = None) -> None:
     """Raise ``ValueError`` where the first examples of a batch alone would be another function of the parameters.
 
-    Batch statistics are those of the part.
+    Batch statistics are those of the part: beside them, examples are to be treated one by one.
     """
-    if not any(batch_flags(x, len(y))):
-        raise ValueError(f"a batch of {batch_size(x)} inputs has {len(y)} targets")
-    if FrozenModel(model, batch_norm).uses_batch_statistics or splits_exactly(model, x, y, batch_norm=batch_norm):
+    n = number_of_examples(x, y)
+    if not any(batch_flags(x, n)):
+        if fit(x, y):
+            raise ValueError(
+                f"fraction={fraction} of a batch cannot be taken: no input is a tensor with the examples along "
+                "their first dimension; use fraction=1"
+            )
+        raise ValueError(f"a batch of {batch_size(x)} inputs has {n} targets")
+    if FrozenModel(model, batch_norm).uses_batch_statistics:
+        batch_norm = "running"
+        if FrozenModel(model, batch_norm).uses_batch_statistics:  # there are no others, behind which nothing is seen
+            return
+    if splits_exactly(model, x, y, batch_norm=batch_norm):
         return
     raise ValueError(
         f"fraction={fraction} of a batch would be another function: {type(model).__name__} does not treat "
@@ -107,15 +115,16 @@ def class_layout(x: Inputs, y: Tensor, num_classes: int, batched: Batched) -> tu
     """Which inputs are cut with the batch, and the sizes of the classes."""
     sizes = class_sizes(y, num_classes)
     flags = batch_flags(x, len(y), batched)
-    if batched is None and not any(flags):
+    if batched is None and not fit(x, y):
         raise ValueError(f"a batch of {batch_size(x)} inputs has {len(y)} targets")
     return flags, sizes
 
 
 def class_sizes(y: Tensor, num_classes: int) -> list[int]:
     """Of each class, how many examples it has: known to the host after waiting for a device once."""
-    if y.ndim != 1 or y.is_floating_point():
-        raise ValueError(f"class gradients need integer targets of shape (N,), got {y.dtype} {tuple(y.shape)}")
+    if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point():
+        found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise ValueError(f"class gradients need integer targets of shape (N,), got {found}")
     if len(y) == 0:
         raise ValueError("a batch of class gradients is empty")
     y = y.long().cpu()

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import pickle
-import random
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +12,7 @@ from curvspace.curvature.linearisation import Batch, Point
 from curvspace.curvature.split import SAMPLE, seem_independent
 from curvspace.differentiation import without_graph
 from curvspace.outputs import output_tensors
-from curvspace.seeds import replayed_randomness
+from curvspace.seeds import generator_states, replayed_randomness
 
 SEEDS = 32
 """Draws on which a model that draws is tried: what they do not change may be drawn."""
@@ -73,19 +69,12 @@ def _drawn_anew(
 
     def watched() -> tuple[list[Tensor], bool]:
         with function.policy_in_force(), function.at(point.parameters, point.constants, batch.index):
-            before = _generators(device)
+            before = generator_states(device)
             found = evaluate()
-            return found, function.dropout_seed is None and _generators(device) != before
+            return found, function.dropout_seed is None and generator_states(device) != before
 
     with replayed_randomness(device, seed):  # an evaluation alone leaves the generators as they were
         return without_graph(watched)
-
-
-def _generators(device: torch.device) -> list[Any]:
-    """The states of the generators that a model may draw from."""
-    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-    others = pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002  the one that a model would use
-    return [*(bytes(state.numpy()) for state in states), others]
 
 
 def _require_same(a: Tensor, b: Tensor, what: str, where: str) -> None:

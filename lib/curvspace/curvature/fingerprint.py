@@ -56,7 +56,7 @@ def fingerprint(model: nn.Module, coordinates: Collection[str], inputs: Inputs, 
         given = look.nested(inputs, lambda t: _of_input(t, next(remaining)))
         key = (modules, others, buffers, given)
         hash(key)
-    except (_Unknown, TypeError, ValueError, RecursionError):
+    except Exception:  # _Unknown, or what an object raises that is looked at
         return None
     return key
 
@@ -92,12 +92,15 @@ class _Look:
             raise _Unknown
         if t not in _number_of:
             _number_of[t] = next(_numbers)
-        return _number_of[t], t._version, t.dtype, t.shape
+        return _number_of[t], t._version, t.dtype, None if t.is_nested else t.shape
 
-    def value(self, value: Any) -> Any:
-        self.entries += 1
+    def count(self, entries: int) -> None:
+        self.entries += entries
         if self.entries > ENTRIES:
             raise _Unknown
+
+    def value(self, value: Any) -> Any:
+        self.count(1)
         if isinstance(value, _PLAIN):
             return type(value), value
         if isinstance(value, Tensor):
@@ -127,6 +130,8 @@ class _Look:
         """Of a container its type and what it holds, tensors by ``of_tensor``."""
         if isinstance(value, Tensor):
             return of_tensor(value)
+        if isinstance(value, Mapping | list | tuple | set | frozenset):
+            self.count(len(value))
         if isinstance(value, Mapping):
             return type(value), tuple((self.value(k), self.nested(v, of_tensor)) for k, v in value.items())
         if isinstance(value, list | tuple):
@@ -153,6 +158,6 @@ def _of_classes(kind: type) -> Any:
 def _of_input(t: Tensor, cut: bool) -> Any:
     if cut:
         return t.dtype, t.shape[1:]
-    if t.numel() > VALUES or t.layout != torch.strided:
+    if t.is_nested or t.layout != torch.strided or t.numel() > VALUES:
         raise _Unknown
     return t.dtype, t.shape, tuple(t.detach().reshape(-1).tolist())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import glob
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -21,8 +22,8 @@ from curvspace.arithmetic import full_float32, require_float64
 from curvspace.curvature.as_written import as_written, plain_kernels, without_cached_weights
 from curvspace.differentiation import require_second_derivatives
 from curvspace.functional import trainable_parameters, unwrapped
-from curvspace.inputs import Inputs, call, map_tensors, tensors_in
-from curvspace.module_state import modules_within, preserved_attributes, substituted
+from curvspace.inputs import Inputs, call, map_tensors
+from curvspace.module_state import alike, modules_within, preserved_attributes, substituted
 from curvspace.seeds import replayed_randomness
 from curvspace.tensors import ordinary
 from curvspace.threads import ALONE
@@ -69,21 +70,34 @@ class FrozenModel:
         _refuse_scripted(model)
         found = trainable_parameters(model)
         self.names = _chosen(list(found), parameters)
+        self._all = parameters is None
         self.dtype = dtype or _widest(found.values())
         self.device = _only_device(found)
         self.dropout_seed = dropout_seed
-        dropout = dropout_seed is not None
-        self._modes = [(m, self._training_flag(m, batch_norm, dropout)) for m in modules_within(model)]
-        self.uses_batch_statistics = any(_normalises_by_batch(m, mode) for m, mode in self._modes)
-        self._writes_inputs: bool | None = None
+        self._batch_norm = batch_norm
+        self._flags: dict[nn.Module, bool] = {}
+        self.modes  # noqa: B018  where it is the module's present mode, of the time of the construction
         self._twice = False
         self.backward_is_linear = False  # until a product has shown it
 
-    @staticmethod
-    def _training_flag(module: nn.Module, batch_norm: BatchNorm, dropout: bool) -> bool:
+    @property
+    def _modes(self) -> list[tuple[nn.Module, bool]]:
+        """The modules and their training flags under the policy; of those that the model has got meanwhile, too."""
+        modules = modules_within(self.model)
+        for module in modules:
+            if module not in self._flags:
+                self._flags[module] = self._training_flag(module)
+        return [(m, self._flags[m]) for m in modules]
+
+    def _training_flag(self, module: nn.Module) -> bool:
         if _is_normalisation(module):
-            return module.training if batch_norm is None else batch_norm == "batch"
-        return dropout
+            return module.training if self._batch_norm is None else self._batch_norm == "batch"
+        return self.dropout_seed is not None
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether a normalisation mixes the examples of a batch."""
+        return any(_normalises_by_batch(m, mode) for m, mode in self._modes)
 
     @property
     def keeps_modes(self) -> bool:
@@ -118,7 +132,7 @@ class FrozenModel:
     def restricted(self, parameters: str | Sequence[str]) -> FrozenModel:
         """The same function of some of its parameters, the others being constants."""
         other = copy.copy(self)
-        other.names = _chosen(self.names, parameters)
+        other.names, other._all = _chosen(self.names, parameters), False
         return other
 
     def in_dtype(self, dtype: torch.dtype) -> FrozenModel:
@@ -135,16 +149,18 @@ class FrozenModel:
         """Copies of the chosen parameters as fresh leaves that require gradients."""
         chosen = self._chosen_ones()
         with torch.inference_mode(False):
-            return tuple(p.detach().to(self.device, self.dtype, copy=True).requires_grad_() for p in chosen)
+            copies = (alike(p.detach().to(self.device, self.dtype, copy=True), p) for p in chosen)
+            return tuple(p.requires_grad_() for p in copies)
 
     def _chosen_ones(self) -> list[Tensor]:
         found = trainable_parameters(self.model)
         gone = [name for name in self.names if name not in found]
-        if gone:
-            names = ", ".join(map(repr, gone[:4])) + ", …" * (len(gone) > 4)
+        new = [name for name in found if name not in self.names] if self._all else []
+        if gone or new:
+            names = ", ".join(map(repr, (gone or new)[:4])) + ", …" * (len(gone or new) > 4)
             raise RuntimeError(
-                f"the trainable parameters of {type(self.model).__name__} have changed: {names} is frozen or gone "
-                "since this objective or operator was made: make a new one"
+                f"the trainable parameters of {type(self.model).__name__} have changed: {names} is "
+                f"{'frozen or gone' if gone else 'new'} since this objective or operator was made: make a new one"
             )
         return [found[name] for name in self.names]
 
@@ -156,10 +172,13 @@ class FrozenModel:
             return {n: self.cast(t).clone() for n, t in {**others, **dict(self.model.named_buffers())}.items()}
 
     def cast(self, value: Any) -> Any:
-        """Tensors (also inside tuples and mappings) on the model's device, floating ones in its type."""
+        """Tensors (also inside tuples and mappings) on the model's device, floating and complex ones in its type."""
 
         def move(t: Tensor) -> Tensor:
-            return ordinary(t.to(self.device, self.dtype if t.is_floating_point() else t.dtype))
+            dtype = self.dtype if t.is_floating_point() else t.dtype
+            if t.is_complex():
+                dtype = torch.promote_types(self.dtype, torch.float32).to_complex()
+            return ordinary(t.to(self.device, dtype))
 
         return map_tensors(move, value)
 
@@ -191,14 +210,8 @@ class FrozenModel:
             yield
 
     def outputs(self, inputs: Inputs) -> Any:
-        """The module's outputs inside :meth:`at`. A model that writes into its inputs gets copies of them."""
-        if self._writes_inputs is False:
-            return call(self.model, inputs)
-        inputs = map_tensors(Tensor.clone, inputs)
-        before = [t._version for t in tensors_in(inputs)]
-        outputs = call(self.model, inputs)
-        self._writes_inputs = before != [t._version for t in tensors_in(inputs)]
-        return outputs
+        """The module's outputs inside :meth:`at`."""
+        return call(self.model, inputs)
 
     def gradient(
         self, value: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False
@@ -241,8 +254,9 @@ class FrozenModel:
         autocast and TF32: the precision is ``dtype``'s.
         """
         with ALONE, ExitStack() as stack:
-            changed = [(m, mode) for m, mode in self._modes if m.training != mode]
-            sparse = [m for m, _ in self._modes if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+            modes = self._modes
+            changed = [(m, mode) for m, mode in modes if m.training != mode]
+            sparse = [m for m, _ in modes if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
             if self.dropout_seed is None:  # whatever the model draws, it leaves no trace
                 stack.enter_context(replayed_randomness(self.device))
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
@@ -250,7 +264,7 @@ class FrozenModel:
                 stack.enter_context(full_float32(self.device))
             stack.enter_context(as_written())
             stack.enter_context(without_cached_weights())
-            stack.enter_context(plain_kernels(m for m, _ in self._modes))
+            stack.enter_context(plain_kernels(m for m, _ in modes))
             try:
                 for module, mode in changed:
                     module.training = mode
@@ -283,6 +297,18 @@ def _chosen(names: list[str], patterns: str | Sequence[str] | None) -> list[str]
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"no trainable parameter is named {pattern!r}; there are {', '.join(names[:8])}, …")
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def untied(function: FrozenModel, patterns: str | Sequence[str]) -> list[str]:
+    """The patterns, and for a tied parameter's second name (``"head.weight"``) its first (``"embed.weight"``)."""
+    first = {id(p): name for name, p in function.model.named_parameters()}
+    names = [(name, first[id(p)]) for name, p in function.model.named_parameters(remove_duplicate=False)]
+    others = [(name, own) for name, own in names if name != own and own in function.names]
+    found: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        tied = [glob.escape(own) for name, own in others if fnmatch.fnmatchcase(name, pattern)]
+        found += tied if tied and not fnmatch.filter(function.names, pattern) else [*tied, pattern]
+    return found
 
 
 def _widest(parameters: Any) -> torch.dtype:

@@ -12,8 +12,8 @@ normalisation layers, and tracing a linearisation costs as much as several produ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from curvspace.functional import flatten
 from curvspace.inner import norm
 from curvspace.inputs import Inputs, tensors_in
 from curvspace.losses import Loss
-from curvspace.module_state import left_alone, modules_within
+from curvspace.module_state import modules_within
 from curvspace.outputs import pack
 from curvspace.tensors import version_of
 
@@ -70,15 +70,31 @@ class Point:
     loss: Loss
     parameters: tuple[Tensor, ...]
     constants: Mapping[str, Tensor]
+    modules: Mapping[str, nn.Module]
 
     @classmethod
     def here(cls, function: FrozenModel, loss: Loss) -> Point:
         """The model's present parameters, as copies that require gradients."""
-        return cls(function, loss, function.parameters(), function.constants())
+        modules = dict(function.model.named_modules())
+        return cls(function, loss, function.parameters(), function.constants(), modules)
+
+    @contextmanager
+    def _in_force(self, batch: Batch) -> Iterator[None]:
+        """The model at this point, whose modules are to be those that it was taken of."""
+        model = self.function.model
+        present = dict(model.named_modules())
+        changed = [n for n in {**self.modules, **present} if present.get(n) is not self.modules.get(n)]
+        if changed:
+            raise RuntimeError(
+                f"the modules of {type(model).__name__} have changed since this operator was made ({changed[0]!r} is "
+                "new, another or gone): make a new one"
+            )
+        with self.function.policy_in_force(), self.function.at(self.parameters, self.constants, batch.index):
+            yield
 
     def outputs(self, batch: Batch) -> Any:
         """What the loss takes of the model's outputs."""
-        with self.function.policy_in_force(), self.function.at(self.parameters, self.constants, batch.index):
+        with self._in_force(batch):
             return self._outputs(batch)
 
     def value(self, batch: Batch) -> Tensor:
@@ -92,7 +108,7 @@ class Point:
         around_loss: AbstractContextManager[Any] | None = None,
     ) -> tuple[Any, Tensor]:
         """``between`` of the outputs, and the loss of that, both with the model at these parameters."""
-        with self.function.policy_in_force(), self.function.at(self.parameters, self.constants, batch.index):
+        with self._in_force(batch):
             outputs = between(self._outputs(batch))
             with around_loss or nullcontext():
                 return outputs, self.loss_of(outputs, batch)
@@ -109,10 +125,9 @@ class Point:
             If outputs and targets do not fit together, naming the batch.
         """
         targets = self.function.cast(batch.targets)
-        beside = self.loss.modules()
-        own = set(modules_within(self.function.model)) if beside else set()
+        own = set(modules_within(self.function.model)) if self.loss.stateful else ()
         try:
-            with left_alone(m for m in beside if m not in own):  # the model's own are, where it is evaluated
+            with self.loss.at_rest(own):  # the model's own modules are, where it is evaluated
                 value = self.loss(outputs, targets)
         except (IndexError, RuntimeError, ValueError) as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):

@@ -8,6 +8,7 @@ Only products are ever formed: ``H @ v`` for v (P,), ``H @ V`` for V (P, m).
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from curvspace.curvature.linearisation import (
 from curvspace.curvature.memory import default_budget, is_out_of_memory, let_go, with_kept_bytes
 from curvspace.curvature.split import within_memory
 from curvspace.functional import unflatten
+from curvspace.losses import Loss
 from curvspace.tensors import ordinary
 from curvspace.threads import one_at_a_time
 
@@ -74,7 +76,7 @@ class CurvatureOperator:
             raise ValueError(f'engine must be "auto", "linearize" or "recompute", got {engine!r}')
         self.point = point
         self.batches: list[Batch] = []
-        self.given: Callable[[], Sequence[Batch]] = lambda: batches  # cut otherwise, maybe, after a refresh
+        self.source: Callable[[], tuple[Loss, Sequence[Batch]]] | None = None  # the present ones, for a refresh
         self._take(batches)
         self.engine = engine
         self.group = group
@@ -117,16 +119,30 @@ class CurvatureOperator:
     @one_at_a_time
     def refresh(self) -> None:
         """Take the model's present parameters in place of those at the last refresh, or at the construction."""
-        given = self.given()
-        if [(b.index, b.size) for b in given] != self._sizes:
-            self._take(given)
-        self.point = Point.here(self.point.function, self.point.loss)
-        self._kept.clear()
+        loss = self.point.loss
+        if self.source is not None:
+            loss, given = self.source()
+            if [(b.index, b.size, b.weight) for b in given] != self._sizes:
+                self._take(given)
+        self.point = Point.here(self.point.function, loss)
+        self._kept = {}
+        if sum(p.numel() for p in self.point.parameters) != self.shape[0]:
+            raise RuntimeError(f"the model has other than {self.shape[0]} parameters now: make a new {self.name}")
 
     def _take(self, batches: Sequence[Batch]) -> None:
         self.batches = list(batches)
         self._versions = [b.versions for b in self.batches]
-        self._sizes = [(b.index, b.size) for b in self.batches]
+        self._sizes = [(b.index, b.size, b.weight) for b in self.batches]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: graphs are made anew, and what is counted is counted apart."""
+        self._require_unchanged()
+        state = {k: copy.copy(v) if isinstance(v, list) else v for k, v in self.__dict__.items() if k != "_versions"}
+        return {**state, "_kept": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._versions = [b.versions for b in self.batches]
 
     def _require_unchanged(self) -> None:
         for batch, versions in zip(self.batches, self._versions, strict=True):
@@ -185,7 +201,7 @@ class CurvatureOperator:
         return (held + batch.size) * self._bytes_per_example <= self._budget
 
     def _release(self) -> None:
-        self._kept.clear()
+        self._kept = {}
         self.engine = "recompute"
 
     def to_scipy(self) -> Any:

@@ -6,6 +6,7 @@ weighted mean over them (known, or whole and parts compared).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from curvspace.curvature.frozen import FrozenModel
 from curvspace.curvature.linearisation import Batch, Point
 from curvspace.curvature.memory import default_budget, is_out_of_memory, let_go, with_kept_bytes
 from curvspace.differentiation import without_graph
-from curvspace.inputs import Inputs, tensors_in
+from curvspace.inputs import Inputs, map_tensors, tensors_in
 from curvspace.losses import Loss
 from curvspace.outputs import joined, map_outputs, output_tensors, real_tensors, rows, with_leaves
 
@@ -53,10 +54,10 @@ def split(batches: Sequence[Batch], size: int, loss: Loss) -> list[Batch]:
         if batch.size <= size:
             parts.append(batch)
             continue
-        whole = loss.weight(batch.targets)
+        whole = loss.weight(batch.targets, batch.size)
         for start in range(0, batch.size, size):
             part = batch.examples(slice(start, min(start + size, batch.size)))
-            weight = loss.weight(part.targets)
+            weight = loss.weight(part.targets, part.size)
             if weight:
                 parts.append(replace(part, weight=batch.weight * (weight / whole)))
     return parts
@@ -69,6 +70,8 @@ def cut(point: Point, batches: Sequence[Batch], size: int) -> list[Batch] | None
     parts: list[Batch] = []
     for batch in batches:
         if batch.size > size:
+            if has_uncut_examples(batch.targets, batch.size):
+                return None
             if not independent(point.function, batch.inputs, batch.size, batch.flags):
                 return None
             pieces = split([batch], size, point.loss)
@@ -194,6 +197,57 @@ def _same_here_and_elsewhere(function: FrozenModel, inputs: Inputs, n: int, flag
         return True
 
 
+def require_examples_first(function: FrozenModel, batches: Sequence[Batch], loss: Loss) -> None:
+    """Raise ``ValueError`` for sequences with time along the first dimension and the examples along the second, where
+    the loss depends on how many examples there are: the model treats those along the second one by one."""
+    shaped = [(b, shape) for b in batches if (shape := _sequences(b))]
+    first = [loss.weight(b.targets, shape[0]) for b, shape in shaped]
+    second = [loss.weight(_of_shape(b.targets, shape, lambda t: t.transpose(0, 1)), shape[1]) for b, shape in shaped]
+    alike = all(math.isclose(f * second[0], s * first[0]) for f, s in zip(first, second, strict=True))
+    if alike and (first == second or not loss.closed_form):
+        return
+    batch, shape = min(shaped, key=lambda pair: math.prod(pair[1]))
+    flags = batch.flags[: len(tensors_in(batch.inputs))]
+    if _apart_along_second(function, batch.inputs, shape) and not seem_independent(
+        function, batch.inputs, batch.size, flags
+    ):
+        raise ValueError(
+            f"batch {batch.index} seems to have {shape[1]} examples along the second dimension and {shape[0]} steps "
+            "along the first: give inputs and targets with the examples along the first and let the model transpose "
+            "them, or say that they are (batched=[0])"
+        )
+
+
+def _sequences(batch: Batch) -> tuple[int, int] | None:
+    """The first two dimensions of targets and of an input alike, that is more than features of each example."""
+    y = next((t for t in tensors_in(batch.targets) if t.ndim > 1 and not t.is_nested), None)
+    if y is None or y.shape[0] != batch.size or y.shape[1] < 2:
+        return None
+    inputs = (t for t in tensors_in(batch.inputs) if not t.is_nested and (t.ndim > 2 or not t.is_floating_point()))
+    return (y.shape[0], y.shape[1]) if any(t.shape[:2] == y.shape[:2] for t in inputs) else None
+
+
+def _of_shape(value: Any, shape: tuple[int, int], f: Callable[[Tensor], Tensor]) -> Any:
+    return map_tensors(lambda t: f(t) if not t.is_nested and tuple(t.shape[:2]) == shape else t, value)
+
+
+def _apart_along_second(function: FrozenModel, inputs: Inputs, shape: tuple[int, int]) -> bool:
+    """Whether outputs of a few of what is along the second dimension are those of the first of them and of the rest."""
+    function = function.in_dtype(torch.float64)
+    theta, constants = function.parameters(), function.constants()
+
+    def evaluated(part: slice) -> list[Tensor]:
+        few = _of_shape(inputs, shape, lambda t: t[:, part])
+        return real_tensors(without_graph(lambda: function(theta, constants, function.cast(few))))
+
+    try:
+        whole, *parts = (evaluated(part) for part in (slice(0, 4), slice(0, 1), slice(1, 4)))
+        apart = [torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)]
+    except Exception:  # the model's own: it shows again where the whole is evaluated
+        return False
+    return all(_close(a, b, 1e-8) for a, b in zip(whole, apart, strict=True))
+
+
 def spread(size: int, n: int) -> Tensor:
     """n of ``size`` positions, far apart."""
     return torch.linspace(0, size - 1, n, dtype=torch.float64, device="cpu").long()
@@ -274,7 +328,7 @@ def _adds_up(point: Point, batch: Batch, parts: Sequence[Batch]) -> bool:
     try:
         if not _sum_of_parts(there, z, batch, parts):
             return False
-    except (RuntimeError, IndexError, ValueError):  # for example weights of every example inside the loss
+    except Exception:  # the loss's own: weights of every example inside, a check of lengths
         return False
     z, leaves = with_leaves(z)
     moved = iter(_elsewhere([*leaves, *point.parameters], [1] * (len(leaves) + len(point.parameters))))

@@ -5,7 +5,7 @@ For outputs z and targets y a loss gives
 - ``L(z, y)`` itself, a scalar;
 - ``gradient(z, y)``: :math:`\partial L/\partial z`, the shape of z;
 - ``hessian_product(z, y, u)``: :math:`(\partial^2 L/\partial z^2) u`, the shape of z;
-- ``weight(y)``: how much the batch counts beside others.
+- ``weight(y, n)``: how much the batch, of n examples, counts beside others.
 
 The losses known here by name are weighted means, :math:`L = S/W` with S a sum over the examples and W the sum of
 their weights (labels that count, class weights, entries), or such a sum alone (``reduction="sum"``). Parts of a batch

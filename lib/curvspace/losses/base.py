@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from types import CellType, FunctionType, MethodType
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from curvspace.batches import batch_size
 from curvspace.differentiation import pull_back, require_second_derivatives
-from curvspace.module_state import left_alone
+from curvspace.inputs import copies_of
+from curvspace.loss_state import undisturbed
 from curvspace.outputs import logits
 
 Reduction = Literal["mean", "sum"]
@@ -22,44 +22,49 @@ Reduction = Literal["mean", "sum"]
 class Loss:
     """Any callable(outputs, targets) -> mean loss over the examples; its derivatives by autograd on detached outputs.
 
-    The callable gets the model's outputs as they are, also mappings and tuples.
+    The callable gets the model's outputs as they are, also mappings and tuples, and a copy of the targets.
     """
 
     reduction: Reduction = "mean"
     closed_form = False
     linear = False
     """Whether L is linear in the outputs by definition, so that every Gauss-Newton matrix is zero."""
+    stateful = True
+    """Whether it may keep something from one call to the next."""
 
     def __init__(self, function: Callable[[Any, Any], Tensor]):
         self._function = function
         self.name = getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        return self._function(outputs, targets)
+        return self._function(outputs, copies_of(targets))
 
     def outputs(self, raw: Any) -> Any:
         """What of the model's outputs the loss takes."""
         return raw
 
-    def weight(self, targets: Any) -> float:
-        """The batch's weight W beside other batches."""
-        return float(batch_size(targets))
+    def weight(self, targets: Any, size: int | None = None) -> float:
+        """The weight W of a batch of ``size`` examples (as the targets have) beside other batches."""
+        return float(batch_size(targets) if size is None else size)
 
     def adds_up(self, targets: Any) -> bool:
         """Whether L is known to be a sum over the examples divided by the sum of their weights."""
         return False
 
-    def modules(self) -> list[nn.Module]:
-        """Modules that it is or calls, whose state an evaluation may move (statistics, centres, counters)."""
-        return _modules_of(self._function, 0)
+    def at_rest(self, apart_from: Collection[nn.Module] = ()) -> AbstractContextManager[None]:
+        """Inside, evaluations leave what it keeps (statistics, centres, counters) as it was, but not in these modules.
+
+        Training moves it once a step.
+        """
+        return undisturbed(vars(self).get("_function", self), apart_from) if self.stateful else nullcontext()
 
     def gradient(self, outputs: Tensor, targets: Any) -> Tensor:
-        with torch.enable_grad(), left_alone(self.modules()):
+        with torch.enable_grad(), self.at_rest():
             z = outputs.detach().requires_grad_()
             return torch.autograd.grad(self(z, targets), z)[0]
 
     def hessian_product(self, outputs: Tensor, targets: Any, u: Tensor) -> Tensor:
-        with torch.enable_grad(), left_alone(self.modules()):
+        with torch.enable_grad(), self.at_rest():
             z = outputs.detach().requires_grad_()
             (g,) = torch.autograd.grad(self(z, targets), z, create_graph=True)
             require_second_derivatives([g])
@@ -78,14 +83,12 @@ class TorchLoss(Loss):
             raise ValueError(f'{self.name}: reduction must be "mean" or "sum", got {reduction!r}: a loss is one number')
         self.reduction = "sum" if reduction == "sum" else "mean"
         self._over_entries = over_entries and reduction == "mean"
+        self.stateful = isinstance(function, nn.Module) and type(function).__module__ != nn.modules.loss.__name__
 
-    def modules(self) -> list[nn.Module]:
-        return []  # they have no state
-
-    def weight(self, targets: Any) -> float:
+    def weight(self, targets: Any, size: int | None = None) -> float:
         if self.reduction == "sum":
             return 1.0
-        return float(_tensor(targets, self.name).numel()) if self._over_entries else super().weight(targets)
+        return float(_tensor(targets, self.name).numel()) if self._over_entries else super().weight(targets, size)
 
 
 class KnownLoss(Loss):
@@ -93,14 +96,12 @@ class KnownLoss(Loss):
 
     name = ""
     closed_form = True
+    stateful = False
 
     def __init__(self, reduction: Reduction = "mean"):
         if reduction not in ("mean", "sum"):
             raise ValueError(f'{self.name}: reduction must be "mean" or "sum", got {reduction!r}: a loss is one number')
         self.reduction = reduction
-
-    def modules(self) -> list[nn.Module]:
-        return []
 
     def outputs(self, raw: Any) -> Tensor:
         return logits(raw)
@@ -108,7 +109,7 @@ class KnownLoss(Loss):
     def adds_up(self, targets: Any) -> bool:
         return True
 
-    def weight(self, targets: Any) -> float:
+    def weight(self, targets: Any, size: int | None = None) -> float:
         return float(self.normaliser(_tensor(targets, self.name))) if self.reduction == "mean" else 1.0
 
     def normaliser(self, targets: Tensor) -> Tensor | int:
@@ -123,30 +124,6 @@ class KnownLoss(Loss):
         if not isinstance(total, Tensor):
             return total
         return total.masked_fill(total == 0, math.inf if total.is_floating_point() else 1)
-
-
-def _modules_of(held: Any, depth: int) -> list[nn.Module]:
-    """A module, or those of a callable: bound, in its closure, among its attributes, or global and named in it."""
-    if isinstance(held, nn.Module) or depth == 3:
-        return [held] if isinstance(held, nn.Module) else []
-    inside: list[Any] = []
-    if isinstance(held, MethodType):
-        inside = [held.__self__, held.__func__]
-    elif isinstance(held, functools.partial):
-        inside = [held.func, *held.args, *held.keywords.values()]
-    elif isinstance(held, FunctionType):
-        cells = map(_content, held.__closure__ or ())
-        inside = [*cells, *(held.__globals__.get(name) for name in held.__code__.co_names)]
-    elif depth == 0:
-        inside = [*getattr(held, "__dict__", {}).values(), type(held).__call__]
-    return [m for value in inside for m in _modules_of(value, depth + 1)]
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not bound yet
-        return None
 
 
 def _tensor(targets: Any, name: str) -> Tensor:

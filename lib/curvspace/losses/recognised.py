@@ -33,7 +33,7 @@ def plain_globals(loss: Any) -> list[Any]:
     """The numbers and words among the global variables that a callable's own code names."""
     functions = [loss, *(getattr(type(loss), name, None) for name in ("forward", "__call__"))]
     found = (f.__globals__.get(name) for f in functions if isinstance(f, FunctionType) for name in f.__code__.co_names)
-    return [value for value in found if isinstance(value, bool | int | float | str)]
+    return [value for value in found if issubclass(type(value), bool | int | float | str)]
 
 
 def get_loss(loss: str | Loss | Callable[[Any, Any], Tensor]) -> Loss:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvspace.batches import as_pairs, batch_size
-from curvspace.inputs import Inputs, tuple_like
+from curvspace.inputs import Inputs, sequence_like
 
 Pair = tuple[Inputs, Tensor]
 
@@ -21,7 +21,7 @@ def copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: copied(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return tuple_like(value, (copied(v) for v in value))
+        return sequence_like(value, (copied(v) for v in value))
     return value
 
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from curvspace.arithmetic import require_float64
 from curvspace.curvature.as_written import as_written, without_checkpointing
 from curvspace.denormals import flushed_on
+from curvspace.differentiation import without_graph
 from curvspace.functional import trainable_parameters
 from curvspace.inputs import Inputs
+from curvspace.loss_state import require_no_reference
 from curvspace.losses import Loss, get_loss
 from curvspace.optim.ranks import Ranks
 
@@ -144,6 +146,13 @@ class ModelOptimizer(torch.optim.Optimizer):
             )
         self._stepped_on = kind
 
+    def _move_loss(self, outputs: Any, targets: Any) -> None:
+        """What the loss keeps of the minibatches moves once a step, by the outputs before it: for steps that evaluate
+        it more often, each time as it was."""
+        if self.loss.stateful:
+            with self.evaluating():
+                without_graph(lambda: self.loss(outputs, targets))
+
     def _modules(self) -> list[tuple[nn.Module, bool]]:
         """The model's modules and their modes: where they are as they were, what was checked of them holds."""
         return [(m, m.training) for m in self.model.modules()]
@@ -158,6 +167,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if not self.ranks.alone:
             raise TypeError(f"{type(self).__name__} of a distributed model cannot be copied; use its state_dict()")
+        require_no_reference(self.loss, self.model, type(self).__name__)
         # A scheduler puts a step of its own on the object, bound to it; torch makes hooks anew.
         return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
 

@@ -14,7 +14,9 @@ minimise the quadratic model :math:`g^\top s + \tfrac12 s^\top\hat G s` over s i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +27,7 @@ from curvspace.inputs import Inputs
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer, require, require_count, require_flag, require_numbers
 from curvspace.optim.forward_mode import ForwardMode, Linearised, linearise
+from curvspace.seeds import replayed_randomness
 
 Rate = float | Literal["auto"]
 
@@ -137,13 +140,15 @@ class CurveBall(ModelOptimizer):
         damping, decay = self._scalars["damping"], group["weight_decay"]
         check = group["adapt_damping"] and self.steps % group["damping_interval"] == 0
 
-        share = self.ranks.share(self.loss, targets, parameters[0].device)
+        share = self.ranks.share(self.loss, inputs, targets, parameters[0].device)
         with self.evaluating():
             point = self._linearised(inputs, velocity)
         outputs, of_outputs = point.outputs.detach(), self._loss_of(point)
-        with self.evaluating():
+        again = partial(replayed_randomness, outputs.device)  # each evaluation of the loss has the same draws
+        with self.evaluating(), again(), of_outputs.at_rest():
             loss, slope = self._value_and_slope(of_outputs, outputs, targets)
-        curved_z = of_outputs.hessian_product(outputs, targets, point.first)
+        with again():
+            curved_z = of_outputs.hessian_product(outputs, targets, point.first)
         loss, *pulled = self.ranks.mean([loss, *point.pull(curved_z + slope)], share)
         delta = self._direction(pulled, velocity)
 
@@ -152,7 +157,8 @@ class CurveBall(ModelOptimizer):
             with self.evaluating():
                 along = (point.push(delta), point.first)
             self.costs.jvp += 1
-            curved = (of_outputs.hessian_product(outputs, targets, along[0]), curved_z)
+            with again():
+                curved = (of_outputs.hessian_product(outputs, targets, along[0]), curved_z)
             products = self.ranks.mean(_output_products(along, curved, slope), share)
             quadratic = _restrict(delta, velocity, parameters, products, damping, decay)
         rho, beta = self._rates(quadratic, torch.finfo(outputs.dtype).eps)
@@ -166,11 +172,14 @@ class CurveBall(ModelOptimizer):
             torch._foreach_add_(parameters, velocity, alpha=group["lr"])
             if check and quadratic is not None:
                 with self.evaluating():
-                    after = of_outputs(point.replay(), targets)
+                    replayed = point.replay()
+                with self.evaluating(), again(), of_outputs.at_rest():
+                    after = of_outputs(replayed, targets)
                 (after,) = self.ranks.mean([after], share)
                 change = after.double() - loss.double() + decayed
                 self.costs.forward += 1
                 self._adapt_damping(change, quadratic.value(-beta, rho, group["lr"], group["damping_in_model"]))
+        self._move_loss(point.unpack(outputs), targets)
         self.costs.forward += 1
         self.costs.backward += 1
         self.costs.jvp += 1
@@ -188,7 +197,7 @@ class CurveBall(ModelOptimizer):
 
     def _loss_of(self, point: Linearised) -> Loss:
         """The loss as a function of the outputs as one tensor."""
-        return self.loss if self.loss.closed_form else Loss(lambda z, targets: self.loss(point.unpack(z), targets))
+        return self.loss if self.loss.closed_form else _OfOneTensor(self.loss, point.unpack)
 
     def _value_and_slope(self, loss: Loss, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         r"""L and :math:`\nabla L` in the outputs, in which alone eq. 18 differentiates it."""
@@ -258,6 +267,19 @@ class CurveBall(ModelOptimizer):
             name: torch.tensor(float(state[name]), dtype=torch.float64, device=device)
             for name in ("rho", "beta", "damping", "ratio", "anomalies")
         }
+
+
+class _OfOneTensor(Loss):
+    """A loss of outputs that ``unpack`` makes of one tensor."""
+
+    def __init__(self, loss: Loss, unpack: Callable[[Tensor], Any]):
+        self.inner, self.unpack, self.name, self.stateful = loss, unpack, loss.name, loss.stateful
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        return self.inner(self.unpack(outputs), targets)
+
+    def at_rest(self, apart_from: Collection[nn.Module] = ()) -> AbstractContextManager[None]:
+        return self.inner.at_rest(apart_from)
 
 
 class _Quadratic:

@@ -16,6 +16,8 @@ from curvspace.errors import refuse_text
 from curvspace.inputs import Inputs, call
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer, require
+from curvspace.outputs import map_outputs
+from curvspace.seeds import replayed_randomness
 
 LossLike = str | Loss | Callable[[Tensor, Tensor], Tensor]
 
@@ -63,6 +65,7 @@ class FirstOrder(ModelOptimizer):
         self.inner = inner
         require(bool(self._moved()), "optimizer", type(inner).__name__, "one that holds parameters of the model")
         self._closure = _needs_closure(inner)
+        self._first_outputs: Any = None
         self._moded = inner if callable(getattr(inner, "train", None)) else None
         if self._moded:
             self._moded.train()
@@ -111,24 +114,31 @@ class FirstOrder(ModelOptimizer):
         seen: list[tuple[Tensor, Tensor | None]] = []
 
         def closure() -> Tensor:
-            with torch.enable_grad():
+            with torch.enable_grad(), self.loss.at_rest(set(self.model.modules())):
                 seen.append((self._gradient(inputs, targets), self.grad_norm))
             return seen[-1][0]
 
+        self._first_outputs = None
         self.inner.step(closure)
         loss, self.grad_norm = seen[0]
+        with replayed_randomness(loss.device):
+            self._move_loss(self._first_outputs, targets)
+        self._first_outputs = None
         return loss
 
     def _gradient(self, inputs: Inputs, targets: Tensor) -> Tensor:
         """The mean loss; its gradient is left in the ``grad`` of the parameters that the optimiser holds."""
         self.inner.zero_grad(set_to_none=True)
         own, others = self._parted()
-        loss = self.loss(call(self.model, inputs), targets)
+        outputs = call(self.model, inputs)
+        if self._closure and self._first_outputs is None:
+            self._first_outputs = map_outputs(outputs, Tensor.detach)
+        loss = self.loss(outputs, targets)
         if self.ranks.alone:
             with _gradients_kept(others):
                 loss.backward()
         else:
-            loss = self._shared_backward(loss, targets)
+            loss = self._shared_backward(loss, inputs, targets)
         gradients = [p.grad for p in own if p.grad is not None]
         norms = torch._foreach_norm(gradients) if gradients else [torch.zeros_like(loss)]
         self.grad_norm = torch.linalg.vector_norm(torch.stack(list(norms)))
@@ -169,14 +179,14 @@ class FirstOrder(ModelOptimizer):
             with torch.no_grad():
                 torch._foreach_copy_(parameters, present)
 
-    def _shared_backward(self, loss: Tensor, targets: Any) -> Tensor:
+    def _shared_backward(self, loss: Tensor, inputs: Inputs, targets: Any) -> Tensor:
         """The mean over all processes' examples of the gradient, in ``.grad``, and of the loss.
 
         A parameter that no process has used keeps None. Gradients are not accumulated by ``backward``, whose hooks
         are the data-parallel wrapper's.
         """
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        share = self.ranks.share(self.loss, targets, loss.device)
+        share = self.ranks.share(self.loss, inputs, targets, loss.device)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         if any(g is not None and g.layout != torch.strided for g in gradients):
             raise ValueError("sparse gradients cannot be shared between processes; make the embedding dense")

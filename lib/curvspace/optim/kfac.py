@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from curvspace.functional import flatten, unflatten
 from curvspace.inner import norm
-from curvspace.inputs import Inputs, call
+from curvspace.inputs import Inputs, call, copies_of
 from curvspace.losses import CrossEntropy, Loss
 from curvspace.optim.base import ModelOptimizer, require, require_count, require_numbers
 from curvspace.outputs import logits
@@ -90,7 +90,7 @@ class KFAC(ModelOptimizer):
             self.model,
             _OwnLabels(self.loss.position_weights(outputs, targets)),
             group["params"],
-            [(inputs, targets)],
+            [(copies_of(inputs), targets)],
             check_deterministic=False,
             fisher_type=FisherType.MC,
             separate_weight_and_bias=False,

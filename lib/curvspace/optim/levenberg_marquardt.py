@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from curvspace.curvature.dense import MAX_DENSE, dense_matrix
+from curvspace.differentiation import without_graph
 from curvspace.functional import add_to_parameters, assign_parameters, parameter_vector, trainable_parameters
 from curvspace.inner import norm
 from curvspace.inputs import Inputs, call
@@ -78,13 +79,15 @@ class LevenbergMarquardt(ModelOptimizer):
         objective = Objective(self.model, [(inputs, targets)], self.loss, microbatch=None, group=self.ranks.group)
         before, start = objective.loss(), parameter_vector(self.model)
         direction = self._direction(objective, group["scaling"])
+        outputs = self._training_pass(inputs)
         add_to_parameters(self.model, direction, group["lr"])
         after = objective.loss()
         self.accepted = after < before
         if not self.accepted:  # NaN and inf included
             assign_parameters(self.model, start)
         self.damping = self._bounded(self.damping * (group["down"] if self.accepted else group["up"]))
-        self._update_running_statistics(inputs)
+        if outputs is not None:
+            self._move_loss(outputs, targets)
         self.costs.forward += 3
         return start.new_tensor(before)
 
@@ -105,11 +108,13 @@ class LevenbergMarquardt(ModelOptimizer):
         solution = torch.linalg.lstsq(damped, -gradient.double().cpu()[:, None]).solution[:, 0]
         return solution.to(gradient)
 
-    def _update_running_statistics(self, inputs: Inputs) -> None:
-        """An objective never moves them; a training step should, once."""
-        if any(m.training and isinstance(m, nn.modules.batchnorm._NormBase) for m in self.model.modules()):
-            with torch.no_grad():
-                call(self.model, inputs)
+    def _training_pass(self, inputs: Inputs) -> Any:
+        """The outputs before the step, if what layers or the loss keep is to move, as an objective leaves it; else
+        None."""
+        norms = (isinstance(m, nn.modules.batchnorm._NormBase) and m.training for m in self.model.modules())
+        if any(norms) or self.loss.stateful:
+            return without_graph(lambda: call(self.model, inputs))
+        return None
 
     def _extra_state(self) -> dict[str, Any]:
         return {"damping": self.damping, "accepted": self.accepted}

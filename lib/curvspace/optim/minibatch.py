@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curvspace.batches import batch_size, select
+from curvspace.batches import number_of_examples, select
 from curvspace.curvature.class_batches import require_part_exact, splits_exactly
 from curvspace.curvature.class_gradients import class_gradients
 from curvspace.curvature.class_pass import ClassPass, split_pass, vjp_pass
@@ -54,7 +54,7 @@ class Minibatch:
     evaluating: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
-        self.share = self.ranks.share(self.loss, self.targets, self.device)
+        self.share = self.ranks.share(self.loss, self.inputs, self.targets, self.device)
         self._generators = random_state(self.device)
 
     @property
@@ -63,7 +63,7 @@ class Minibatch:
 
     def part(self, fraction: float) -> Minibatch:
         """The first examples of the batch (drawn at random by the data loader), at least one; all where none counts."""
-        n = batch_size(self.targets)
+        n = number_of_examples(self.inputs, self.targets)
         m = max(1, round(fraction * n))
         if m < n and self.loss.weight(select(self.targets, slice(0, m), size=n)) == 0:
             m = n
@@ -162,7 +162,12 @@ class Minibatch:
         torch.clear_autocast_cache()  # it may hold casts of what the parameters were
 
         def evaluated() -> Tensor:
-            with preserved_buffers(self.model), replayed_randomness(self.device), self.evaluating():
+            with (
+                preserved_buffers(self.model),
+                replayed_randomness(self.device),
+                self.loss.at_rest(set(self.model.modules())),
+                self.evaluating(),
+            ):
                 return self.loss(call(self.model, self.inputs), self.targets)
 
         loss = without_graph(evaluated)

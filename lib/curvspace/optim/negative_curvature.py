@@ -164,7 +164,7 @@ class NegativeCurvature(FirstOrder):
                 product = pull_back(g, parameters, t, materialize_grads=True)
             else:
                 product = tuple(torch.zeros_like(p) for p in parameters)
-        share = self.ranks.share(self.loss, targets, loss.device)
+        share = self.ranks.share(self.loss, inputs, targets, loss.device)
         used = self.ranks.any([g is not None for g in gradients], loss.device)
         known = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(gradients, parameters, strict=True)]
         value, hv, *known = self.ranks.mean([loss.detach(), flatten(product), *known], share)

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from curvspace.batches import number_of_examples
+from curvspace.inputs import Inputs
 from curvspace.losses import Loss
 
 
@@ -52,7 +54,7 @@ class Ranks:
     def alone(self) -> bool:
         return self.group is None
 
-    def share(self, loss: Loss, targets: Any, device: torch.device) -> float:
+    def share(self, loss: Loss, inputs: Inputs, targets: Any, device: torch.device) -> float:
         """The part :math:`n_r/N` of this process's shard, by what the loss counts; 1 for a loss that is a sum.
 
         Raises
@@ -62,7 +64,7 @@ class Ranks:
         """
         if self.alone:
             return 1.0
-        size = loss.weight(targets)
+        size = loss.weight(targets, number_of_examples(inputs, targets))
         given = torch.zeros(dist.get_world_size(self.group), dtype=torch.float64, device=device)
         given[dist.get_rank(self.group)] = size
         dist.all_reduce(given, group=self.group)

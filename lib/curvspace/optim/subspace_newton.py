@@ -151,11 +151,12 @@ class SubspaceNewton(ModelOptimizer):
     ) -> Tensor | None:
         """If the rule asks, take the step in the span first and tell it what came of it; returns what was taken.
 
-        Both losses see the same dropout masks, for which the one before is evaluated anew.
+        Both losses see the same dropout masks, and what the loss keeps as it is now, for which the one before is
+        evaluated anew.
         """
         if not self.inside.due():
             return None
-        before = batch.loss_now() if batch.drew() else loss
+        before = batch.loss_now() if batch.drew() or self.loss.stateful else loss
         add_to_parameters(self.model, inner, alpha=-1.0)
         self.inside.judge(coordinates, coefficients, before - batch.loss_now())
         return inner

@@ -66,7 +66,8 @@ def evaluate(
         targets = split.targets[part]
         outputs = call(model, data.normalise(split.inputs[part]))
         if weight := loss.weight(targets):  # where no label counts, a mean is 0/0
-            loss_sum += float(loss(outputs, targets)) * weight
+            with loss.at_rest():
+                loss_sum += float(loss(outputs, targets)) * weight
             weights += weight
         if not targets.is_floating_point():
             correct += float((outputs.argmax(1) == targets).sum())
