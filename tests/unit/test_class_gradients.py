@@ -9,7 +9,7 @@ from torch import nn
 
 from curvspace import class_gradients
 from curvspace.curvature import cross_class_gradients
-from curvspace.curvature.class_pass import split_pass, vjp_pass
+from curvspace.curvature.class_gradients import split_pass, vjp_pass
 
 C = 4
 

@@ -12,7 +12,7 @@ from curvspace import Objective, class_gradients
 from curvspace.batches import batch_flags, take
 from curvspace.curvature import split
 from curvspace.curvature.class_batches import splits_exactly
-from curvspace.curvature.class_pass import split_pass, vjp_pass
+from curvspace.curvature.class_gradients import split_pass, vjp_pass
 from curvspace.curvature.split import SAMPLE
 from tests.unit.small_networks import Fn, mlp, sorted_minibatch
 

@@ -14,7 +14,7 @@ from torch import nn
 from curvspace import LossScanner, Objective, class_gradients
 from curvspace.curvature import split
 from curvspace.curvature.class_batches import splits_exactly
-from curvspace.curvature.class_pass import split_pass
+from curvspace.curvature.class_gradients import split_pass
 from curvspace.optim import class_gradient_newton
 from tests.unit.small_networks import mlp, sorted_minibatch
 

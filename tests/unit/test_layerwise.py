@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvspace.curvature.class_gradients import class_gradients
-from curvspace.curvature.class_pass import split_pass, vjp_pass
+from curvspace.curvature.class_gradients import class_gradients, split_pass, vjp_pass
 from curvspace.curvature.layerwise import LayerRecorder, moves_examples
 
 C, N = 4, 12

@@ -27,7 +27,7 @@ from curvspace.curvature import (
     preconditioned,
     projected_gauss_newton,
 )
-from curvspace.curvature.class_pass import split_pass, vjp_pass
+from curvspace.curvature.class_gradients import split_pass, vjp_pass
 from curvspace.datasets import DataSet, Split
 from curvspace.landscape import fit_quadratic, line_search
 from curvspace.monitor import CurvatureMonitor

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from curvspace.batches import number_of_examples, select
 from curvspace.curvature.class_batches import require_part_exact, splits_exactly
-from curvspace.curvature.class_gradients import class_gradients
-from curvspace.curvature.class_pass import ClassPass, split_pass, vjp_pass
+from curvspace.curvature.class_gradients import ClassPass, class_gradients, split_pass, vjp_pass
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.operators import CurvatureOperator
 from curvspace.curvature.projected import projected_gauss_newton
