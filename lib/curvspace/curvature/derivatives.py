@@ -79,15 +79,18 @@ def compare_derivatives(function: FrozenModel, loss: Loss, batch: Batch, matrix:
     held = fingerprint(function.model, names, batch.inputs, flags)
     key = (function.modes, tuple(function.names), loss.name, held)
     known = _tried.setdefault(function.model, {})
-    if key in known and (matrix is None or not known[key] or (*key, matrix) in known):
+    if key in known and (matrix is None or (*key, matrix) in known):
         return
     tried = _few(function, loss, batch)
     if key not in known:
         found = _differing(*tried) if tried else None
         known[key] = found is None
         _warn(function, loss, found)
-    if tried and matrix and known[key]:
-        _require_second_derivative(*tried, matrix)
+    if tried and matrix:
+        if known[key]:
+            _require_second_derivative(*tried, matrix)
+        elif matrix != "Hessian":
+            _require_jacobian(*tried)
         known[(*key, matrix)] = True
 
 
@@ -122,6 +125,16 @@ def _require_second_derivative(point: Point, batch: Batch, matrix: Matrix) -> No
             "difference of first derivatives, which are right: a backward pass is not one that autograd can "
             f"differentiate (a function or hook of its own, in NumPy, a kernel, or without a graph?); {other}"
         )
+
+
+def _require_jacobian(point: Point, batch: Batch) -> None:
+    """Also where the gradient is not the loss's derivative, the backward pass is to be a linear map."""
+    try:
+        GaussNewtonLinearisation(point, batch, diverged=True).jacobian.require_linear()
+    except NotLinear:
+        raise
+    except Exception:  # the model's own, or torch's where it has none, which shows where it is evaluated in earnest
+        return
 
 
 def _refuse_embeddings(function: FrozenModel) -> None:
@@ -232,9 +245,9 @@ def _second_derivative_off(point: Point, batch: Batch, matrix: Matrix) -> tuple[
             off = _hessian_off(line, batch)
             return None if off is None else ("a product with the Hessian", off)
         found = GaussNewtonLinearisation(line.at(0.0), batch, diverged=True)
+        found.jacobian.require_linear()
         off = _jacobian_off(line, batch, found)
         if off is not None:
-            found.jacobian.require_linear()
             return "the derivative of the outputs (J v, from the derivative of the backward pass)", off
         off = _loss_off(line, batch, found) if matrix == "Gauss-Newton" else None
         return None if off is None else ("the second derivative of the loss in the outputs", off)

@@ -26,7 +26,7 @@ from curvspace.curvature.memory import is_out_of_memory
 from curvspace.curvature.second_order import SecondOrderLayers
 from curvspace.differentiation import pull_back, require_second_derivatives
 from curvspace.functional import flatten
-from curvspace.inner import norm
+from curvspace.inner import inner, norm
 from curvspace.inputs import Inputs, tensors_in
 from curvspace.losses import Loss
 from curvspace.module_state import modules_within
@@ -232,30 +232,46 @@ class JacobianLinearisation:
 
     def forward(self, v: Tensors, batched: bool = False) -> Tensor:
         """J v for v in the parameters' shapes (``batched``: m of them, stacked in front)."""
+        tangents = [v[i] for i in self.live]
+        (jv,) = pull_back(self.vjp, [self.u], tangents, batched=batched, retain_graph=True)
         if not self.function.backward_is_linear:
-            self.require_linear()
+            self._require_transpose(*(([t[0] for t in tangents], jv[0]) if batched else (tangents, jv)))
             self.function.backward_is_linear = True
-        return pull_back(self.vjp, [self.u], [v[i] for i in self.live], batched=batched, retain_graph=True)[0]
+        return jv
+
+    def _require_transpose(self, tangents: Tensors, jv: Tensor) -> None:
+        r""":math:`u^\top J v = v^\top J^\top u` at the u where the derivative is taken: once a model, in two sums.
+
+        Where they differ, :meth:`require_linear` decides.
+        """
+        pulled, v, u = flatten(w.detach() for w in self.vjp), flatten(tangents), self.u.detach().reshape(-1)
+        forward, backward = inner(u, jv.reshape(-1)), inner(pulled, v)
+        size = torch.stack([norm(jv.reshape(-1)), forward.abs(), backward.abs()]).max()
+        if (forward - backward).abs() > max(torch.finfo(pulled.dtype).eps ** (1 / 3), 0.01) * size:
+            self.require_linear()
 
     def require_linear(self) -> None:
-        """:class:`NotLinear` where the backward pass is no linear map: tried once a model."""
-        require_linear(self.backward, self.u.detach(), self.function.model)
+        """:class:`NotLinear` where the backward pass is no linear map, which three more of them show."""
+        require_linear(self.backward, self.u.detach(), self.z, self.theta, self.function.model)
 
     def backward(self, u: Tensor, batched: bool = False) -> Tensors:
         """Jᵀu for u of the outputs' shape (``batched``: m of them, stacked in front)."""
         return pull_back([self.z], self.theta, [u], batched=batched, retain_graph=True, materialize_grads=True)
 
 
-def require_linear(pull: Callable[[Tensor], Tensors], u: Tensor, model: nn.Module) -> None:
+def require_linear(pull: Callable[[Tensor], Tensors], u: Tensor, z: Tensor, theta: Tensors, model: nn.Module) -> None:
     r""":class:`NotLinear` unless :math:`J^\top(u - 2w) = J^\top u - 2J^\top w` for a random w, with ``pull`` the map.
 
-    That shows also where it is homogeneous, as of a hook that keeps positive entries, which doubling u would not.
+    That shows also where it is homogeneous, as of a hook that keeps positive entries, which doubling u would not. Not
+    where :math:`J^\top u` is nothing but rounding beside :math:`|z|\,|u|/|\theta|`, z(theta) being the outputs.
     """
     w = random_like(u, seed=1)
     of_u, of_w, of_both = (flatten(pull(one)) for one in (u, w, u - 2 * w))
-    kind = torch.finfo(of_u.dtype)
-    rounding = max(kind.eps ** (1 / 3), 0.01) * (norm(of_u) + 2 * norm(of_w)) + kind.tiny * len(of_u) ** 0.5
-    if norm(of_both - of_u + 2 * of_w) > rounding:
+    eps = torch.finfo(of_u.dtype).eps
+    nothing = (
+        100 * eps * norm(z.detach().reshape(-1)) * norm(u.reshape(-1)) / norm(flatten(theta).detach()).clamp(min=1)
+    )
+    if norm(of_both - of_u + 2 * of_w) > max(eps ** (1 / 3), 0.01) * (norm(of_u) + 2 * norm(of_w)) + nothing:
         raise NotLinear(
             f"the backward pass of {type(model).__name__} is not linear (a hook or a function of its own that cuts off "
             "or scales gradients?), so that it has no Jacobian: switch that off while you measure"

@@ -192,7 +192,7 @@ class DoubleBackward(Linearised):
             require_second_derivatives(self._pulled, "")
         except RuntimeError as error:
             raise self._no_derivatives(error) from error
-        require_linear(self.pull, self._u.detach(), self.model)
+        require_linear(self.pull, self._u.detach(), self.outputs, tuple(self.parameters.values()), self.model)
 
     def _no_derivatives(self, error: Exception) -> ValueError:
         return ValueError(
