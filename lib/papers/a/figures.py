@@ -31,11 +31,18 @@ def loss_over_training(tables: Tables, style: Style) -> tuple[Figure, pd.DataFra
     drawn = []
     for name, colour in style.colours(runs["optimizer"]).items():
         part = runs[runs["optimizer"] == name]
-        band = style.band(axis, part, "epoch", "val_loss", label=name, colour=colour, limit=limit, marker="o")
+        fewer = part["seed"].nunique() < runs["seed"].nunique()
+        label = f"{name} ({_seeds(part)})" if fewer else name
+        band = style.band(axis, part, "epoch", "val_loss", label=label, colour=colour, limit=limit, marker="o")
         drawn.append(band.assign(optimizer=name))
     axis.set(xlabel="epoch", ylabel="validation loss", title=describe(runs), ylim=(0.9 * lowest, limit))
     legend_below(figure, ncols=2)
     return figure, pd.concat(drawn, ignore_index=True)
+
+
+def _seeds(runs: pd.DataFrame) -> str:
+    seeds = runs["seed"].nunique()
+    return f"{seeds} seed{'s' if seeds > 1 else ''}"
 
 
 def known_or_diverged(runs: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -62,8 +69,7 @@ def describe(runs: pd.DataFrame) -> str:
         parts.append(f"batch {runs['batch_size'].iloc[0]}")
     if runs["lr"].nunique() == 1:
         parts.append(f"η = {runs['lr'].iloc[0]:g}")
-    seeds = runs["seed"].nunique()
-    parts.append(f"{seeds} seed{'s' if seeds > 1 else ''}")
+    parts.append(_seeds(runs))
     return ", ".join(parts)
 
 

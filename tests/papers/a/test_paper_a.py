@@ -263,6 +263,14 @@ def test_a_seed_that_diverges_between_two_evaluations_does_not_break_the_line_of
     assert alone["step"].tolist() == [0, 10, 13], "a run without others stays where it ended"
 
 
+def test_an_optimiser_with_fewer_seeds_says_how_many():
+    seeds = [runs({"sgd": [2.0, 1.5, 0.7], "newton": [2.0, 1.0, 0.9]}).assign(seed=seed) for seed in (0, 1)]
+    table = pd.concat([*seeds, runs({"other": [2.0, 1.8, 1.7]}).assign(seed=0)], ignore_index=True)
+    figure, _ = figures.loss_over_training({"runs": table}, Style())
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["sgd", "newton", "other (1 seed)"]
+    assert figure.axes[0].get_title().endswith("2 seeds")
+
+
 def test_figures_draw_what_they_are_given(context):
     style = Style()
     table = runs({"sgd": [2.0, 1.5, 0.7], "newton": [2.0, 1.0, 0.9]})
