@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -102,18 +102,18 @@ def left_alone(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class Copies(dict[int, Any]):
-    """Copies by the identity of what was copied, and what was too large for it: tensors and lists."""
+    """Copies by the identity of what was copied, and what was too large for it, with a mark that tells changes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.entries = 0
-        self.large: list[tuple[str, Tensor, int]] = []
-        self.long: list[tuple[str, Any, int]] = []
+        self.uncopied: list[tuple[Any, Callable[[Any], int], int, str]] = []
 
     def have_room(self, container: Any, name: str) -> bool:
         cost = len(container) if len(container) <= LONGEST else len(container) // 32  # which is not looked through
         if self.entries + cost > _ENTRIES:
-            self.long.append((name, container, len(container)))
+            what = f"{name}, a {type(container).__name__} of {len(container)} entries, and cannot undo it: keep fewer"
+            self.uncopied.append((container, len, len(container), what))
             return False
         self.entries += cost
         return True
@@ -123,28 +123,17 @@ class Copies(dict[int, Any]):
             return tensor
         size = bytes_of(tensor)
         if size > _LARGEST or self.bytes + size > _ALL:
-            self.large.append((name, tensor, version_of(tensor)))
+            kind = f"a plain tensor of {size / 2**20:.1f} MiB that forward writes"
+            what = f"{name}, {kind}, and cannot undo it: register it as a buffer"
+            self.uncopied.append((tensor, version_of, version_of(tensor), what))
             return tensor
         self.bytes += size
         return tensor.clone()
 
     def warn_of_changes(self) -> None:
-        for name, tensor, version in self.large:
-            if version_of(tensor) != version:
-                warnings.warn(
-                    f"an evaluation has changed {name}, a plain tensor of {bytes_of(tensor) / 2**20:.1f} MiB that "
-                    "forward writes, and cannot undo it: register it as a buffer",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-        for name, container, length in self.long:
-            if len(container) != length:
-                warnings.warn(
-                    f"an evaluation has changed {name}, a {type(container).__name__} of {length} entries, and cannot "
-                    "undo it: keep fewer",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+        for held, mark, before, what in self.uncopied:
+            if mark(held) != before:
+                warnings.warn(f"an evaluation has changed {what}", RuntimeWarning, stacklevel=3)
 
 
 def working_copy(value: Any, copies: Copies, name: str, depth: int = 0) -> Any:

@@ -19,17 +19,7 @@ from curvspace.optim import class_gradient_newton
 from curvspace.optim.base import Costs
 from curvspace.optim.minibatch import Minibatch
 from tests.unit.oracles import trainable
-
-
-class Fn(nn.Module):
-    def __init__(self, f: Callable[..., Any], **parts: Any):
-        super().__init__()
-        self.f = f
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *x: Any) -> Any:
-        return self.f(self, *x)
+from tests.unit.small_networks import Fn
 
 
 def _mlp() -> nn.Sequential:

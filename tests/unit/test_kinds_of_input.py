@@ -15,19 +15,9 @@ from torch import Tensor, nn
 from curvspace import LossScanner, Objective, class_gradients
 from curvspace.optim.registry import KINDS, build
 from tests.unit.oracles import central_difference, flat_gradient, trainable
+from tests.unit.small_networks import Fn
 
 N = 20
-
-
-class Fn(nn.Module):
-    def __init__(self, f: Callable[..., Any], **parts: Any):
-        super().__init__()
-        self.f = f
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *x: Any, **named: Any) -> Any:
-        return self.f(self, *x, **named)
 
 
 def _mlp() -> nn.Sequential:
