@@ -30,6 +30,7 @@ from curvspace.curvature.differences import DifferenceHessianOperator
 from curvspace.curvature.fingerprint import fingerprint, values_mark
 from curvspace.curvature.fisher import EmpiricalFisherOperator
 from curvspace.curvature.frozen import BatchNorm, FrozenModel, untied
+from curvspace.curvature.independence import require_examples_first, seem_independent, spread
 from curvspace.curvature.linearisation import Batch, Point, mean_gradient
 from curvspace.curvature.operators import (
     CurvatureOperator,
@@ -38,14 +39,7 @@ from curvspace.curvature.operators import (
     HessianOperator,
     zero_gauss_newton,
 )
-from curvspace.curvature.split import (
-    cache_friendly_size,
-    cut,
-    require_examples_first,
-    seem_independent,
-    spread,
-    within_memory,
-)
+from curvspace.curvature.split import cache_friendly_size, cut, within_memory
 from curvspace.differentiation import without_graph
 from curvspace.errors import refuse_options
 from curvspace.inputs import tensors_in

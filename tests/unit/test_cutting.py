@@ -10,10 +10,10 @@ from torch import nn
 
 from curvspace import Objective, class_gradients
 from curvspace.batches import batch_flags, take
-from curvspace.curvature import split
+from curvspace.curvature import independence
 from curvspace.curvature.class_batches import splits_exactly
 from curvspace.curvature.class_gradients import split_pass, vjp_pass
-from curvspace.curvature.split import SAMPLE
+from curvspace.curvature.independence import SAMPLE
 from tests.unit.small_networks import Fn, mlp, sorted_minibatch
 
 N = 300  # above the size from which a CPU cuts
@@ -339,7 +339,7 @@ def test_as_many_examples_are_tried_as_memory_surely_holds(monkeypatch):
     sizes = []
     model, x, y = _among_many("queue")
     model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    monkeypatch.setattr(split, "default_budget", lambda _: 5_000)
+    monkeypatch.setattr(independence, "default_budget", lambda _: 5_000)
     assert Objective(model, (x, y), microbatch=64).batches
     assert SAMPLE < max(sizes) < 100
 

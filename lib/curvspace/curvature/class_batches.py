@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from curvspace.batches import Batched, batch_flags, batch_size, fit, number_of_examples, take
 from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
+from curvspace.curvature.independence import REMEMBERED, independent
 from curvspace.curvature.layerwise import LayerRecorder, add_class_gradients, agrees_with_autograd, moves_examples
-from curvspace.curvature.split import REMEMBERED, independent
 from curvspace.inputs import Inputs, call
 from curvspace.module_state import preserved_buffers
 from curvspace.outputs import logits
@@ -24,7 +24,7 @@ def splits_exactly(
 ) -> bool:
     """Whether the model treats the examples one by one, so that a batch may be split by class, or a part of it taken.
 
-    Tried once for a model and its modes, on a few examples; see :func:`~curvspace.curvature.split.independent`.
+    Tried once for a model and its modes, on a few examples; see :func:`~curvspace.curvature.independence.independent`.
     """
     n = number_of_examples(x, y)
     return n == 1 or independent(FrozenModel(model, batch_norm), x, n, batch_flags(x, n, batched))

@@ -29,8 +29,8 @@ from curvspace.curvature.class_batches import (
     own_logits,
 )
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
+from curvspace.curvature.independence import independent
 from curvspace.curvature.layerwise import LayerRecorder
-from curvspace.curvature.split import independent
 from curvspace.denormals import flushed_on
 from curvspace.errors import refuse_options
 from curvspace.functional import flatten, trainable_parameters

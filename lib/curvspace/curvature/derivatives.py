@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from curvspace.curvature.fingerprint import fingerprint
 from curvspace.curvature.frozen import FrozenModel
+from curvspace.curvature.independence import may_index_examples, spread
 from curvspace.curvature.linearisation import (
     Batch,
     GaussNewtonLinearisation,
@@ -26,7 +27,6 @@ from curvspace.curvature.linearisation import (
     Point,
 )
 from curvspace.curvature.memory import free_memory
-from curvspace.curvature.split import may_index_examples, spread
 from curvspace.differentiation import without_graph
 from curvspace.inputs import tensors_in
 from curvspace.losses import Loss

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvspace.curvature.independence import SAMPLE, seem_independent
 from curvspace.curvature.linearisation import Batch, Point
-from curvspace.curvature.split import SAMPLE, seem_independent
 from curvspace.differentiation import without_graph
 from curvspace.outputs import output_tensors
 from curvspace.seeds import generator_states, replayed_randomness
