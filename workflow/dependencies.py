@@ -50,9 +50,10 @@ def draw(found: dict[str, set[str]], out: Path) -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 1), ylim=(0.5 - len(rows), 0.5))
     axes.axis("off")
-    for tail, head in nx.transitive_reduction(boxes).edges:
+    arrows = sorted((place[tail], place[head]) for tail, head in nx.transitive_reduction(boxes).edges)
+    for start, end in arrows:  # sorted: the parts come in sets
         arrow = {"arrowstyle": "-|>", "color": "#666666", "shrinkA": 12, "shrinkB": 12}
-        axes.annotate("", place[head], place[tail], arrowprops=arrow)
+        axes.annotate("", end, start, arrowprops=arrow)
     for box, (x, y) in place.items():
         members = sorted(boxes.nodes[box]["members"])
         style = {"boxstyle": "round", "facecolor": COLOURS[members[0].split(".")[0]], "edgecolor": "#666666"}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +107,12 @@ def test_torch_is_found_wherever_it_is_imported(tmp_path):
     for name, line in lines.items():
         (tmp_path / f"{name}.py").write_text(f"{line}\n")
     assert [name for name in lines if imports_torch(Code(tmp_path), name)] == ["top", "inner"]
+
+
+def test_the_drawing_has_the_same_bytes_whatever_the_order_of_sets(tmp_path):
+    for seed in ("0", "1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT / 'lib'}{os.pathsep}{ROOT}"}
+        command = [sys.executable, "-m", "workflow.dependencies", str(tmp_path / f"{seed}.svg")]
+        subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    kept = (ROOT / "docs" / "dependencies.svg").read_bytes()
+    assert {file.read_bytes() for file in tmp_path.glob("*.svg")} == {kept}, "python -m workflow.dependencies renews it"
