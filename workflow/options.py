@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from workflow.checks import violations
-from workflow.invalidation import Code, Module
+from workflow.invalidation import Code
+from workflow.source import Module
 
 NOT_OPTIONS = {"self", "model", "params", "lr", "loss", "num_classes", "input_shape"}
 """Parameters that the run, the model or the data set decides."""

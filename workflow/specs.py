@@ -24,7 +24,8 @@ from papers.common import claims, ledger
 from papers.common.study import Artefact, Measure, Run, Study, StudyError
 from workflow import data_facts, job_checks, options, spec_files
 from workflow.checks import problems, problems_of
-from workflow.invalidation import Code, CodeError
+from workflow.invalidation import Code
+from workflow.source import CodeError
 from workflow.spec_files import canonical
 
 PAPERS = {

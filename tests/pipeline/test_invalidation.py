@@ -7,7 +7,8 @@ from textwrap import dedent
 
 import pytest
 
-from workflow.invalidation import Code, CodeError
+from workflow.invalidation import Code
+from workflow.source import CodeError
 
 ROOT = Path(__file__).parents[2]
 FILES = {
