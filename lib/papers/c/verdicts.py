@@ -62,6 +62,7 @@ def at_every_epoch(
     first: str,
     second: Sequence[str],
     column: str,
+    margin: float = 0.0,
     where: Where | None = None,
     table: str | None = None,
 ) -> Outcome:
@@ -80,7 +81,7 @@ def at_every_epoch(
                 both = _side_by_side(curves[first][seed].dropna(), curves[other][seed].dropna())
                 if len(both):
                     shares.append(float((both["own"] < both["other"]).mean()))
-            measured = estimate(shares)
+            measured = estimate(shares, margin)
             found.append(Case(f"{name} {first} below {other}".strip(), measured, judge(measured, at_least=1.0)))
     return Outcome(tuple(found))
 

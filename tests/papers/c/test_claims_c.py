@@ -90,6 +90,16 @@ def test_at_every_epoch(own: list[list[float]], verdict: str) -> None:
     )
 
 
+@pytest.mark.parametrize(("epochs_lost", "verdict"), [(0, INCONCLUSIVE), (1, INCONCLUSIVE), (3, FAILS)])
+def test_at_every_epoch_of_one_seed_fails_by_more_than_the_margin_only(epochs_lost: int, verdict: str) -> None:
+    sgd = [0.9, *[0.5] * 20]
+    own = [0.9, *[0.6] * epochs_lost, *[0.4] * (20 - epochs_lost)]
+    outcome = claims_c.at_every_epoch(
+        {"t": curves(curveball=[own], sgd=[sgd])}, first="curveball", second=["sgd"], column="accuracy", margin=0.1
+    )
+    assert outcome.verdict == verdict
+
+
 def test_at_every_epoch_counts_the_epoch_in_which_it_diverged_as_lost() -> None:
     table = curves(curveball=[[0.9, 0.5, 0.4, 0.95]] * 2, sgd=SGD).astype({"epoch": float})
     lost = (table["optimizer"] == "curveball") & (table["epoch"] == 3)
