@@ -11,7 +11,8 @@ from workflow.data_facts import Facts
 
 STEPS = ("steps", "starts", "top_steps", "bottom_steps", "step")
 """Options of measures that name steps of a run."""
-SMALLEST_CROP = 5
+CROP_PADDING = 4
+"""The default of a task's ``augment_padding``."""
 MOST_STEPS = 10**9
 """Eleven days at a thousand steps a second."""
 
@@ -41,10 +42,11 @@ def _task(key: str, task: Mapping[str, Any], facts: Facts) -> Iterator[str]:
     if loss != wanted:
         targets = "numbers" if facts.numbers else "classes"
         yield f"{key}.loss = {loss!r} does not fit targets that are {targets}; allowed: {wanted}"
-    if task.get("augment", "none") == "crop-flip" and (not facts.images or min(facts.shape[1:]) < SMALLEST_CROP):
+    smallest = task.get("augment_padding", CROP_PADDING) + 1
+    if task.get("augment", "none") == "crop-flip" and (not facts.images or min(facts.shape[1:]) < smallest):
         shape = "×".join(map(str, facts.shape))
         yield (
-            f"{key}.augment = 'crop-flip' needs images of {SMALLEST_CROP} pixels a side or more, but one example is "
+            f"{key}.augment = 'crop-flip' needs images of {smallest} pixels a side or more, but one example is "
             f"{shape}; allowed: none"
         )
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from curvspace.datasets.store import ARRAYS, Arrays, channel_statistics, load_raw
+from curvspace.datasets.whitening import whitener
 
-NORMALISATIONS = ("standard", "unit", "centred")
+NORMALISATIONS = ("standard", "unit", "centred", "whitened")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LABELS = ("true", "permuted", "random", "even-odd")
 
@@ -124,8 +125,9 @@ class Variant:
         number falls by the same factor. Each class's first examples are kept. 1: all of them.
     resize: images are scaled to resize × resize pixels (bilinear).
     normalisation: "standard": by each channel's mean and s.d. of the training images; "unit": x/255, to 0…1 only;
-        "centred": (x − mean over all training images, channels and pixels)/255. Of the whole training set as it was
-        prepared; with ``resize`` of the training split.
+        "centred": (x − mean over all training images, channels and pixels)/255; "whitened": as
+        :func:`~curvspace.datasets.whitening.whitener` has it. Of the whole training set as it was prepared; with
+        ``resize`` of the training split.
     dtype: "float32" or "float64", of normalised inputs and numeric targets.
     """
 
@@ -202,6 +204,8 @@ def load(folder: str | Path, options: Mapping[str, Any] | None = None) -> DataSe
         else _tensors(arrays.train_inputs, arrays.train_targets, validation_index, variant)
     )
     mean, std = _statistics(card, arrays, train, variant)
+    if variant.normalisation == "whitened":
+        train, validation, test = _whitened(arrays, train, validation, test, variant)
     return DataSet(
         name=card["name"],
         train=train,
@@ -303,6 +307,15 @@ def _statistics(
     dtype = DTYPES[variant.dtype]
     std = [value or 1.0 for value in std]  # a constant channel: 0 after the mean is taken off
     return torch.tensor(mean, dtype=dtype).view(-1, 1, 1), torch.tensor(std, dtype=dtype).view(-1, 1, 1)
+
+
+def _whitened(arrays: Arrays, train: Split, validation: Split, test: Split, variant: Variant) -> tuple[Split, ...]:
+    """The three splits with whitened images of a floating type, which :meth:`DataSet.normalise` leaves as they are."""
+    if train.inputs.dtype != torch.uint8:
+        raise ValueError("normalisation: whitened needs images, but this data set's inputs are numbers")
+    whiten = whitener(train.inputs if variant.resize else torch.from_numpy(arrays.train_inputs), DTYPES[variant.dtype])
+    whitened = {id(split): Split(whiten(split.inputs), split.targets) for split in (train, validation, test)}
+    return tuple(whitened[id(split)] for split in (train, validation, test))
 
 
 def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:

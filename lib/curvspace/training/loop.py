@@ -96,7 +96,7 @@ def minibatches(data: DataSet, task: Task, batch_size: int, seed: int, start: in
         inputs = data.train.inputs[index]
         if task.augment == "crop-flip":
             augment_generator.manual_seed(derived_seed(seed, "augment", step))
-            inputs = crop_flip(inputs, augment_generator)
+            inputs = crop_flip(inputs, augment_generator, task.augment_padding)
         inputs = data.normalise(inputs)
         if task.memory_format == "channels-last" and inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)

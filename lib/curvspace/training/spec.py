@@ -20,7 +20,14 @@ CHOICES = {
     "memory_format": MEMORY_FORMATS,
     "compile": (False, True),
 }
-LEAST = {"evaluate_every": 0, "evaluate_train": 1, "checkpoint_every": 0, "min_steps": 1, "max_steps": 1}
+LEAST = {
+    "augment_padding": 0,
+    "evaluate_every": 0,
+    "evaluate_train": 1,
+    "checkpoint_every": 0,
+    "min_steps": 1,
+    "max_steps": 1,
+}
 """The whole numbers of a task, with the least that each may be."""
 
 
@@ -63,7 +70,7 @@ class Task:
     """How long a (data set, model) pair is trained, and what is recorded on the way.
 
     epochs: passes over the training set; min_steps lengthens a run (large batches), max_steps cuts it (None: no cut).
-    augment: "none" or "crop-flip" (random crop after zero padding, horizontal flip).
+    augment: "none" or "crop-flip" (random crop after zero padding by ``augment_padding`` pixels, horizontal flip).
     evaluate_every: steps between evaluations; 0 means at the end of each epoch.
     evaluate_train: training examples in the evaluation (the first n, without augmentation).
     checkpoints: steps to save at; checkpoint_every: also every so many steps (0: none); the last step always is.
@@ -80,6 +87,7 @@ class Task:
     epochs: float = 1.0
     loss: str = "cross_entropy"
     augment: str = "none"
+    augment_padding: int = 4
     evaluate_every: int = 0
     evaluate_train: int = 2000
     checkpoints: tuple[int, ...] = ()
