@@ -83,6 +83,8 @@ def problems(key: str, block: Mapping[str, Any]) -> Iterator[str]:
         yield f"{key}.test = {block['test']} is not allowed; allowed: at most {whole.test}"
     if block.get("resize") and not whole.images:
         yield f"{key}.resize = {block['resize']} needs images; {block['source']} has none"
+    if block.get("normalisation", "standard") != "standard" and not whole.images:
+        yield f"{key}.normalisation = {block['normalisation']!r} needs images; {block['source']} has none"
     if whole.numbers and block.get("labels") == "even-odd":
         yield f"{key}.labels = 'even-odd' needs classes; the targets of {block['source']} are numbers"
     if whole.numbers and block.get("imbalance", 1) > 1:

@@ -89,11 +89,17 @@ CROSS = {
     "nothing left": ("datasets.digits.validation", 1442, ["digits.validation = 1442", "less than 1442"]),
     "more test examples": ("datasets.digits.test", 400, ["datasets.digits.test = 400", "at most 355"]),
     "no images": ("datasets.sine-1k.resize", 8, ["datasets.sine-1k.resize", "needs images"]),
+    "no pixels": ("datasets.sine-1k.normalisation", "whitened", ["datasets.sine-1k.normalisation", "needs images"]),
     "no classes": ("datasets.sine-1k.labels", "even-odd", ["datasets.sine-1k.labels", "needs classes"]),
     "thinned numbers": ("datasets.sine-1k.imbalance", 3, ["datasets.sine-1k.imbalance", "needs classes"]),
     "mse of classes": ("tasks.digits/fc-16x16.loss", "mse", ["tasks.digits/fc-16x16.loss", "cross_entropy"]),
     "classes of numbers": ("tasks.sine-1k/fc-16x16.loss", "cross_entropy", ["tasks.sine-1k/fc-16x16.loss", "mse"]),
     "a crop of numbers": ("tasks.sine-1k/fc-16x16.augment", "crop-flip", ["tasks.sine-1k/fc-16x16.augment", "images"]),
+    "a shift as wide as the image": (
+        "tasks.digits/fc-16x16",
+        {"epochs": 1, "augment": "crop-flip", "augment_padding": 8},
+        ["tasks.digits/fc-16x16.augment", "9 pixels a side or more", "1×8×8"],
+    ),
     "a step beyond the end": (
         "studies.b.networks.convnet.steps",
         [0, 900],

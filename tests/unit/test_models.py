@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
-from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, cross_entropy, max_pool2d
 
 from curvspace.models import KINDS, build, module_of
 
@@ -41,6 +41,7 @@ def count(model: nn.Module) -> int:
         ("lenet", {}, MNIST, 10, 3_274_634),
         ("cifar-basic", {}, CIFAR, 10, 145_578),
         ("cifar-basic", {"batch_norm": True}, CIFAR, 10, 145_962),
+        ("cifar-basic", {"poolings": ["max", "average", "average"], "initialisation": "normal"}, CIFAR, 10, 145_578),
         ("vgg-f", {}, (3, 224, 224), 100, 57_147_236),  # 0.2 GB and over a second: the only one of its size here
     ],
 )
@@ -63,6 +64,7 @@ SMALL: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("convnet", {"batch_norm": True, "extra_dense": 4, "dense": 6}, (1, 16, 16)),
     ("lenet", {"channels": (2, 3), "dense": 5}, (1, 8, 8)),
     ("cifar-basic", {"batch_norm": True, "channels": (2, 2, 3, 4)}, (3, 8, 8)),
+    ("cifar-basic", {"channels": (2, 2, 3, 4), "poolings": ("max", "average", "average")}, (3, 8, 8)),
     ("vgg-f", {"channels": (3, 4), "dense": 6, "dropout": 0.0}, (3, 63, 63)),
 ]
 
@@ -102,6 +104,31 @@ def test_the_seed_fixes_the_weights(kind: str, options: dict[str, Any], input_sh
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+def test_cifar_basic_pools_and_starts_as_in_the_authors_program():
+    torch.manual_seed(0)
+    options = {"poolings": ("max", "average", "average"), "initialisation": "normal"}
+    model = build("cifar-basic", options, CIFAR, 10)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for layer, deviation in zip(layers, (0.01, 0.05, 0.05, 0.05, 0.05), strict=True):
+        n = layer.weight.numel()
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=4 / (2 * n) ** 0.5)  # four s.d. of an s.d.
+        assert not layer.bias.any()
+    c1, c2, c3, dense, last = layers
+    x = torch.randn(2, *CIFAR)
+    h = max_pool2d(c1(x).relu(), 3, 2, 1)
+    for conv in (c2, c3):  # the mean of nine, zeros beyond the edge among them
+        h = conv2d(conv(h).relu(), torch.full((conv.out_channels, 1, 3, 3), 1 / 9), None, 2, 1, 1, conv.out_channels)
+    torch.testing.assert_close(model(x), last(dense(h.flatten(1)).relu()))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"poolings": ["max", "max"]}, {"poolings": ["max", "max", "median"]}, {"initialisation": "glorot"}]
+)
+def test_cifar_basic_refuses_what_it_does_not_know(wrong: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"cifar-basic: (poolings|initialisation) must be"):
+        build("cifar-basic", wrong, CIFAR, 10)
 
 
 def test_resnet18_computes_what_torchvisions_does_without_its_stem():

@@ -13,6 +13,8 @@ from torch import Tensor
 from curvspace.datasets import DataSet, load
 from curvspace.datasets.augment import crop_flip
 from curvspace.datasets.store import Arrays, make_card, save
+from curvspace.training.loop import minibatches
+from curvspace.training.spec import Task
 
 
 def rows(inputs: Tensor) -> set[bytes]:
@@ -105,6 +107,40 @@ def test_centred_normalisation_takes_one_mean_of_all_pixels_and_channels(digits_
     mean = arrays.train_inputs.mean()  # the channels' means differ
     expected = (data.train.inputs.double() - mean) / 255
     torch.testing.assert_close(data.normalise(data.train.inputs), expected)
+
+
+def test_whitened_images_have_the_spectrum_that_the_bounds_leave(tmp_path: Path):
+    """Against NumPy: contrasts made even, then each principal axis stretched to the mean one, if it has ten or more."""
+    random = np.random.default_rng(1)
+    axes = random.normal(size=(12, 12)) * np.geomspace(90, 2, 12)[:, None]  # some axes far below the bound
+    images = np.clip(random.normal(size=(3000, 12)) @ axes + 128, 0, 255).astype(np.uint8).reshape(-1, 3, 2, 2)
+    targets = random.integers(3, size=3000)
+    save(
+        tmp_path,
+        a := Arrays(images[:2500], targets[:2500], images[2500:], targets[2500:], 3),
+        make_card("w", a, "t", {}),
+    )
+    data = load(tmp_path, {"normalisation": "whitened", "dtype": "float64", "subset_seed": None, "validation": 500})
+    x = images.reshape(3000, -1).astype(float)
+    x -= x[:2500].mean(0)
+    x -= x.mean(1, keepdims=True)
+    contrast = x.std(1, ddof=1, keepdims=True)
+    b = x * contrast[:2500].mean() / np.maximum(contrast, 40)
+    _, s, vt = np.linalg.svd(b[:2500] / 50, full_matrices=False)  # √2500
+    z = b @ vt.T @ np.diag(np.sqrt((s**2).mean()) / np.maximum(s, 10)) @ vt
+    assert (s < 10).any()
+    assert (s > 10).any()
+    for split, rows_of in ((data.train, z[:2000]), (data.validation, z[2000:2500]), (data.test, z[2500:])):
+        np.testing.assert_allclose(split.inputs.flatten(1).numpy(), rows_of, atol=1e-9 * np.abs(z).max())
+    assert data.normalise(data.train.inputs) is data.train.inputs
+    assert load(tmp_path, {"normalisation": "whitened"}).train.inputs.dtype == torch.float32
+
+
+def test_numbers_are_not_whitened(tmp_path: Path):
+    x, y = np.zeros((4, 2)), np.zeros(4, dtype=np.int64)
+    save(tmp_path, a := Arrays(x, y, x, y, 2), make_card("n", a, "t", {}))
+    with pytest.raises(ValueError, match="normalisation: whitened needs images"):
+        load(tmp_path, {"normalisation": "whitened"})
 
 
 def test_random_labels_are_drawn_anew_with_every_class_as_likely(digits_dir: Path):
@@ -221,3 +257,19 @@ def test_augmentation_follows_its_generator_alone():
 def test_wrong_augmentation_is_refused(wrong: dict[str, Any]):
     with pytest.raises(ValueError):
         crop_flip(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.Generator(), **wrong)
+
+
+def test_a_task_says_how_far_its_images_are_shifted(digits_dir: Path):
+    data = variant(digits_dir, normalisation="unit")
+
+    def taken(padding: int) -> Tensor:
+        task = Task(augment="crop-flip", augment_padding=padding)
+        return next(minibatches(data, task, len(data.train), 0, 0))[0]
+
+    whole = {x.numpy().tobytes() for x in data.normalise(data.train.inputs)}
+    mirrored = {x.flip(-1).contiguous().numpy().tobytes() for x in data.normalise(data.train.inputs)}
+    assert {x.numpy().tobytes() for x in taken(0)} <= whole | mirrored
+    inside = [(taken(padding)[:, :, :3] == 0).flatten(2).all(-1).float().mean().item() for padding in (0, 4)]
+    assert inside[1] > inside[0] + 0.1  # three black rows at the top in one of nine at least
+    with pytest.raises(ValueError, match="augment_padding must be a whole number of at least 0"):
+        Task(augment_padding=-1)
