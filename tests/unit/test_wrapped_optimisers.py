@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from curvspace.functional import parameter_vector
 from curvspace.optim import FirstOrder, NegativeCurvature, SpanFilter, build
@@ -251,3 +252,25 @@ def test_parameters_let_loose_are_moved_where_the_optimiser_holds_them() -> None
         nn.functional.cross_entropy(plain(x), y).backward()
         reference.step()
     assert torch.equal(parameter_vector(ours), parameter_vector(plain))
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.1}, {"line_search_fn": "strong_wolfe"}])
+def test_evaluations_of_one_step_under_autocast_see_the_weights_that_have_moved(options: dict) -> None:
+    """As torch's own does with a closure that enters autocast, which keeps casts of the weights until its end."""
+    x, y = (t.float() if t.is_floating_point() else t for t in batches(1)[0])
+    model, plain = deep_network(), deep_network()
+    wrapper = FirstOrder(model, torch.optim.LBFGS, max_iter=5, **options)
+    reference = torch.optim.LBFGS(plain.parameters(), max_iter=5, **options)
+
+    def closure() -> Tensor:
+        reference.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(plain(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = wrapper.step(x, y)
+        assert float(loss) == float(reference.step(closure).detach())
+    assert torch.equal(parameter_vector(model), parameter_vector(plain))

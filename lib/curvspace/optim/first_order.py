@@ -114,6 +114,7 @@ class FirstOrder(ModelOptimizer):
         seen: list[tuple[Tensor, Tensor | None]] = []
 
         def closure() -> Tensor:
+            torch.clear_autocast_cache()  # casts of weights that have moved since the last evaluation
             with torch.enable_grad(), self.loss.at_rest(set(self.model.modules())):
                 seen.append((self._gradient(inputs, targets), self.grad_norm))
             return seen[-1][0]
