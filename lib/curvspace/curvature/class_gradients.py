@@ -31,6 +31,7 @@ from curvspace.curvature.class_batches import (
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.independence import independent
 from curvspace.curvature.layerwise import LayerRecorder
+from curvspace.curvature.split import reads_calls_of
 from curvspace.denormals import flushed_on
 from curvspace.errors import refuse_options
 from curvspace.functional import flatten, trainable_parameters
@@ -226,7 +227,8 @@ def split_pass(
 
     The model is called in its present mode. Exact only where :func:`splits_exactly` says so. The loss is taken of all
     outputs together, so it may be any. A model of known layers is evaluated once and split layer by layer, any other
-    class by class.
+    class by class; not where the loss reads beside the outputs what a call of the model leaves behind: see
+    :func:`vjp_pass`.
     """
     loss = get_loss(loss)
     parameters = list(trainable_parameters(model).values())
@@ -237,6 +239,10 @@ def split_pass(
         if right is not None:
             known[key] = right
         return found
+    if (loss, key) not in known:
+        known[loss, key] = reads_calls_of(model, loss, x, y)
+    if known[loss, key]:  # of the last class it would be
+        return vjp_pass(model, x, y, num_classes, loss)
     c = parameters[0].new_zeros(num_classes, sum(p.numel() for p in parameters))
     outputs, order = [], []
     for k, members, xk in by_class(x, y, sizes, flags):

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from curvspace.curvature.split import reads_calls_of
 from curvspace.inner import inner
 from curvspace.inputs import Inputs
 from curvspace.losses import Loss
@@ -142,7 +143,7 @@ class CurveBall(ModelOptimizer):
 
         share = self.ranks.share(self.loss, inputs, targets, parameters[0].device)
         with self.evaluating():
-            point = self._linearised(inputs, velocity)
+            point = self._linearised(inputs, targets, velocity)
         outputs, of_outputs = point.outputs.detach(), self._loss_of(point)
         again = partial(replayed_randomness, outputs.device)  # each evaluation of the loss has the same draws
         with self.evaluating(), again(), of_outputs.at_rest():
@@ -186,10 +187,12 @@ class CurveBall(ModelOptimizer):
         self.costs.products += 1
         return loss
 
-    def _linearised(self, inputs: Inputs, velocity: list[Tensor]) -> Linearised:
+    def _linearised(self, inputs: Inputs, targets: Any, velocity: list[Tensor]) -> Linearised:
         """By dual numbers where they serve: found out anew when modules or modes have changed."""
         modules = self._modules()
         if modules != self._checked:
+            if reads_calls_of(self.model, self.loss, inputs, targets):
+                raise ValueError(_no_function_of_outputs(self.loss.name))
             self._way, self._checked, self._to_check = ForwardMode, modules, _CHECKED_STEPS
         point = linearise(self.model, inputs, velocity, self._way, self.loss.outputs, self._to_check > 0)
         self._way, self._to_check = type(point), max(self._to_check - 1, 0)
@@ -208,10 +211,7 @@ class CurveBall(ModelOptimizer):
             value = loss(z, targets)
             slope, *own = torch.autograd.grad(value, [z, *self._trainable], allow_unused=True)
         if slope is None or any(g is not None for g in own):
-            raise ValueError(
-                f"the loss {self.loss.name} reads the model's parameters itself (a penalty?), or not its outputs; "
-                "CurveBall needs a function of the outputs: use weight_decay for a penalty"
-            )
+            raise ValueError(_no_function_of_outputs(self.loss.name))
         return value.detach(), slope
 
     def _velocity(self, parameter: Tensor) -> Tensor:
@@ -267,6 +267,14 @@ class CurveBall(ModelOptimizer):
             name: torch.tensor(float(state[name]), dtype=torch.float64, device=device)
             for name in ("rho", "beta", "damping", "ratio", "anomalies")
         }
+
+
+def _no_function_of_outputs(loss: str) -> str:
+    return (
+        f"the loss {loss} reads the model's parameters itself (a penalty?), or what a call of it leaves behind (an "
+        "auxiliary loss, a hook's features), or not its outputs; CurveBall needs a function of the outputs: use "
+        "weight_decay for a penalty, and return from the model what else the loss takes"
+    )
 
 
 class _OfOneTensor(Loss):
