@@ -12,7 +12,9 @@ def version_of(tensor: Tensor) -> int:
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:
-    """The dense tensors of which a tensor consists: itself, or the indices and values of a sparse one."""
+    """The dense tensors of which a tensor consists: itself, or the indices and values of a sparse or jagged one."""
+    if tensor.layout is torch.jagged:
+        return [tensor.values(), tensor.offsets()]  # type: ignore[attr-defined]
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

@@ -207,6 +207,21 @@ def test_packed_sequences(enforce_sorted: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_layers_on_jagged_tensors() -> None:
+    """What autograd keeps of them has no memory of its own."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h, row = m.first(x).tanh(), torch.arange(len(x)).repeat_interleave(x.offsets().diff())
+        return m.head(torch.zeros(len(x), 5).double().index_add(0, row, h.values()))
+
+    torch.manual_seed(0)
+    model = Fn(forward, first=nn.Linear(4, 5), head=nn.Linear(5, 3)).double()
+    parts = [[torch.randn(k, 4).double() for k in lengths] for lengths in ([2, 3, 4, 2], [1, 5])]
+    batches = [(torch.nested.nested_tensor(p, layout=torch.jagged), torch.randint(3, (len(p),))) for p in parts]
+    _require_right(model, batches, F.cross_entropy, [4, 2])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 @pytest.mark.parametrize("kind", ["strided", "jagged", "sparse"])
 def test_inputs_that_are_not_cut(kind: str) -> None:
     torch.manual_seed(0)

@@ -164,11 +164,61 @@ def test_embeddings_whose_gradient_is_no_derivative(options, said):
             Objective(model, [batch]).hessian()
 
 
-def test_two_parameters_in_one_memory_are_named():
+SHARED = {
+    "same": lambda w: w,
+    "transposed": lambda w: w.T,
+    "rows": lambda w: w[1:],
+    "columns": lambda w: w[:, ::2],
+    "crossed columns": lambda w: w[:, 1::2].T,
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_parameters_in_one_memory_are_named(name):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
-    model[2].weight = nn.Parameter(model[0].weight.data)
-    with pytest.warns(RuntimeWarning, match=r"'0.weight' and '2.weight' lie in the same memory"):
+    model.other = nn.Parameter(SHARED[name](model[2].weight.data))
+    with pytest.warns(RuntimeWarning, match=r"'other' and '2.weight' lie in the same|'2.weight' and 'other' lie"):
         Objective(model, [minibatch()]).hessian()
+
+
+def test_a_parameter_in_one_memory_with_itself_is_named_and_interleaved_ones_are_not():
+    memory, (x, y) = torch.randn(4, 6).double(), minibatch()
+    parts = {"left": memory[:, :3], "right": memory[:, 3:], "even": torch.randn(8, 3).double()[::2]}
+    model = Fn(
+        lambda s, x: x @ s.left + (x @ s.right).tanh() @ s.even[:3], **{k: nn.Parameter(v) for k, v in parts.items()}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Objective(model, [(x, y)]).hessian()
+    model = Fn(lambda s, x: x @ s.w, w=nn.Parameter(torch.randn(1, 3).double().expand(4, 3)))
+    with pytest.warns(RuntimeWarning, match=r"entries of the parameter 'w' lie in the same memory"):
+        Objective(model, [(x, y)]).hessian()
+
+
+def _gated_recurrence(h: Tensor) -> Tensor:
+    """The last state of a gated linear recurrence over the columns, evaluated in logarithms."""
+    kept = F.logsigmoid(h).cumsum(1)
+    last = (kept + (F.logsigmoid(-h) - kept).logcumsumexp(1)).exp()[:, -1:]
+    return last.expand(-1, 5)
+
+
+NOT_FINITE = {
+    "running log-sum": _gated_recurrence,
+    "length of nothing": lambda h: h / (1 + (h * (torch.arange(len(h)) % 2)[:, None]).norm(dim=1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_second_derivatives_that_are_not_finite(name):
+    """torch's, of operations whose first derivatives are right: differences of these are the Hessian."""
+    torch.manual_seed(0)
+    model, batches = _Middle(NOT_FINITE[name]).double(), [minibatch()]
+    objective = Objective(model, batches)
+    with pytest.raises(RuntimeError, match=r"Hessian is not finite, though .*hessian_by_differences"):
+        objective.hessian()
+    v = torch.randn(objective.num_parameters).double()
+    expected = central_difference(model, batches, "cross_entropy", v)
+    torch.testing.assert_close(objective.hessian_by_differences() @ v, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_backward_pass_with_another_derivative_at_zero():

@@ -202,3 +202,34 @@ def test_a_normalisation_and_a_dropout_of_ones_own(batch_norm, training):
     torch.testing.assert_close(found.gradient(), expected.gradient())
     assert not ours[1].running_mean.any()
     assert ours[1].training is ours[2].training is training
+
+
+class Field(nn.Module):
+    """A field u(x) with the points at which it was taken, by which a loss differentiates it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.u = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        return x, self.u(x)
+
+
+def equation(outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+    x, u = outputs
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    return (slope.sum(1) - y).square().mean()
+
+
+@pytest.mark.parametrize("microbatch", [None, 4])
+def test_a_loss_that_differentiates_the_outputs_by_the_inputs(microbatch):
+    model, x = Field(), torch.randn(9, 2).double()
+    batches = [(x[:6], x[:6, 0].cos()), (x[6:], x[6:, 0].cos())]
+    objective = Objective(model, batches, equation, microbatch=microbatch)
+    v = torch.randn(objective.num_parameters).double()
+    expected = central_difference(model, batches, equation, v)
+    torch.testing.assert_close(objective.hessian() @ v, expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="derivatives of the outputs by inputs are to be outputs themselves"):
+        objective.gauss_newton() @ v

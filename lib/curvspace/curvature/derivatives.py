@@ -6,10 +6,10 @@ It is not where a part is cut off (``detach``, ``no_grad``), where a function br
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -98,9 +98,13 @@ def _warn(function: FrozenModel, loss: Loss, found: _Slopes | None) -> None:
     name = type(function.model).__name__
     shared = _sharing(function.model, function.names)
     if shared:
+        what = f"parameters {shared[0]} and {shared[1]} lie in the same memory but are two objects"
+        advice = "for one shared weight assign the same nn.Parameter to both, and read it where it is used in its shape"
+        if shared[0] == shared[1]:
+            what = f"entries of the parameter {shared[0]} lie in the same memory (expand)"
+            advice = "hold what is expanded as the parameter, and expand it where it is used"
         warnings.warn(
-            f"{name}: the parameters {shared[0]} and {shared[1]} lie in the same memory but are two objects; here they "
-            "are independent coordinates: for one shared weight assign the same nn.Parameter to both",
+            f"{name}: the {what}; here they are independent coordinates: {advice}",
             RuntimeWarning,
             stacklevel=7,
         )
@@ -120,9 +124,10 @@ def _require_second_derivative(point: Point, batch: Batch, matrix: Matrix) -> No
     if found is not None:
         what, off = found
         other = "take objective.hessian_by_differences()" if matrix == "Hessian" else "write it in torch's operations"
+        wrong = "not finite" if math.isinf(off) else f"off by {off:.1%} of the difference of first derivatives"
         raise RuntimeError(
-            f"{type(point.function.model).__name__} with the loss {point.loss.name}: {what} is off by {off:.1%} of the "
-            "difference of first derivatives, which are right: a backward pass is not one that autograd can "
+            f"{type(point.function.model).__name__} with the loss {point.loss.name}: {what} is {wrong}, though first "
+            "derivatives are right: a backward pass is not one that autograd can "
             f"differentiate (a function or hook of its own, in NumPy, a kernel, or without a graph?); {other}"
         )
 
@@ -157,15 +162,38 @@ def _reaches(weight: Tensor, bound: float, order: float) -> bool:
 
 
 def _sharing(model: nn.Module, names: list[str]) -> tuple[str, str] | None:
-    """Two of the parameters that overlap in memory."""
+    """Two of the parameters that overlap in memory, or twice one whose own entries do (``expand``)."""
     found = dict(model.named_parameters())
-    spans = sorted(
-        (p.data_ptr(), p.data_ptr() + p.nbytes, repr(name))
-        for name, p in ((n, found[n]) for n in names)
-        if p.numel() and p.layout == torch.strided and p.is_contiguous()
-    )
-    overlapping = ((a[2], b[2]) for a, b in pairwise(spans) if a[0] and b[0] < a[1])
-    return next(overlapping, None)
+    held = [(found[n].data_ptr(), repr(n), found[n].detach()) for n in names if found[n].layout == torch.strided]
+    reaching: list[tuple[str, Tensor]] = []
+    for start, name, p in sorted((h for h in held if h[0] and h[2].numel()), key=lambda h: h[:2]):
+        if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+            return name, name
+        reaching = [(n, q) for n, q in reaching if q.data_ptr() + q.itemsize * _extent(q) > start]
+        for n, q in reaching:
+            if _meet(q, p):
+                return n, name
+        reaching.append((name, p))
+    return None
+
+
+def _extent(p: Tensor) -> int:
+    """Entries of memory from a tensor's first to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+
+
+def _meet(p: Tensor, q: Tensor) -> bool:
+    """Whether tensors from overlapping stretches of memory have an entry in common: they may be interleaved."""
+    if all(t.numel() == _extent(t) for t in (p, q)) or p.itemsize != q.itemsize:
+        return True
+
+    def places(t: Tensor) -> Tensor:
+        at = torch.tensor(t.data_ptr() // t.itemsize, device="cpu")
+        for size, stride in zip(t.shape, t.stride(), strict=True):
+            at = at[..., None] + stride * torch.arange(size, device="cpu")
+        return at.reshape(-1)
+
+    return bool(torch.isin(places(p), places(q)).any())
 
 
 @dataclass(frozen=True)
@@ -298,8 +326,8 @@ def _loss_off(line: _Line, batch: Batch, linearisation: GaussNewtonLinearisation
 
 
 def _off(product: Sequence[Tensor], values: Callable[[float], list[Tensor]], scales: Sequence[float]) -> float | None:
-    """How far a product is from differences of what it is the derivative of, in units of these; None where they agree,
-    or a jump or rounding explains it."""
+    """How far a product is from differences of what it is the derivative of, in units of these, infinity where only
+    these are finite; None where they agree, or a jump or rounding explains it."""
 
     def size(parts: Iterable[Tensor]) -> float:
         return sum(float((s * p.detach()).square().sum()) for s, p in zip(scales, parts, strict=True)) ** 0.5
@@ -309,6 +337,8 @@ def _off(product: Sequence[Tensor], values: Callable[[float], list[Tensor]], sca
 
     found: list[list[Tensor]] = []
     off = 0.0
+    if not math.isfinite(size(product)):
+        return math.inf if math.isfinite(size(values(SECOND_STEPS[0]))) else None
     for step in SECOND_STEPS:
         there = values(step)
         rounding = 1e3 * torch.finfo(torch.float64).eps * max(1.0, size(there)) / step

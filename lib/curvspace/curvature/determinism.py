@@ -38,18 +38,15 @@ def require_deterministic_outputs(point: Point, batch: Batch) -> None:
 
 
 def require_deterministic_loss(point: Point, batch: Batch) -> None:
-    """Evaluate the loss several times on the same outputs: of all the batch, as it may be no mean of parts.
+    """Evaluate the loss of all the batch several times, as it may be no mean of parts, where the outputs are the same.
 
     Raises
     ------
     RuntimeError
         If two evaluations differ.
     """
-    outputs = without_graph(lambda: point.outputs(batch))
     name = f"the loss {point.loss.name}"
-    _require_no_draws(
-        lambda: [point.loss_of_outputs(outputs, batch)], point, batch, name, f"{batch.size} outputs of batch 0"
-    )
+    _require_no_draws(lambda: [point.value(batch)], point, batch, name, f"{batch.size} outputs of batch 0")
 
 
 def _require_no_draws(evaluate: Callable[[], list[Tensor]], point: Point, batch: Batch, what: str, where: str) -> None:

@@ -133,15 +133,14 @@ class Point:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
             shapes = f"outputs {_described(outputs)}, targets {_described(targets)}"
-            raise ValueError(f"batch {batch.index}: the loss {self.loss.name} failed on {shapes}: {error}") from error
+            advice = "; derivatives of the outputs by inputs are to be outputs themselves" * _of_outputs(error)
+            raise ValueError(
+                f"batch {batch.index}: the loss {self.loss.name} failed on {shapes}: {error}{advice}"
+            ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the loss {self.loss.name} must be one number, a mean over the batch; got {shape}")
         return value.reshape(())
-
-    def loss_of_outputs(self, outputs: Any, batch: Batch) -> Tensor:
-        """The same with the model at these parameters, which a loss may read, and after a call, which it may too."""
-        return self.evaluate(batch, lambda _: outputs)[1]
 
     def finite(self, value: Tensor, batch: Batch) -> Tensor:
         if not torch.isfinite(value):
@@ -151,6 +150,11 @@ class Point:
     def gradient(self, value: Tensor, *, create_graph: bool = False) -> list[Tensor | None]:
         """See :meth:`~curvspace.curvature.frozen.FrozenModel.gradient`."""
         return self.function.gradient(value, self.parameters, create_graph=create_graph)
+
+
+def _of_outputs(error: Exception) -> bool:
+    """Whether a loss differentiated outputs that were cut off from the model."""
+    return "require grad" in str(error) or "differentiated Tensor" in str(error)
 
 
 def _described(value: Any) -> str:
