@@ -37,6 +37,7 @@ from curvspace.errors import refuse_options
 from curvspace.functional import flatten, trainable_parameters
 from curvspace.inputs import Inputs, call
 from curvspace.losses import Loss, get_loss
+from curvspace.losses.recognised import plain_globals
 from curvspace.outputs import joined, logits
 from curvspace.threads import one_at_a_time
 
@@ -239,9 +240,11 @@ def split_pass(
         if right is not None:
             known[key] = right
         return found
-    if (loss, key) not in known:
-        known[loss, key] = reads_calls_of(model, loss, x, y)
-    if known[loss, key]:  # of the last class it would be
+    function = vars(loss).get("_function")
+    known, key = known_layers(FrozenModel(model), "read", (x, function, plain_globals(function)), flags)
+    if key not in known:
+        known[key] = reads_calls_of(model, loss, x, y)
+    if known[key]:  # of the last class it would be
         return vjp_pass(model, x, y, num_classes, loss)
     c = parameters[0].new_zeros(num_classes, sum(p.numel() for p in parameters))
     outputs, order = [], []
