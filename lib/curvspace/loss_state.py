@@ -96,7 +96,7 @@ class _Found:
         elif kind is functools.partial:
             inside = held.func, *held.args, *held.keywords.values()
         elif kind is FunctionType:
-            cells = [cell for cell in held.__closure__ or () if _is_bound(cell)]
+            cells = [cell for cell in held.__closure__ or () if is_bound(cell)]
             self._cells.update({id(cell): cell for cell in cells})
             inside = *(c.cell_contents for c in cells), *(held.__globals__.get(n) for n in held.__code__.co_names)
         elif kind in LISTS and len(held) <= LONGEST:
@@ -112,7 +112,7 @@ class _Found:
         return list(self._cells.values())
 
 
-def _is_bound(cell: CellType) -> bool:
+def is_bound(cell: CellType) -> bool:
     try:
         cell.cell_contents  # noqa: B018  raises where the variable has no value yet
     except ValueError:

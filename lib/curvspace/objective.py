@@ -45,7 +45,7 @@ from curvspace.errors import refuse_options
 from curvspace.inputs import tensors_in
 from curvspace.loss_state import require_no_reference
 from curvspace.losses import Loss, get_loss
-from curvspace.losses.recognised import options_of, plain_globals
+from curvspace.losses.recognised import options_of, plain_variables
 from curvspace.outputs import output_tensors
 from curvspace.threads import one_at_a_time
 
@@ -231,7 +231,7 @@ class Objective:
             return ()
         batch = max(self._given, key=lambda b: b.size)
         known = all(self.loss_function.adds_up(b.targets) for b in self._given)
-        called_with = batch.inputs if known else (batch.inputs, self._loss, plain_globals(self._loss))
+        called_with = batch.inputs if known else (batch.inputs, self._loss, plain_variables(self._loss))
         held = fingerprint(self.function.model, self.function.names, called_with, batch.flags)
         if held is None or known:
             return held

@@ -37,7 +37,7 @@ from curvspace.errors import refuse_options
 from curvspace.functional import flatten, trainable_parameters
 from curvspace.inputs import Inputs, call
 from curvspace.losses import Loss, get_loss
-from curvspace.losses.recognised import plain_globals
+from curvspace.losses.recognised import plain_variables
 from curvspace.outputs import joined, logits
 from curvspace.threads import one_at_a_time
 
@@ -241,7 +241,7 @@ def split_pass(
             known[key] = right
         return found
     function = vars(loss).get("_function")
-    known, key = known_layers(FrozenModel(model), "read", (x, function, plain_globals(function)), flags)
+    known, key = known_layers(FrozenModel(model), "read", (x, function, plain_variables(function)), flags)
     if key not in known:
         known[key] = reads_calls_of(model, loss, x, y)
     if known[key]:  # of the last class it would be

@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from curvspace.loss_state import is_bound
 from curvspace.losses.base import KnownLoss, Loss, TorchLoss
 from curvspace.losses.closed_forms import (
     KNOWN,
@@ -29,10 +30,13 @@ def options_of(loss: str | Loss | Callable[[Any, Any], Tensor]) -> list[Any]:
     return list(vars(getattr(loss, "_labels", loss)).values()) if isinstance(loss, Loss) else []
 
 
-def plain_globals(loss: Any) -> list[Any]:
-    """The numbers and words among the global variables that a callable's own code names."""
+def plain_variables(loss: Any) -> list[Any]:
+    """The numbers and words that a callable's own code may read: global variables, those around it, attributes."""
     functions = [loss, *(getattr(type(loss), name, None) for name in ("forward", "__call__"))]
-    found = (f.__globals__.get(name) for f in functions if isinstance(f, FunctionType) for name in f.__code__.co_names)
+    found: list[Any] = [] if isinstance(loss, FunctionType) else list(getattr(loss, "__dict__", {}).values())
+    for f in (f for f in functions if isinstance(f, FunctionType)):
+        found += (f.__globals__.get(name) for name in f.__code__.co_names)
+        found += (cell.cell_contents for cell in f.__closure__ or () if is_bound(cell))
     return [value for value in found if issubclass(type(value), bool | int | float | str)]
 
 

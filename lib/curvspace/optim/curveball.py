@@ -26,6 +26,7 @@ from curvspace.curvature.split import reads_calls_of
 from curvspace.inner import inner
 from curvspace.inputs import Inputs
 from curvspace.losses import Loss
+from curvspace.losses.recognised import plain_variables
 from curvspace.optim.base import ModelOptimizer, require, require_count, require_flag, require_numbers
 from curvspace.optim.forward_mode import ForwardMode, Linearised, linearise
 from curvspace.seeds import replayed_randomness
@@ -120,6 +121,7 @@ class CurveBall(ModelOptimizer):
         super().__init__(model, defaults, loss)
         self._way: type[Linearised] = ForwardMode
         self._checked: list[tuple[nn.Module, bool]] = []
+        self._phase: list[Any] = []
         self._to_check = 0
         start = (1.0 if _has_batch_norm(model) else 10.0) if damping == "auto" else damping
         nan = float("nan")
@@ -189,10 +191,12 @@ class CurveBall(ModelOptimizer):
 
     def _linearised(self, inputs: Inputs, targets: Any, velocity: list[Tensor]) -> Linearised:
         """By dual numbers where they serve: found out anew when modules or modes have changed."""
-        modules = self._modules()
-        if modules != self._checked:
+        modules, phase = self._modules(), plain_variables(vars(self.loss).get("_function"))
+        if (modules, phase) != (self._checked, self._phase):
             if reads_calls_of(self.model, self.loss, inputs, targets):
                 raise ValueError(_no_function_of_outputs(self.loss.name))
+            self._phase = phase
+        if modules != self._checked:
             self._way, self._checked, self._to_check = ForwardMode, modules, _CHECKED_STEPS
         point = linearise(self.model, inputs, velocity, self._way, self.loss.outputs, self._to_check > 0)
         self._way, self._to_check = type(point), max(self._to_check - 1, 0)
