@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from curvspace import Objective
 from curvspace.curvature import dense_matrix
-from curvspace.optim import CurveBall
+from curvspace.functional import parameter_vector
+from curvspace.optim import CurveBall, NegativeCurvature
 from tests.unit.backward_passes import by_hand
 from tests.unit.oracles import central_difference, dense_gauss_newton, jacobian_product
 from tests.unit.small_networks import Fn, minibatch
@@ -219,6 +220,11 @@ def test_second_derivatives_that_are_not_finite(name):
     v = torch.randn(objective.num_parameters).double()
     expected = central_difference(model, batches, "cross_entropy", v)
     torch.testing.assert_close(objective.hessian_by_differences() @ v, expected, rtol=1e-5, atol=1e-7)
+    optimizer, before = NegativeCurvature(model, lr=0.1), parameter_vector(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"Hessian of _Middle is not finite, though"):
+            optimizer.step(*batches[0])
+    assert torch.equal(parameter_vector(model), before)
 
 
 def test_a_backward_pass_with_another_derivative_at_zero():

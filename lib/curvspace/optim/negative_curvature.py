@@ -153,7 +153,7 @@ class NegativeCurvature(FirstOrder):
             with SecondOrderLayers():
                 loss = self.loss(call(self.model, inputs), targets)
             gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-            self._require_second_derivatives(gradients)
+            unchecked = self._require_second_derivatives(gradients)
             curved = [
                 (g, t)
                 for g, t in zip(gradients, unflatten(self._v, parameters), strict=True)
@@ -164,6 +164,12 @@ class NegativeCurvature(FirstOrder):
                 product = pull_back(g, parameters, t, materialize_grads=True)
             else:
                 product = tuple(torch.zeros_like(p) for p in parameters)
+            if unchecked and _finite(gradients) and not _finite(product):
+                self._checked = []
+                raise RuntimeError(
+                    f"a product with the Hessian of {type(self.model).__name__} is not finite, though its gradient is: "
+                    "an operation has no second derivative here; NegativeCurvature needs one: replace it"
+                )
         share = self.ranks.share(self.loss, inputs, targets, loss.device)
         used = self.ranks.any([g is not None for g in gradients], loss.device)
         known = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(gradients, parameters, strict=True)]
@@ -174,12 +180,14 @@ class NegativeCurvature(FirstOrder):
         self.costs.products += 1
         return value, [g if u else None for g, u in zip(known, used, strict=True)], hv
 
-    def _require_second_derivatives(self, gradients: Sequence[Tensor | None]) -> None:
-        """Look through the graph at the first product, and when the modules or their modes have changed."""
+    def _require_second_derivatives(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Look through the graph at the first product, and when the modules or their modes have changed: whether so."""
         modules = self._modules()
-        if modules != self._checked:
-            require_second_derivatives(gradients, "; NegativeCurvature needs one: replace it")
-            self._checked = modules
+        if modules == self._checked:
+            return False
+        require_second_derivatives(gradients, "; NegativeCurvature needs one: replace it")
+        self._checked = modules
+        return True
 
     # What follows stays on the device: a step must not wait for a number to reach the host.
 
@@ -206,3 +214,7 @@ class NegativeCurvature(FirstOrder):
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         self._v, self._value, self._scale = (state[key].to(self._v) for key in ("v", "value", "scale"))
+
+
+def _finite(tensors: Sequence[Tensor | None]) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors if t is not None)
