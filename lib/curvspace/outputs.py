@@ -87,6 +87,19 @@ def real_tensors(outputs: Any) -> list[Tensor]:
     return [t for t in found if t.is_floating_point()]
 
 
+def plain_numbers(outputs: Any) -> list[int | float]:
+    """The numbers that outputs hold beside tensors, in order: a count of the examples, a mean by ``.item()``."""
+    if isinstance(outputs, int | float):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        return plain_numbers(list(outputs.values()))
+    if isinstance(outputs, list | tuple):
+        return [number for entry in outputs for number in plain_numbers(entry)]
+    if not isinstance(outputs, Tensor) and (dataclasses.is_dataclass(outputs) or hasattr(outputs, "logits")):
+        return plain_numbers(vars(outputs))
+    return []
+
+
 def with_leaves(outputs: Any) -> tuple[Any, list[Tensor]]:
     """A copy of outputs whose real and complex tensors are leaves that require gradients, and these."""
     found: list[Tensor] = []

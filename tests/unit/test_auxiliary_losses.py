@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from curvspace import Objective
 from curvspace.functional import parameter_vector
 from curvspace.optim import CurveBall, class_gradient_newton, rayleigh_ritz_newton
-from tests.unit.small_networks import minibatch
+from tests.unit.small_networks import Fn, minibatch
 
 LossLike = Callable[[Tensor, Tensor], Tensor]
 
@@ -121,3 +121,25 @@ def test_curveball_which_differentiates_by_the_outputs_alone_refuses_it(read: Ca
     with pytest.raises(ValueError, match="what a call of it leaves behind"):
         optimizer.step(x, y)
     assert torch.equal(parameter_vector(model), before)
+
+
+@pytest.mark.parametrize("number", ["a count", "a mean"])
+def test_numbers_among_the_outputs_are_of_the_whole_batch(number: str) -> None:
+    """From the second step on, when it is known how the model is best split."""
+    experts, (x, y) = Experts("uneven").double(), minibatch(60)
+
+    def forward(s: nn.Module, x: Tensor) -> dict[str, Tensor | float]:
+        z = s.experts(x)
+        return {"logits": z, "number": len(x) if number == "a count" else z.square().mean().item()}
+
+    def loss(outputs: dict[str, Tensor], y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs["logits"], y, reduction="sum") / outputs["number"]
+
+    model = Fn(forward, experts=experts)
+    optimizer = class_gradient_newton(model, 3, loss=loss, lr=0.01)
+    for _ in range(3):
+        value, gradient = loss_and_gradient(model, loss, x, y)
+        assert float(optimizer.step(x, y)) == pytest.approx(value, rel=1e-12)
+        assert float(optimizer.grad_norm) == pytest.approx(float(gradient.norm()), rel=1e-9)
+    with pytest.raises(ValueError, match="microbatch=16 would change the function"):
+        Objective(model, [(x, y)], loss, microbatch=16).gradient()

@@ -19,7 +19,7 @@ from curvspace.curvature.memory import default_budget, is_out_of_memory, with_ke
 from curvspace.differentiation import without_graph
 from curvspace.inputs import Inputs, map_tensors, tensors_in
 from curvspace.losses import Loss
-from curvspace.outputs import real_tensors
+from curvspace.outputs import plain_numbers, real_tensors
 
 SAMPLE = 8
 """Examples on which it is tried whether a model treats examples one by one."""
@@ -214,13 +214,17 @@ def elsewhere(tensors: Sequence[Tensor], fan_in: Sequence[int]) -> tuple[Tensor,
 def _same_in_parts(
     function: FrozenModel, theta: Sequence[Tensor], inputs: Inputs, n: int, flags: Sequence[bool], tolerance: float
 ) -> bool | None:
-    """Whether outputs and gradients agree, to a relative ``tolerance``; None where no output is finite."""
+    """Whether outputs and gradients agree, to a relative ``tolerance``, and plain numbers among the outputs are the
+    same; None where no output is finite."""
     constants = function.constants()
     first = (n + 1) // 2
 
+    numbers: list[list[int | float]] = []
+
     def evaluated(part: slice) -> tuple[Tensor, list[Tensor]]:
-        x = function.cast(take(inputs, part, flags))
-        outputs = real_tensors(function.evaluate(theta, constants, x))
+        raw = function.evaluate(theta, constants, function.cast(take(inputs, part, flags)))
+        numbers.append(plain_numbers(raw))
+        outputs = real_tensors(raw)
         if any(t.ndim == 0 or t.shape[0] != part.stop - part.start for t in outputs):
             raise ValueError("outputs without a batch dimension")
         z = torch.cat([t.reshape(t.shape[0], -1) for t in outputs], dim=1)
@@ -236,6 +240,8 @@ def _same_in_parts(
     with torch.enable_grad(), function.policy_in_force():
         whole, of_whole = evaluated(slice(0, n))
         parts = [evaluated(slice(0, first)), evaluated(slice(first, n))]
+    if numbers != [numbers[0]] * 3:
+        return False
     if not whole.isfinite().any():
         return None
     apart, finite = torch.cat([z for z, _ in parts]), whole.isfinite()
