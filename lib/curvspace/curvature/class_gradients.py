@@ -31,7 +31,7 @@ from curvspace.curvature.class_batches import (
 from curvspace.curvature.frozen import BatchNorm, FrozenModel
 from curvspace.curvature.independence import independent
 from curvspace.curvature.layerwise import LayerRecorder
-from curvspace.curvature.split import reads_calls_of
+from curvspace.curvature.left_behind import reads_calls_of
 from curvspace.denormals import flushed_on
 from curvspace.errors import refuse_options
 from curvspace.functional import flatten, trainable_parameters

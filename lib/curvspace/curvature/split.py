@@ -14,18 +14,16 @@ from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from curvspace.batches import batch_flags, has_uncut_examples, number_of_examples
-from curvspace.curvature.frozen import FrozenModel
-from curvspace.curvature.independence import SAMPLE, elsewhere, independent, nearly_equal
+from curvspace.batches import has_uncut_examples
+from curvspace.curvature.independence import elsewhere, independent, nearly_equal
+from curvspace.curvature.left_behind import moved, reads_calls, unless_it_fails
 from curvspace.curvature.linearisation import Batch, Point, mean_gradient
 from curvspace.curvature.memory import is_out_of_memory, let_go, with_kept_bytes
 from curvspace.differentiation import without_graph
-from curvspace.inputs import Inputs
 from curvspace.losses import Loss
 from curvspace.outputs import joined, map_outputs, output_tensors, rows, with_leaves
-from curvspace.seeds import replayed_randomness
 
 Result = TypeVar("Result")
 
@@ -98,47 +96,12 @@ def _adds_up(point: Point, batch: Batch, parts: Sequence[Batch]) -> bool:
     except Exception:  # the loss's own: weights of every example inside, a check of lengths
         return False
     z, leaves = with_leaves(z)
-    moved = iter(elsewhere([*leaves, *theta], [1] * (len(leaves) + len(theta))))
-    z = map_outputs(z, lambda t: next(moved) if t.requires_grad else t)
+    others = iter(elsewhere([*leaves, *theta], [1] * (len(leaves) + len(theta))))
+    z = map_outputs(z, lambda t: next(others) if t.requires_grad else t)
     try:
-        return _sum_of_parts(replace(there, parameters=tuple(moved)), z, batch, parts) is not False
+        return _sum_of_parts(replace(there, parameters=tuple(others)), z, batch, parts) is not False
     except Exception:  # the loss's own: it need not take any outputs
         return True
-
-
-def reads_calls(point: Point, parts: Sequence[Batch]) -> bool:
-    """Whether the loss reads beside the outputs what a call of the model leaves behind: an auxiliary loss of it, what a
-    hook has kept. Then it is another after another call, tried on a few examples of the first and the last part.
-
-    Also at parameters moved at random: at the present ones all examples may leave the same.
-    """
-    few, others = parts[0].examples(slice(0, SAMPLE)), parts[-1].examples(slice(0, SAMPLE // 2 + 1))
-    drawn = partial(replayed_randomness, point.function.device, 0)
-
-    def another(here: Point) -> bool:
-        outputs, value = without_graph(lambda: here.evaluate(few, around_loss=drawn()))
-        without_graph(partial(here.value, others))
-        if not value.isfinite():
-            return False
-        try:
-            with here.function.at(here.parameters, here.constants, few.index), drawn():
-                again = without_graph(partial(here.loss_of, outputs, few))
-        except Exception:  # the loss's own: there was no such call, or one of another length
-            return True
-        return not nearly_equal(value, again, 1e3 * torch.finfo(value.dtype).eps)
-
-    return another(point) or bool(_unless_it_fails(another, _moved(point)))
-
-
-def reads_calls_of(model: nn.Module, loss: Loss, inputs: Inputs, targets: Any) -> bool:
-    """The same of a minibatch and its halves; False where no part of it can be evaluated."""
-    n = number_of_examples(inputs, targets)
-    if n < 2 or not loss.stateful:
-        return False
-    flags = (*batch_flags(inputs, n), *batch_flags(targets, n))
-    batch = Batch(inputs, targets, 1.0, 0, n, flags)
-    halves = batch.examples(slice(0, n // 2)), batch.examples(slice(n // 2, n))
-    return bool(_unless_it_fails(lambda point: reads_calls(point, halves), Point.here(FrozenModel(model), loss)))
 
 
 def _same_when_called(point: Point, batch: Batch, parts: Sequence[Batch]) -> bool:
@@ -154,19 +117,7 @@ def _same_when_called(point: Point, batch: Batch, parts: Sequence[Batch]) -> boo
             return False
         return nearly_equal(mean_gradient(here, [batch]), mean_gradient(here, parts), tolerance)
 
-    return same(point) and _unless_it_fails(same, _moved(point)) is not False
-
-
-def _moved(point: Point) -> Point:
-    return replace(point, parameters=elsewhere(point.parameters, [1] * len(point.parameters)))
-
-
-def _unless_it_fails(ask: Callable[[Point], bool], point: Point) -> bool | None:
-    """None where the model or the loss refuses other parameters, as it may."""
-    try:
-        return ask(point)
-    except Exception:
-        return None
+    return same(point) and unless_it_fails(same, moved(point)) is not False
 
 
 def _sum_of_parts(point: Point, z: Any, batch: Batch, parts: Sequence[Batch]) -> bool | None:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curvspace.curvature.split import reads_calls_of
+from curvspace.curvature.left_behind import reads_calls_of
 from curvspace.inner import inner
 from curvspace.inputs import Inputs
 from curvspace.losses import Loss
