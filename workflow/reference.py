@@ -39,7 +39,9 @@ COLUMNS = (
     "needs",
 )
 
-NONE = (False, 0.0, 0)
+Size = tuple[bool, float, int, int]
+"""(has a verdict, size of the run, parts of the claim's scale that were run, seeds): what makes a row the larger."""
+NONE: Size = (False, 0.0, 0, 0)
 DEFAULT = "default"
 """The piece that is a run of the default study."""
 HEAD = """Each verdict is that of the largest scale that was run; the last column has the default run's.
@@ -65,8 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def judged(folder: Path) -> pd.DataFrame:
-    """The ledger: one row a claim, from the largest scale that gives it a verdict; of equal ones, the most seeds."""
-    found: dict[str, list[tuple[tuple[bool, float, int], dict[str, Any]]]] = {}
+    """The ledger: one row a claim, from the largest scale that gives it a verdict.
+
+    Of equal ones it is the one with most of the claim's data sets and networks, of these the one
+    with most seeds, and at last the first by its name.
+    """
+    found: dict[str, list[tuple[Size, dict[str, Any]]]] = {}
     for piece in sorted(file.parent for file in folder.glob("*/config.yaml")):
         for size, row in rows(piece):
             found.setdefault(row["id"], []).append((size, row))
@@ -79,8 +85,8 @@ def judged(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(chosen, columns=list(COLUMNS))
 
 
-def rows(piece: Path) -> Iterator[tuple[tuple[bool, float, int], dict[str, Any]]]:
-    """((has a verdict, size of the run, seeds), ledger row) of each claim whose tables a piece has."""
+def rows(piece: Path) -> Iterator[tuple[Size, dict[str, Any]]]:
+    """(size, ledger row) of each claim whose tables a piece has."""
     config = whole(piece)
     study = registry.declare(config)
     entries = {file: ledger.entries(file) for file in registry.claim_files().values()}
@@ -105,7 +111,7 @@ def rows(piece: Path) -> Iterator[tuple[tuple[bool, float, int], dict[str, Any]]
         if row["verdict"] == HOLDS and not models and (unseen := [part for part in parts if part not in seen]):
             row |= {"verdict": UNTESTED, "needs": f"{claim.needs} (here: no {' or '.join(unseen)})"}
         size = spec["size"].get(claim.id, 0.0)
-        yield (row["verdict"] != UNTESTED, size, row["seeds"]), row | {"piece": piece.name}
+        yield (row["verdict"] != UNTESTED, size, len(seen), row["seeds"]), row | {"piece": piece.name}
 
 
 def absent(models: Iterable[str], read: Mapping[str, pd.DataFrame]) -> list[str]:

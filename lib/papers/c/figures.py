@@ -54,7 +54,10 @@ def _contours(axis: Axes) -> None:
 
 
 def training_error(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:
-    """C-F2, C-F2d: training error against epochs, a panel a network, each optimiser at its best learning rate."""
+    """C-F2, C-F2d: training error against epochs, a panel a network, each optimiser at its best learning rate.
+
+    The axis ends above the errors after the first evaluation, which at the start is that of chance.
+    """
     return _error_panels(tables, style, "epoch", "epoch")
 
 
@@ -67,7 +70,7 @@ def _error_panels(tables: Tables, style: Style, x: str, label: str) -> tuple[Fig
     columns = min(len(tables), 2)
     figure, axes = style.panels(-(-len(tables) // columns), columns, sharey=True)
     colours = style.colours(dict.fromkeys([*LABELS, *(o for t in tables.values() for o in t["optimizer"])]))
-    drawn = []
+    drawn: list[pd.DataFrame] = []
     for axis, (network, metrics) in zip(axes.flat, tables.items(), strict=False):
         rows = best_settings(metrics).dropna(subset=["eval_train_accuracy"])
         rows = rows.assign(train_error_percent=100 * (1 - rows["eval_train_accuracy"]))
@@ -81,13 +84,16 @@ def _error_panels(tables: Tables, style: Style, x: str, label: str) -> tuple[Fig
             drawn.append(band.assign(network=network, optimizer=optimizer, lr=part["lr"].iloc[0]))
         seeds = metrics["seed"].nunique()
         scale = f"{metrics['dataset'].iloc[0]}, {seeds} seed{'s' * (seeds > 1)}"
-        axis.set(xlabel=label, title=f"{network} ({scale})", ylim=(0, None))
+        axis.set(xlabel=label, title=f"{network} ({scale})")
         below(axis, fontsize="x-small")
+    trained = pd.concat(drawn, ignore_index=True)
+    top = trained.loc[trained[x] > trained[x].min(), "high"].max()
+    axes.flat[0].set_ylim(0, 1.1 * top if np.isfinite(top) and top > 0 else None)
     for axis in axes[:, 0]:
         axis.set_ylabel("training error (%)")
     for axis in axes.flat[len(tables) :]:
         axis.set_visible(False)
-    return figure, pd.concat(drawn, ignore_index=True)
+    return figure, trained
 
 
 def rates(tables: Tables, style: Style) -> tuple[Figure, pd.DataFrame]:

@@ -81,7 +81,8 @@ def at_every_epoch(
                 both = _side_by_side(curves[first][seed].dropna(), curves[other][seed].dropna())
                 if len(both):
                     shares.append(float((both["own"] < both["other"]).mean()))
-            measured = estimate(shares, margin)
+            share = estimate(shares, margin)
+            measured = Estimate(share.value, max(share.low, 0.0), min(share.high, 1.0), share.seeds)
             found.append(Case(f"{name} {first} below {other}".strip(), measured, judge(measured, at_least=1.0)))
     return Outcome(tuple(found))
 
