@@ -10,12 +10,12 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from curvspace.arithmetic import in_own_arithmetic
 from curvspace.curvature.krylov import KrylovBasis, SymmetricOperator, plain_operator
 from curvspace.curvature.memory import free_memory
 from curvspace.inner import inner, norm
+from curvspace.progress import bar
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
@@ -106,7 +106,7 @@ def eigsh(
     seed
         Of the random start vector, drawn on the CPU: the same on every device.
     progress
-        Show a progress bar of products.
+        Show the count of products: a bar, in a log file a line a minute.
 
     Raises
     ------
@@ -120,12 +120,12 @@ def eigsh(
     A = plain_operator(A, "eigsh")
     _check(A, k, which, tol)
     max_products = max(300, 20 * k) if max_products is None else max_products
-    bar = tqdm(disable=not progress, unit="product")
-    basis = KrylovBasis(A, _capacity(A, k, max_basis), torch.Generator().manual_seed(seed), bar)
+    shown = bar(desc="eigsh", unit="product", show=progress)
+    basis = KrylovBasis(A, _capacity(A, k, max_basis), torch.Generator().manual_seed(seed), shown)
     _start(basis, v0, tol)
     pairs, found = _iterate(basis, k, which, tol, max_products)
     result = _finished(basis, pairs, found, max_products)
-    bar.close()
+    shown.close()
     return result
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from curvspace.datasets.store import Arrays, WrongData
+from curvspace.progress import bar
 
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"})
 TEST_FOLDERS = ("val", "test", "validation")
@@ -67,7 +67,7 @@ def _read(
         images[index] = _image(files[index][0], size, margin)
 
     with ThreadPoolExecutor(threads) as pool:  # decoding releases the interpreter's lock
-        for _ in tqdm(pool.map(read, range(len(files))), total=len(files), desc=folder.name, disable=None):
+        for _ in bar(pool.map(read, range(len(files))), total=len(files), desc=folder.name, unit="image"):
             pass
     return images, np.array([label for _, label in files], dtype=np.int64)
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from curvspace.datasets import DataSet, Split
 from curvspace.datasets.augment import crop_flip
 from curvspace.inputs import call
 from curvspace.losses import Loss
 from curvspace.optim.base import ModelOptimizer
+from curvspace.progress import bar
 from curvspace.seeds import derived_seed, seed_generators
 from curvspace.training.average import accumulate, averaged
 from curvspace.training.schedule import Schedule
@@ -138,7 +138,7 @@ def fit(
             after_step(state)
     model.train()
     batches = minibatches(data, task, batch_size, seed, state.step)
-    bar = tqdm(total=total, initial=state.step, desc=description, unit="step", disable=None if progress else True)
+    shown = bar(total=total, initial=state.step, desc=description, unit="step", show=progress)
     while state.step < total and state.status == "running":
         inputs, targets = next(batches)
         factor = schedule.factor(state.step, total, per_epoch)
@@ -159,15 +159,15 @@ def fit(
         evaluating = state.status == "diverged" or _evaluation_due(state.step, per_epoch, total, task)
         if evaluating or state.step % interval == 0:
             _read_scalars(state.rows, interval)
-            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+            shown.set_postfix(loss=f"{value:.4f}", refresh=False)
         state.wall_s += time.perf_counter() - clock
         state.rows[-1]["wall_s"] = state.wall_s
         if evaluating:
             state.rows[-1].update(_evaluation(model, optimizer, data, task, state))
-        bar.update()
+        shown.update()
         if after_step:
             after_step(state)
-    bar.close()
+    shown.close()
     return state
 
 

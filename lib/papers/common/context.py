@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import pandas as pd
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from curvspace import datasets
 from curvspace.datasets import DataSet
+from curvspace.progress import bar
 from curvspace.training.record import RunRecord, data_options
 
 T = TypeVar("T")
@@ -79,5 +79,5 @@ class Context:
         return run.model(step, self.dataset(run), self.device)
 
     def progress(self, items: Iterable[T], description: str = "", total: int | None = None) -> Iterable[T]:
-        """The items, with a progress bar where a person watches."""
-        return tqdm(items, desc=description, total=total, disable=None if self.show_progress else True)
+        """The items, with a bar where a person watches and a line a minute elsewhere."""
+        return bar(items, desc=description, total=total, show=self.show_progress)
